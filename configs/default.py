@@ -1,0 +1,55 @@
+"""Every key of a config, once, with Ho et al.'s (2020) settings for CIFAR-10.
+
+The other files of this folder override a few keys each; the command line overrides
+both: `--config.train.num_steps=200`.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0  # of everything random: initial weights, order of the data, t, noise, dropout
+
+    config.data = data = ConfigDict()
+    data.source = "files"  # "digits" (ships with scikit-learn) or "files" (at data.path)
+    data.path = ""  # a folder or a zip of images, or idx files (MNIST) or their folder; goes before data.source
+    data.image_size = 32  # pixels, height = width
+    data.channels = 3  # 1 (grey) or 3 (RGB)
+    data.crop = 0  # side of the centre crop in pixels of the file; 0: the largest square
+    data.flip = True  # flip every second image left to right, at random
+    data.skip_corrupt = False  # True: leave out images that cannot be read; False: stop and name the first
+    data.cache_dir = ""  # where decoded images are kept; "": ~/.cache/diffusion_jax
+
+    config.schedule = schedule = ConfigDict()
+    schedule.name = "ho_linear"  # su_linear, ho_linear or cosine
+    schedule.num_steps = 1000  # T
+
+    config.model = model = ConfigDict()
+    model.channels = 128  # channels at full resolution, even
+    model.multipliers = (1, 2, 2, 2)  # channels of each level, in units of model.channels; each level halves the size
+    model.num_res_blocks = 2  # residual blocks per level on the way down; one more on the way up
+    model.attention_resolutions = (16,)  # heights of the levels with self-attention
+    model.dropout = 0.1  # rate
+    model.num_groups = 32  # groups of GroupNorm, or the largest common divisor with the channels
+    model.dtype = "float32"  # of the computation, float32 or bfloat16; parameters are float32
+
+    config.train = train = ConfigDict()
+    train.loss = "simple"  # simple (15), step (11) or weighted_step (9)
+    train.num_steps = 800_000  # optimiser steps in all
+    train.batch_size = 128  # images per step over all devices
+    train.learning_rate = 2e-4  # Adam's, after the warm-up
+    train.warmup_steps = 5000  # steps of linear warm-up from 0; 0: none
+    train.grad_clip = 1.0  # largest norm of the gradient
+    train.ema_decay = 0.9999  # of the average of the parameters, per step
+    train.log_every = 100  # steps between lines of metrics.jsonl
+    train.checkpoint_every = 5000  # steps between checkpoints
+    train.keep_checkpoints = 3  # how many of the latest to keep
+    train.sample_every = 20_000  # steps between grids of samples; 0: only at the end
+
+    config.sampling = sampling = ConfigDict()
+    sampling.sigma = "beta"  # zero (greedy), beta ("fixed large") or posterior ("fixed small")
+    sampling.clip = True  # bound the predicted x_0 to [-1, 1] inside the chain
+    sampling.num = 64  # images per call, and in the grids of the training
+
+    return config.lock()

@@ -1,0 +1,170 @@
+"""The one reader of a config: from keys to objects.
+
+Only this module knows the names of schedules, losses and sigmas. Every function takes
+the whole config (`configs/default.py` explains the keys).
+"""
+
+import difflib
+
+import jax.numpy as jnp
+import optax  # noqa: TID251 (makes the optimizer)
+from ml_collections import ConfigDict  # noqa: TID251 (reads the config)
+
+from diffusion_jax import losses, sampling, schedule as schedules, unet
+from diffusion_jax.errors import UserError
+
+_SCHEDULES = {"su_linear": schedules.su_linear, "ho_linear": schedules.ho_linear, "cosine": schedules.cosine}
+_SIGMAS = {"zero": schedules.sigma_zero, "beta": schedules.sigma_beta, "posterior": schedules.sigma_posterior}
+_LOSSES = {
+    "simple": losses.with_noise(losses.simple_loss, 1),
+    "step": losses.with_noise(losses.step_loss, 2),
+    "weighted_step": losses.with_noise(losses.weighted_step_loss, 2),
+}
+_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def schedule(config: ConfigDict) -> schedules.Schedule:
+    """The noise schedule, schedule.*."""
+    return _SCHEDULES[config.schedule.name](config.schedule.num_steps)
+
+
+def sigma(config: ConfigDict):
+    """float32 [T + 1], the standard deviations of the reverse steps, sampling.sigma."""
+    return _SIGMAS[config.sampling.sigma](schedule(config))
+
+
+def loss(config: ConfigDict):
+    """The training loss, train.loss: (eps_bar_fn, s, x_0, t, keys [B]) -> [B], see `losses.with_noise`."""
+    return _LOSSES[config.train.loss]
+
+
+def model(config: ConfigDict) -> unet.UNet:
+    """The network, model.*."""
+    return unet.UNet(
+        channels=config.model.channels,
+        multipliers=tuple(config.model.multipliers),
+        num_res_blocks=config.model.num_res_blocks,
+        attention_resolutions=tuple(config.model.attention_resolutions),
+        dropout=config.model.dropout,
+        num_groups=config.model.num_groups,
+        dtype=_DTYPES[config.model.dtype],
+    )
+
+
+def image_shape(config: ConfigDict) -> tuple[int, int, int]:
+    """(H, W, C) of the images."""
+    return config.data.image_size, config.data.image_size, config.data.channels
+
+
+def learning_rate(config: ConfigDict) -> optax.Schedule:
+    """step -> learning rate: linear from 0 over train.warmup_steps, then constant."""
+    if config.train.warmup_steps == 0:
+        return optax.constant_schedule(config.train.learning_rate)
+    return optax.linear_schedule(0.0, config.train.learning_rate, config.train.warmup_steps)
+
+
+def optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """Ho et al.'s: clipping by the global norm, then Adam (0.9, 0.999, 1e-8)."""
+    return optax.chain(optax.clip_by_global_norm(config.train.grad_clip), optax.adam(learning_rate(config)))
+
+
+def sample_fn(config: ConfigDict, num: int | None = None):
+    """sample_fn(params, rng, first=0) -> float32 [num, H, W, C]; num defaults to sampling.num.
+
+    See `sampling.make_sample_fn`.
+    """
+    return sampling.make_sample_fn(
+        model(config).apply,
+        schedule(config),
+        sigma(config),
+        (num or config.sampling.num, *image_shape(config)),
+        clip=(-1.0, 1.0) if config.sampling.clip else None,
+    )
+
+
+def check(config: ConfigDict, reference: ConfigDict) -> None:
+    """Raises UserError for the first key or value that cannot be used. Costs no time.
+
+    Args:
+      config: what the user gave.
+      reference: a config with every key and a value of its type, `configs/default.py`'s.
+    """
+    _check_keys(config.to_dict(), reference.to_dict())
+    for key, names in (
+        ("schedule.name", _SCHEDULES),
+        ("sampling.sigma", _SIGMAS),
+        ("train.loss", _LOSSES),
+        ("model.dtype", _DTYPES),
+    ):
+        _one_of(config, key, names)
+    _one_of(config, "data.channels", (1, 3))
+    for key in _AT_LEAST_1:
+        _need(config, key, lambda value: value >= 1, "an integer >= 1")
+    for key in _AT_LEAST_0:
+        _need(config, key, lambda value: value >= 0, "an integer >= 0")
+    for key in ("train.learning_rate", "train.grad_clip"):
+        _need(config, key, lambda value: 0 < value < float("inf"), "a number > 0")
+    for key in ("model.dropout", "train.ema_decay"):
+        _need(config, key, lambda value: 0 <= value < 1, "in [0, 1)")
+    _need(config, "model.channels", lambda value: value >= 4 and value % 2 == 0, "an even number >= 4")
+    for key in ("model.multipliers", "model.attention_resolutions"):
+        _need(config, key, lambda value: all(isinstance(n, int) and n >= 1 for n in value), "integers >= 1")
+    _need(config, "model.multipliers", lambda value: len(value) >= 1, "one multiplier a level, e.g. (1, 2, 2)")
+    _check_image_size(config)
+
+
+_AT_LEAST_1 = (
+    "data.image_size",
+    "schedule.num_steps",
+    "model.num_res_blocks",
+    "model.num_groups",
+    "train.num_steps",
+    "train.batch_size",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "sampling.num",
+)
+_AT_LEAST_0 = ("seed", "data.crop", "train.warmup_steps", "train.sample_every")
+
+
+def _get(config, key):
+    for name in key.split("."):
+        config = config[name]
+    return config
+
+
+def _need(config, key, holds, wanted):
+    value = _get(config, key)
+    if not holds(value):
+        raise UserError(f"config.{key}={value!r} must be {wanted}")
+
+
+def _one_of(config, key, names):
+    _need(config, key, lambda value: value in names, f"one of {', '.join(map(str, names))}")
+
+
+def _check_keys(given, reference, prefix=""):
+    """The same keys, and values of the same type (an int will do for a float, a list for a tuple)."""
+    for key, value in given.items():
+        if key not in reference:
+            near = difflib.get_close_matches(key, reference, n=1, cutoff=0)[0]
+            raise UserError(f"config.{prefix}{key} is no key of the config: the nearest is config.{prefix}{near}")
+        wanted = type(reference[key])
+        accepted = {float: (float, int), tuple: (tuple, list)}.get(wanted, (wanted,))
+        if type(value) not in accepted:
+            raise UserError(f"config.{prefix}{key}={value!r} must be of type {wanted.__name__}")
+        if isinstance(value, dict):
+            _check_keys(value, reference[key], f"{prefix}{key}.")
+    for key in reference.keys() - given.keys():
+        raise UserError(f"config.{prefix}{key} is missing: start from configs/default.py")
+
+
+def _check_image_size(config):
+    size, levels = config.data.image_size, len(config.model.multipliers)
+    try:
+        unet.check_image_size(size, size, levels)
+    except ValueError as error:
+        raise UserError(
+            f"config.data.image_size={size} does not fit config.model.multipliers={config.model.multipliers}: {error}"
+        ) from None

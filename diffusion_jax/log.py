@@ -1,0 +1,64 @@
+"""The numbers of a run: means over intervals, to metrics.jsonl and to TensorBoard."""
+
+import json
+import time
+
+import numpy as np
+import tensorboardX
+from etils import epath
+
+
+class MetricsLog:
+    """Collects what each step reports; every `every` steps it writes the means.
+
+    Lines of steps after `start` are dropped first: those steps are about to be done again.
+    """
+
+    def __init__(self, workdir: epath.Path, start: int, every: int):
+        self._every = every
+        self._steps = []
+        self._path = workdir / "metrics.jsonl"
+        self._keep_until(start)
+        self._events = tensorboardX.SummaryWriter(str(workdir), purge_step=start + 1)
+        self._time = time.monotonic()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._events.close()
+
+    def add(self, step: int, metrics: dict[str, float], batch_size: int) -> dict[str, float] | None:
+        """Takes the metrics of `step`; NaN where the step says nothing of one.
+
+        Returns:
+          The line that was written, or None between the lines.
+        """
+        self._steps.append(metrics)
+        if step % self._every:
+            return None
+        seconds = (time.monotonic() - self._time) / len(self._steps)
+        line = {"step": step} | {name: _mean([m[name] for m in self._steps]) for name in metrics}
+        line |= {"steps_per_second": 1 / seconds, "images_per_second": batch_size / seconds}
+        self._steps.clear()
+        self._time = time.monotonic()
+        with self._path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        for name, value in line.items():
+            if value is not None and name != "step":
+                self._events.add_scalar(name, value, step)
+        return line
+
+    def _keep_until(self, step):
+        if self._path.exists():
+            lines = self._path.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            partial = self._path.with_suffix(".partial")
+            partial.write_text("".join(kept))
+            partial.rename(self._path)
+
+
+def _mean(values):
+    """The mean of the numbers, None (null in JSON, which has no NaN) where there are none."""
+    values = [value for value in values if not np.isnan(value)]
+    return float(np.mean(values)) if values else None

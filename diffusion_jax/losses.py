@@ -1,0 +1,66 @@
+"""The three training losses of Su (2022), per example.
+
+`eps_bar_fn(x [B, ...], t [B]) -> [B, ...]` is the network, which predicts ε̄_t; t [B]
+holds steps in 1..T. Squared norms are means over the entries of an example (Su sums).
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from diffusion_jax import process
+from diffusion_jax.schedule import Schedule
+
+
+def mean_square(x):
+    """‖x‖² of each example as a mean over its entries: [B, ...] -> [B]."""
+    return jnp.mean(x**2, axis=tuple(range(1, x.ndim)))
+
+
+def weighted_step_loss(eps_bar_fn, s: Schedule, x_0, t, eps_bar_prev, eps):
+    """(9): (β_t/α_t)² ‖ε_t − ε_θ‖², which is ‖x_{t−1} − μ(x_t)‖². -> [B]"""
+    return (s.beta[t] / s.alpha[t]) ** 2 * step_loss(eps_bar_fn, s, x_0, t, eps_bar_prev, eps)
+
+
+def step_loss(eps_bar_fn, s: Schedule, x_0, t, eps_bar_prev, eps):
+    """(11): ‖ε_t − ε_θ(ᾱ_t x_0 + α_t β̄_{t−1} ε̄_{t−1} + β_t ε_t, t)‖². -> [B]
+
+    Args:
+      eps_bar_prev: [B, ...] ε̄_{t−1}, standard normal; unused where t = 1.
+      eps: [B, ...] ε_t, standard normal, independent of it.
+    """
+    x_prev = _each(process.forward, s)(x_0, t - 1, eps_bar_prev)
+    x_t = _each(process.forward_step, s)(x_prev, t, eps)
+    return mean_square(eps - _each(process.step_noise, s)(eps_bar_fn(x_t, t), t))
+
+
+def simple_loss(eps_bar_fn, s: Schedule, x_0, t, eps_bar):
+    """(15): ‖ε̄ − (β̄_t/β_t) ε_θ(ᾱ_t x_0 + β̄_t ε̄, t)‖², Ho et al.'s L_simple. -> [B]
+
+    The factor is in the network already: it predicts ε̄, of unit scale at every t.
+    """
+    x_t = _each(process.forward, s)(x_0, t, eps_bar)
+    return mean_square(eps_bar - eps_bar_fn(x_t, t))
+
+
+def with_noise(loss: Callable, num_noises: int) -> Callable:
+    """A loss that draws its noises: (eps_bar_fn, s, x_0, t, keys [B]) -> [B].
+
+    Noise k of example i comes from fold_in(keys[i], k) alone, so that it does not
+    depend on the batch or the device that the example is in.
+    """
+
+    def drawn(eps_bar_fn, s, x_0, t, keys):
+        def normal(key, k):
+            return jax.random.normal(jax.random.fold_in(key, k), x_0.shape[1:])
+
+        noises = [jax.vmap(normal, (0, None))(keys, k) for k in range(num_noises)]
+        return loss(eps_bar_fn, s, x_0, t, *noises)
+
+    return drawn
+
+
+def _each(formula, s):
+    """A formula of one example, for a batch with a t each."""
+    return jax.vmap(lambda *args: formula(s, *args))

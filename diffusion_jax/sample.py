@@ -1,0 +1,82 @@
+"""Samples from a workdir: for a notebook (`load`) and for the command line (`sample`)."""
+
+import jax
+import numpy as np
+import tqdm
+from etils import epath
+
+from diffusion_jax import checkpoint, from_config, images
+from diffusion_jax.errors import UserError
+from diffusion_jax.state import abstract_state
+
+
+def load(workdir, num: int | None = None):
+    """A sampler and the parameters of the last checkpoint, for a notebook:
+
+        sample_fn, params = diffusion_jax.load("runs/digits")
+        x = sample_fn(params, jax.random.key(0))  # float32 [num, H, W, C] in about [-1, 1]
+
+    Args:
+      workdir: of a training run.
+      num: images per call; the config's sampling.num by default. Image i is the same for any.
+
+    Returns:
+      (sample_fn, params): see `sampling.make_sample_fn`; params are the averaged (EMA)
+      parameters, NumPy arrays.
+
+    Raises:
+      UserError: no run, or no checkpoint, in `workdir`.
+    """
+    return from_config.sample_fn(checkpoint.read_config(workdir), num), _ema_params(workdir)
+
+
+def load_network(workdir):
+    """The network of the last checkpoint, for a sampler of your own.
+
+    Returns:
+      (apply_fn, params, s): apply_fn({"params": params}, x [B, H, W, C], t [B] in 1..T) is
+      the predicted noise eps_bar [B, H, W, C]; params as of `load`; s is the Schedule.
+
+    Raises:
+      UserError: no run, or no checkpoint, in `workdir`.
+    """
+    config = checkpoint.read_config(workdir)
+    return from_config.model(config).apply, _ema_params(workdir), from_config.schedule(config)
+
+
+def sample(workdir, num: int, seed: int, out: str) -> None:
+    """Writes `num` images: a grid if `out` ends in .png, uint8 [num, H, W, C] if in .npz.
+
+    The .npz has one array, "arr_0", as evaluation suites read it. Image i is the same for any `num`.
+
+    Raises:
+      UserError: nothing to sample from, or `out` ends in something else.
+    """
+    out = epath.Path(out)
+    if out.suffix not in (".png", ".npz"):
+        raise UserError(f"--out={out} must end in .png (a grid) or .npz (an array)")
+    if num < 1:
+        raise UserError(f"--num={num} must be at least 1")
+    per_call = min(num, checkpoint.read_config(workdir).sampling.num)
+    sample_fn, params = load(workdir, per_call)
+    params = jax.device_put(params)
+    chunks = []
+    for first in tqdm.trange(0, num, per_call, desc=f"sampling {per_call} at a time", unit="call"):
+        chunks.append(images.to_uint8(sample_fn(params, jax.random.key(seed), first)))
+    samples = np.concatenate(chunks)[:num]
+    if out.suffix == ".png":
+        images.save_png(out, images.grid(samples))
+    else:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("wb") as file:
+            np.savez(file, samples)
+    print(f"{num} samples: {out}")
+
+
+def _ema_params(workdir):
+    like = abstract_state(checkpoint.read_config(workdir))
+    with checkpoint.open_manager(workdir) as manager:
+        state = checkpoint.restore(manager, like)
+    if state is None:
+        raise UserError(f"--workdir={workdir} holds no checkpoint yet: train first")
+    return state.ema_params
