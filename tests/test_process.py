@@ -1,0 +1,90 @@
+"""Exact identities, in coordinates: x_0 and the noises ε_1..ε_T are taken as an
+orthonormal basis, so that a random variable is the vector of its coefficients and a
+covariance is a dot product. Nothing here is random."""
+
+import jax
+import numpy as np
+import pytest
+
+from diffusion_jax import process
+
+STEPS = range(1, 5)
+X_0, EPS = np.eye(5)[0], np.eye(5)  # EPS[t] is ε_t, orthogonal to X_0
+close = pytest.approx
+
+
+def walk(s):
+    """[x_0, ..., x_T] by repeated (3)."""
+    xs = [X_0]
+    for t in STEPS:
+        xs.append(np.asarray(process.forward_step(s, xs[-1], t, EPS[t])))
+    return xs
+
+
+def test_single_steps_make_the_forward_process(rough):
+    """n times (3) is (6): the same coefficient of x_0, the rest of norm β̄_t."""
+    for t, x_t in enumerate(walk(rough)):
+        signal, noise = np.asarray(process.forward(rough, np.eye(2)[0], t, np.eye(2)[1]))
+        assert x_t[0] == close(signal, rel=1e-6)
+        assert np.linalg.norm(x_t[1:]) == close(noise, rel=1e-6)
+
+
+def test_forward_at_0_is_the_data(rough):
+    np.testing.assert_array_equal(process.forward(rough, X_0, 0, EPS[1]), X_0)
+
+
+def test_step_noise_is_the_conditional_expectation(rough):
+    """(12): E[ε_t | ε̄_t] = <ε_t, ε̄_t> ε̄_t, both of unit variance."""
+    for t, x_t in enumerate(walk(rough)):
+        if t == 0:
+            continue
+        eps_bar = np.asarray(process.predict_eps_bar(rough, x_t, t, X_0))
+        assert np.linalg.norm(eps_bar) == close(1, rel=1e-6)
+        assert float(process.step_noise(rough, 1.0, t)) == close(eps_bar @ EPS[t], rel=1e-6)
+
+
+def test_reverse_step_inverts_forward_step(rough):
+    """(8) with the true noise of the step."""
+    xs = walk(rough)
+    for t in STEPS:
+        np.testing.assert_allclose(process.reverse_step(rough, xs[t], t, EPS[t]), xs[t - 1], atol=1e-6)
+
+
+def test_reverse_step_adds_the_noise_it_is_given(rough):
+    """(17)"""
+    mean = process.reverse_step(rough, X_0, 3, EPS[3])
+    np.testing.assert_allclose(process.reverse_step(rough, X_0, 3, EPS[3], 0.25 * EPS[4]), mean + 0.25 * EPS[4])
+
+
+def test_predictions_invert_forward(rough):
+    for t in STEPS:
+        x_t = process.forward(rough, X_0, t, EPS[1])
+        np.testing.assert_allclose(process.predict_x_0(rough, x_t, t, EPS[1]), X_0, atol=1e-6)
+        np.testing.assert_allclose(process.predict_eps_bar(rough, x_t, t, X_0), EPS[1], atol=1e-6)
+
+
+def test_posterior_mean_by_gaussian_conditioning(rough):
+    """Given x_0: E[x_{t−1} | x_t] = ᾱ_{t−1} x_0 + cov/var · (x_t − ᾱ_t x_0), from the walk's coordinates."""
+    xs = walk(rough)
+    for t in STEPS:
+        noise_prev, noise = xs[t - 1][1:], xs[t][1:]
+        gain = noise_prev @ noise / (noise @ noise)
+        x_0, x_t = 0.7, -1.3
+        expected = xs[t - 1][0] * x_0 + gain * (x_t - xs[t][0] * x_0)
+        assert float(process.posterior_mean(rough, x_0, x_t, t)) == close(expected, rel=1e-5)
+
+
+def test_posterior_mean_of_the_predicted_x_0_is_the_reverse_step(rough):
+    for t in STEPS:
+        x_t, eps_bar = np.array([0.3, -2.0, 1.1]), np.array([1.0, 0.5, -0.2])
+        x_0 = process.predict_x_0(rough, x_t, t, eps_bar)
+        expected = process.reverse_step(rough, x_t, t, process.step_noise(rough, eps_bar, t))
+        np.testing.assert_allclose(process.posterior_mean(rough, x_0, x_t, t), expected, rtol=2e-6, atol=2e-6)
+
+
+def test_vmap_over_t_is_a_loop(rough):
+    t = np.array([4, 1, 3])
+    x, eps = np.arange(6.0).reshape(3, 2), np.ones((3, 2))
+    batch = jax.vmap(process.reverse_step, (None, 0, 0, 0))(rough, x, t, eps)
+    for i in range(3):
+        np.testing.assert_allclose(batch[i], process.reverse_step(rough, x[i], t[i], eps[i]), rtol=1e-6)

@@ -1,0 +1,161 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax import process, sampling, schedule
+
+KEYS = jax.random.split(jax.random.key(0), 3)
+X = np.random.default_rng(1).standard_normal((3, 2, 2, 1)).astype(np.float32)
+
+
+def network(x, t):
+    """Any function, different at each t and for each pixel."""
+    return jnp.tanh(x) * t[:, None, None, None] / 4 - 0.1
+
+
+def test_the_chain_is_a_loop_over_17(rough):
+    sigma = np.array([9.0, 9.0, 0.2, 0.3, 0.4])  # entry 1 must not be used: no noise at t = 1
+    x = X.copy()
+    for t in (4, 3, 2, 1):
+        eps = process.step_noise(rough, network(x, np.full(3, t)), t)
+        z = np.stack([jax.random.normal(jax.random.fold_in(key, t), X.shape[1:]) for key in KEYS])
+        x = np.asarray(process.reverse_step(rough, x, t, eps, sigma[t] * z if t > 1 else 0.0))
+    np.testing.assert_allclose(sampling.reverse_chain(network, rough, sigma, X, KEYS), x, rtol=2e-6, atol=2e-6)
+
+
+def test_clip_bounds_the_predicted_x_0(rough):
+    """Against a loop that derives ε̄ again from the clipped x_0."""
+    sigma = np.zeros(5)
+    x = 3 * X
+    for t in (4, 3, 2, 1):
+        eps_bar = network(x, np.full(3, t))
+        x_0 = np.clip(process.predict_x_0(rough, x, t, eps_bar), -0.5, 0.75)
+        eps_bar = process.predict_eps_bar(rough, x, t, x_0)
+        x = np.asarray(process.reverse_step(rough, x, t, process.step_noise(rough, eps_bar, t)))
+    actual = sampling.reverse_chain(network, rough, sigma, 3 * X, KEYS, clip=(-0.5, 0.75))
+    np.testing.assert_allclose(actual, x, rtol=1e-5, atol=1e-5)
+    assert actual.min() == -0.5 and actual.max() == 0.75  # the last step returns the clipped x_0
+
+
+@pytest.mark.parametrize("clip", [None, (-1.0, 1.0)])
+def test_chains_compose_bit_for_bit(rough, clip):
+    sigma = schedule.sigma_beta(rough)
+
+    def chain(x, start, stop):
+        return sampling.reverse_chain(network, rough, sigma, x, KEYS, start, stop, clip)
+
+    whole = chain(X, None, 0)
+    for k in (0, 1, 2, 3, 4):
+        np.testing.assert_array_equal(chain(chain(X, 4, k), k, 0), whole)
+
+
+@pytest.mark.parametrize("start, stop", [(5, 0), (2, 3), (4, -1)])
+def test_start_and_stop_out_of_range(rough, start, stop):
+    with pytest.raises(ValueError, match="T=4"):
+        sampling.reverse_chain(network, rough, np.zeros(5), X, KEYS, start, stop)
+
+
+# ---------------------------------------------------------------- Gaussian data, whose optimal network is known
+
+
+def optimal(s, mean, deviation):
+    """ε̄ = β̄_t (x − ᾱ_t m) / v_t with v_t = ᾱ_t² s² + β̄_t², for data N(m, s²)."""
+
+    def eps_bar_fn(x, t):
+        a, b = (array[t].reshape(-1, *(1,) * (x.ndim - 1)) for array in (s.alpha_bar, s.beta_bar))
+        return b * (x - a * mean) / (a**2 * deviation**2 + b**2)
+
+    return eps_bar_fn
+
+
+def gains(s, deviation):
+    """ᾱ_t s² / v_t: what becomes of x_t's deviation from its mean by the end of the chain."""
+    a, b = np.asarray(s.alpha_bar, np.float64), np.asarray(s.beta_bar, np.float64)
+    return a * deviation**2 / (a**2 * deviation**2 + b**2)
+
+
+@pytest.mark.parametrize("sigma_of", [schedule.sigma_zero, schedule.sigma_beta, schedule.sigma_posterior])
+@pytest.mark.parametrize("num_steps", [None, 1000])
+def test_every_path_on_gaussian_data_ends_at_its_closed_form(rough, sigma_of, num_steps):
+    """x_0 = m + gain_T (x_T − ᾱ_T m) + Σ_{t>=2} gain_{t−1} σ_t z_t, path by path, not only in the moments."""
+    s = schedule.ho_linear(num_steps) if num_steps else rough
+    mean, deviation = 0.3, 0.5
+    sigma = sigma_of(s)
+    gain = gains(s, deviation)
+    expected = mean + gain[-1] * (X - float(s.alpha_bar[-1]) * mean)
+    for t in range(2, s.num_steps + 1):
+        expected = expected + gain[t - 1] * float(sigma[t]) * np.asarray(sampling.normal(KEYS, t, X.shape[1:]))
+    actual = sampling.reverse_chain(optimal(s, mean, deviation), s, sigma, X, KEYS)
+    np.testing.assert_allclose(actual, expected, atol=3e-5)
+
+
+@pytest.mark.parametrize(
+    "sigma_of, expected", [(schedule.sigma_beta, 0.2507521), (schedule.sigma_posterior, 0.2461252)]
+)
+def test_variance_of_the_chain_on_gaussian_data(sigma_of, expected):
+    """Ho's schedule, T = 1000, data N(0.3, 0.5²): the variance that the paths above have."""
+    s = schedule.ho_linear()
+    gain = gains(s, 0.5)
+    variance = gain[-1] ** 2 + np.sum(np.asarray(sigma_of(s), np.float64)[2:] ** 2 * gain[1:-1] ** 2)
+    assert variance == pytest.approx(expected, rel=1e-6)
+
+
+def test_moments_of_sampled_gaussian_data():
+    """The same by drawing: 40,000 numbers through make_sample_fn."""
+    s = schedule.ho_linear(200, start=0.1 / 200, end=20 / 200)
+    sample_fn = sampling.make_sample_fn(
+        lambda variables, x, t: optimal(s, variables["params"], 0.5)(x, t), s, schedule.sigma_beta(s), (400, 10, 10, 1)
+    )
+    x = sample_fn(0.3, jax.random.key(3))
+    gain = gains(s, 0.5)
+    variance = gain[-1] ** 2 + np.sum(np.asarray(s.beta)[2:] ** 2 * gain[1:-1] ** 2)
+    mean = 0.3 * (1 - s.alpha_bar[-1] * gain[-1])
+    assert float(x.mean()) == pytest.approx(float(mean), abs=4 * np.sqrt(variance / x.size))
+    assert float(x.var()) == pytest.approx(variance, rel=4 * np.sqrt(2 / x.size))
+
+
+# ---------------------------------------------------------------- sample_fn
+
+
+def apply(variables, x, t):
+    return network(x, t) * variables["params"]
+
+
+def sampler(s, num, clip=None):
+    return sampling.make_sample_fn(apply, s, schedule.sigma_beta(s), (num, 2, 2, 1), clip)
+
+
+@pytest.mark.parametrize("rng", [jax.random.key(5), jax.random.PRNGKey(5)], ids=["typed", "raw"])
+def test_image_i_depends_on_the_key_and_i_alone(rough, rng):
+    images = sampler(rough, 8)(1.0, rng)
+    assert images.shape == (8, 2, 2, 1) and images.dtype == jnp.float32
+    for num in (1, 3, 5):
+        np.testing.assert_array_equal(sampler(rough, num)(1.0, rng), images[:num])
+    np.testing.assert_array_equal(sampler(rough, 3)(1.0, rng, 5), images[5:])
+    assert len(np.unique(images)) == images.size
+
+
+def test_sample_fn_is_the_chain_from_its_latent(rough):
+    rng = jax.random.key(5)
+    keys = jnp.stack([jax.random.fold_in(rng, i) for i in range(3)])
+    latent = jnp.stack([jax.random.normal(jax.random.fold_in(key, 0), (2, 2, 1)) for key in keys])
+    chain = sampling.reverse_chain(network, rough, rough.beta, latent, keys)
+    np.testing.assert_allclose(sampler(rough, 3)(1.0, rng), chain, rtol=1e-6, atol=1e-6)
+
+
+def test_sample_fn_is_traced_once(rough):
+    traces = []
+
+    def counted(variables, x, t):
+        traces.append(x.shape)
+        return apply(variables, x, t)
+
+    sample_fn = sampling.make_sample_fn(counted, rough, rough.beta, (4, 2, 2, 1))
+    for seed in range(3):
+        sample_fn(np.float32(seed), jax.random.key(seed), seed)
+    assert traces == [(1, 2, 2, 1)]  # one image per device, all four steps in one loop
+
+
+def test_clip_reaches_the_chain(rough):
+    assert float(abs(sampler(rough, 4, clip=(-0.1, 0.1))(5.0, jax.random.key(0))).max()) == np.float32(0.1)

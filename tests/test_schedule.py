@@ -1,0 +1,82 @@
+import numpy as np
+import pytest
+
+from diffusion_jax import schedule
+
+BETA_SQUARED = np.array([0.3, 0.05, 0.6, 0.2])
+
+
+def test_arrays_of_the_rough_schedule(rough):
+    assert rough.num_steps == 4
+    np.testing.assert_allclose(rough.beta, np.sqrt([0, 0.3, 0.05, 0.6, 0.2]), rtol=1e-7)
+    np.testing.assert_allclose(rough.alpha, np.sqrt([1, 0.7, 0.95, 0.4, 0.8]), rtol=1e-7)
+    products = [1, 0.7, 0.7 * 0.95, 0.7 * 0.95 * 0.4, 0.7 * 0.95 * 0.4 * 0.8]
+    np.testing.assert_allclose(rough.alpha_bar, np.sqrt(products), rtol=1e-7)
+    np.testing.assert_allclose(rough.beta_bar, np.sqrt(1 - np.array(products)), rtol=1e-7)
+    assert all(array.dtype == np.float32 for array in rough)
+
+
+def test_entry_0_is_clean_data(rough):
+    assert [float(array[0]) for array in rough] == [1.0, 0.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("bad", [[], [[0.1]], 0.1, [0.1, 1.0], [-0.1], [float("nan")]])
+def test_beta_squared_out_of_range(bad):
+    with pytest.raises(ValueError, match="beta_squared"):
+        schedule.from_beta_squared(bad)
+
+
+@pytest.mark.parametrize("make", [schedule.su_linear, schedule.ho_linear, schedule.cosine])
+def test_no_steps(make):
+    with pytest.raises(ValueError):
+        make(0)
+
+
+def test_rounded_once():
+    """A float32 product is off by 1.7e-4 here; β̄_1 = β_1 = 0.01 exactly."""
+    s = schedule.ho_linear()
+    np.testing.assert_allclose(s.beta_bar[1], 0.01, rtol=1e-7)
+    s = schedule.su_linear()
+    np.testing.assert_allclose(s.beta_bar[1], np.sqrt(2e-5), rtol=1e-7)
+
+
+def test_su_linear():
+    s = schedule.su_linear(4, scale=0.4)
+    np.testing.assert_allclose(s.alpha, np.sqrt([1, 0.9, 0.8, 0.7, 0.6]), rtol=1e-7)
+    np.testing.assert_allclose(schedule.su_linear().alpha[-1] ** 2, 0.98, rtol=1e-6)
+    np.testing.assert_allclose(schedule.su_linear().alpha_bar[-1], 0.0065, atol=5e-5)
+    np.testing.assert_allclose(schedule.su_linear(100).alpha_bar[-1], 0.60, atol=5e-3)
+
+
+def test_ho_linear():
+    s = schedule.ho_linear(3, start=0.1, end=0.5)
+    np.testing.assert_allclose(s.beta**2, [0, 0.1, 0.3, 0.5], rtol=1e-6)
+    s = schedule.ho_linear()
+    np.testing.assert_allclose(s.beta[1] ** 2, 1e-4, rtol=1e-6)
+    np.testing.assert_allclose(s.beta[-1] ** 2, 0.02, rtol=1e-6)
+    np.testing.assert_allclose(s.alpha_bar[-1] ** 2, 4.0358e-5, rtol=1e-4)  # Ho et al.: KL at T of about 1e-5 bits
+
+
+def test_cosine():
+    """ᾱ_t² / ᾱ_0² is the cosine as long as the cap of β² is not met, i.e. before the last step."""
+    s = schedule.cosine(8)
+    f = [np.cos((t / 8 + 0.008) / 1.008 * np.pi / 2) ** 2 for t in range(8)]
+    np.testing.assert_allclose(s.alpha_bar[:8] ** 2, np.array(f) / f[0], rtol=1e-5)
+    np.testing.assert_allclose(s.beta[-1] ** 2, 0.999, rtol=1e-6)
+
+
+def test_sigma_zero_and_beta(rough):
+    np.testing.assert_array_equal(schedule.sigma_zero(rough), np.zeros(5))
+    np.testing.assert_array_equal(schedule.sigma_beta(rough), rough.beta)
+
+
+def test_sigma_posterior_is_the_conditional_deviation(rough):
+    """Var(x_{t−1} | x_t, x_0) from the covariance of (x_{t−1}, x_t) given x_0."""
+    alpha_bar_squared = np.concatenate([[1], np.cumprod(1 - BETA_SQUARED)])
+    sigma = schedule.sigma_posterior(rough)
+    assert sigma.shape == (5,) and sigma[0] == 0
+    for t in range(1, 5):
+        variance_prev, variance = 1 - alpha_bar_squared[t - 1], 1 - alpha_bar_squared[t]
+        covariance = np.sqrt(1 - BETA_SQUARED[t - 1]) * variance_prev
+        conditional = variance_prev - covariance**2 / variance
+        np.testing.assert_allclose(sigma[t], np.sqrt(max(conditional, 0)), rtol=1e-5, atol=1e-7)
