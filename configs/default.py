@@ -52,4 +52,4 @@ def get_config() -> ConfigDict:
     sampling.clip = True  # bound the predicted x_0 to [-1, 1] inside the chain
     sampling.num = 64  # images per call, and in the grids of the training
 
-    return config.lock()
+    return config

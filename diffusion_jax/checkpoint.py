@@ -16,75 +16,42 @@ from orbax.checkpoint.checkpoint_managers import LatestN  # noqa: TID251
 
 from diffusion_jax.errors import UserError
 
-# What the parameters and their meaning depend on; the rest may change between runs.
-IDENTITY = ("data.image_size", "data.channels", "schedule", "model")
 
-
-def claim(workdir, config: ConfigDict) -> epath.Path:
-    """Makes the workdir this config's: writes config.json, or checks the one that is there.
-
-    Returns:
-      The absolute path.
+def write_config(workdir, config: ConfigDict) -> None:
+    """Writes config.json, making the workdir where it is missing.
 
     Raises:
-      UserError: the workdir holds another model (the keys that differ are named), or
-        cannot be used.
+      UserError: the workdir cannot be written.
     """
-    workdir = _absolute(workdir)
-    file = workdir / "config.json"
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"--workdir={workdir} is a file: give a folder")
-    if file.exists():
-        _check_identity(read_config(workdir), config, workdir)
+    workdir = absolute(workdir)
+    partial = workdir / "config.json.partial"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        partial = workdir / "config.json.partial"
         partial.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-        partial.rename(file)
+        partial.rename(workdir / "config.json")
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be written ({error}): give another folder") from None
-    return workdir
 
 
-def read_config(workdir) -> ConfigDict:
-    """The config of the run in `workdir`.
+def read_config(workdir) -> ConfigDict | None:
+    """The config of the run in `workdir`, None where there is no run.
 
     Raises:
-      UserError: there is none, or it is not JSON.
+      UserError: config.json is not JSON.
     """
-    file = _absolute(workdir) / "config.json"
+    file = absolute(workdir) / "config.json"
     if not file.exists():
-        raise UserError(f"--workdir={workdir} holds no run (no config.json): give the workdir of a training run")
+        return None
     try:
         return ConfigDict(json.loads(file.read_text())).lock()
     except ValueError as error:
         raise UserError(f"{file} is not JSON ({error}): restore it, or give another workdir") from None
 
 
-def _check_identity(old, new, workdir):
-    old, new = _flat(old), _flat(new)
-    changed = [
-        f"{key} {old.get(key)!r} -> {new.get(key)!r}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key.startswith(IDENTITY)
-    ]
-    if changed:
-        raise UserError(
-            f"--workdir={workdir} holds another model, config {'; '.join(changed)}: give another workdir, or its config"
-        )
-
-
-def _flat(config):
-    """{"model.channels": 128, ...}, with tuples as the lists that JSON makes of them."""
-    tree = json.loads(json.dumps(config.to_dict()))
-    paths = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: not isinstance(x, dict))
-    return {".".join(entry.key for entry in path): value for path, value in paths}
-
-
 def open_manager(workdir, keep: int = 3) -> ocp.CheckpointManager:
     """Orbax's manager of the run's checkpoints; use it as a context, which waits for the last save."""
     options = ocp.CheckpointManagerOptions(preservation_policy=LatestN(keep), cleanup_tmp_directories=True)
-    return ocp.CheckpointManager(_absolute(workdir) / "checkpoints", options=options)
+    return ocp.CheckpointManager(absolute(workdir) / "checkpoints", options=options)
 
 
 def save(manager: ocp.CheckpointManager, step: int, state) -> None:
@@ -104,7 +71,14 @@ def restore(manager: ocp.CheckpointManager, like):
     return manager.restore(step, args=ocp.args.StandardRestore(like))
 
 
-def _absolute(workdir):
-    """Orbax refuses relative paths, at the first save."""
+def absolute(workdir) -> epath.Path:
+    """The workdir's absolute path; Orbax refuses a relative one, but only at the first save.
+
+    Raises:
+      UserError: it is a file.
+    """
     path = epath.Path(workdir).expanduser()
-    return path if path.is_absolute() else epath.Path.cwd() / path
+    path = path if path.is_absolute() else epath.Path.cwd() / path
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--workdir={workdir} is a file: give a folder")
+    return path

@@ -11,7 +11,9 @@ import json
 import math
 import os
 import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import grain  # noqa: TID251 (the input pipeline)
 import numpy as np
@@ -26,7 +28,12 @@ MAX_PIXELS = 50_000_000  # of one image: a PNG of 200 kB can unpack to gigabytes
 
 
 # ---------------------------------------------------------------- sources
-# A source is (names, read): what the images are called, and read(i) -> Pillow image.
+
+
+class _Source(NamedTuple):
+    names: Sequence[str]
+    read: Callable[[int], Image.Image]
+    fingerprint: str  # other files under the same names have another
 
 
 def open_images(
@@ -55,8 +62,9 @@ def open_images(
       UserError: no such file, no image in it, or an image that cannot be used.
     """
     if not path and source == "digits":
-        names, read = _digits()
-        return np.stack([_fit(read(i), image_size, channels, crop) for i in range(len(names))])
+        digits = sklearn.datasets.load_digits().images  # 0..16
+        pixels = np.rint(digits * 255 / 16).astype(np.uint8)
+        return np.stack([_fit(Image.fromarray(x), image_size, channels, crop) for x in pixels])
     if not path:
         if source != "files":
             raise UserError(f"config.data.source={source!r} must be 'digits' or 'files'")
@@ -64,23 +72,17 @@ def open_images(
     file = Path(path).expanduser().absolute()
     if not file.exists():
         raise UserError(f"config.data.path={path!r} does not exist: give a folder, a zip or an idx file")
-    names, read = _idx(file) if _idx_file(file) else _image_files(file)
-    if not names:
+    found = _idx(_idx_file(file)) if _idx_file(file) else _folder(file) if file.is_dir() else _zip(file)
+    if not found.names:
         raise UserError(f"config.data.path={path!r} holds no images ({', '.join(sorted(SUFFIXES))})")
 
-    identity = json.dumps([str(file), names, image_size, channels, crop, skip_corrupt])
+    identity = json.dumps([found.names, found.fingerprint, image_size, channels, crop, skip_corrupt])
     digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
     folder = Path(cache_dir or "~/.cache/diffusion_jax").expanduser()
     cache = folder / f"{file.stem}-{image_size}x{image_size}x{channels}-{digest}.npy"
     if not cache.exists():
-        _decode(names, read, cache, (image_size, channels, crop), skip_corrupt)
+        _decode(found, cache, (image_size, channels, crop), skip_corrupt)
     return np.load(cache, mmap_mode="r")
-
-
-def _digits():
-    """Values 0..16 in scikit-learn."""
-    images = sklearn.datasets.load_digits().images
-    return range(len(images)), lambda i: Image.fromarray(np.rint(images[i] * 255 / 16).astype(np.uint8))
 
 
 def _idx_file(path: Path):
@@ -92,9 +94,8 @@ def _idx_file(path: Path):
     return None
 
 
-def _idx(path: Path):
+def _idx(file: Path) -> _Source:
     """LeCun's format: 0 0 8 (uint8) 3 (dimensions), the three sizes as big-endian int32, then the bytes."""
-    file = _idx_file(path)
     raw = file.read_bytes()
     try:
         raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
@@ -103,71 +104,87 @@ def _idx(path: Path):
         images = np.frombuffer(raw, np.uint8, offset=16).reshape(np.frombuffer(raw, ">i4", 3, offset=4))
     except (ValueError, EOFError, OSError) as error:
         raise UserError(f"config.data.path: {file} cannot be read ({error}): fetch it again") from None
-    signature = hashlib.sha256(raw).hexdigest()
-    return [f"{signature}:{i}" for i in range(len(images))], lambda i: Image.fromarray(images[i])
+    names = [f"{file.name}[{i}]" for i in range(len(images))]
+    return _Source(names, lambda i: Image.fromarray(images[i]), hashlib.sha256(raw).hexdigest())
 
 
-def _image_files(path: Path):
-    """Names end in what tells one version of a file from the next: CRC, or size and time."""
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-        stats = [file.stat() for file in files]
-        names = [f"{f.relative_to(path)} [{s.st_size} {s.st_mtime_ns}]" for f, s in zip(files, stats, strict=True)]
-        return names, lambda i: Image.open(files[i])
+def _folder(folder: Path) -> _Source:
+    files = sorted(path for path in folder.rglob("*") if _is_image(path))
+    stats = [file.stat() for file in files]
+    names = [str(file.relative_to(folder)) for file in files]
+    return _Source(names, lambda i: Image.open(files[i]), str([(stat.st_size, stat.st_mtime_ns) for stat in stats]))
+
+
+def _zip(file: Path) -> _Source:
     try:
-        archive = zipfile.ZipFile(path)
+        archive = zipfile.ZipFile(file)
     except zipfile.BadZipFile:
-        raise UserError(f"config.data.path='{path}' is no folder, zip or idx file") from None
-    members = sorted((m for m in archive.infolist() if _is_image(m.filename)), key=lambda m: m.filename)
-    return [f"{m.filename} [{m.CRC}]" for m in members], lambda i: Image.open(io.BytesIO(archive.read(members[i])))
+        raise UserError(f"config.data.path='{file}' is no folder, zip or idx file") from None
+    members = sorted((m for m in archive.infolist() if _is_image(Path(m.filename))), key=lambda m: m.filename)
+    names = [member.filename for member in members]
+    return _Source(
+        names, lambda i: Image.open(io.BytesIO(archive.read(members[i]))), str([member.CRC for member in members])
+    )
 
 
-def _is_image(name):
-    return Path(name).suffix.lower() in SUFFIXES and "__MACOSX" not in name
+def _is_image(path: Path):
+    """By its suffix; "._x.jpg" is what macOS leaves beside x.jpg."""
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
 # ---------------------------------------------------------------- decoding
 
 
-def _decode(names, read, cache: Path, form, skip_corrupt):
+def _decode(source: _Source, cache: Path, form, skip_corrupt):
     """Decodes all images into `cache`; the file has that name only when it is whole."""
-    image_size, channels, _ = form
     cache.parent.mkdir(parents=True, exist_ok=True)
     partial = cache.with_suffix(f".{os.getpid()}.partial")
-
-    def image(i):
-        try:
-            return _fit(read(i), *form)
-        except (OSError, ValueError, SyntaxError, zipfile.BadZipFile, Image.DecompressionBombError) as error:
-            return error
-
     try:
-        out = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(names), image_size, image_size, channels))
-        count, corrupt = 0, []
-        with concurrent.futures.ThreadPoolExecutor() as pool, tqdm.tqdm(total=len(names), unit="image") as bar:
-            bar.set_description("decoding")
-            for start in range(0, len(names), 1024):
-                indices = range(start, min(start + 1024, len(names)))
-                for i, decoded in zip(indices, pool.map(image, indices), strict=True):
-                    if isinstance(decoded, Exception):
-                        corrupt.append(f"{names[i]}: {decoded}")
-                        if not skip_corrupt:
-                            raise UserError(f"image {corrupt[0]}: mend it, or set --config.data.skip_corrupt=True")
-                    else:
-                        out[count] = decoded
-                        count += 1
-                bar.update(len(indices))
+        with open(partial, "wb") as file:
+            _npy_header(file, 0, form)
+            corrupt = []
+            for name, decoded in _decoded(source, form):
+                if isinstance(decoded, np.ndarray):
+                    file.write(decoded)
+                elif skip_corrupt:
+                    corrupt.append(f"{name}: {decoded}")
+                else:
+                    raise UserError(f"image {name}: {decoded}: mend it, or set --config.data.skip_corrupt=True")
+            count = len(source.names) - len(corrupt)
+            file.seek(0)
+            _npy_header(file, count, form)
         if corrupt:
-            print(f"left out {len(corrupt)} of {len(names)} images that cannot be read, first {corrupt[0]}")
+            print(f"left out {len(corrupt)} of {len(source.names)} images that cannot be read, first {corrupt[0]}")
         if not count:
             raise UserError(f"no image could be read, first {corrupt[0]}")
-        out.flush()
-        if corrupt:
-            with open(partial, "wb") as file:
-                np.save(file, np.array(out[:count]))
         os.replace(partial, cache)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _npy_header(file, count, form):
+    """Of one length whatever the count: NumPy leaves room for the first axis to grow."""
+    image_size, channels, _ = form
+    header = {"descr": "|u1", "fortran_order": False, "shape": (count, image_size, image_size, channels)}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
+def _decoded(source, form):
+    """Yields (name, uint8 image or what was wrong with it) in order; decodes in threads, which Pillow runs side by side."""
+
+    def decode(i):
+        try:
+            return _fit(source.read(i), *form)
+        except (OSError, ValueError, SyntaxError, zipfile.BadZipFile, Image.DecompressionBombError) as error:
+            return error
+
+    num = len(source.names)
+    with concurrent.futures.ThreadPoolExecutor() as pool, tqdm.tqdm(total=num, unit="image", desc="decoding") as bar:
+        for start in range(0, num, 1024):
+            indices = range(start, min(start + 1024, num))
+            for i, decoded in zip(indices, pool.map(decode, indices), strict=True):
+                yield source.names[i], decoded
+                bar.update()
 
 
 def _fit(image: Image.Image, image_size, channels, crop) -> np.ndarray:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import optax  # noqa: TID251 (makes the optimizer)
 from ml_collections import ConfigDict  # noqa: TID251 (reads the config)
 
-from diffusion_jax import losses, sampling, schedule as schedules, unet
+from diffusion_jax import losses, sampling, unet
+from diffusion_jax import schedule as schedules
 from diffusion_jax.errors import UserError
 
 _SCHEDULES = {"su_linear": schedules.su_linear, "ho_linear": schedules.ho_linear, "cosine": schedules.cosine}
@@ -89,7 +90,7 @@ def check(config: ConfigDict, reference: ConfigDict) -> None:
       config: what the user gave.
       reference: a config with every key and a value of its type, `configs/default.py`'s.
     """
-    _check_keys(config.to_dict(), reference.to_dict())
+    _check_types(config, reference)
     for key, names in (
         ("schedule.name", _SCHEDULES),
         ("sampling.sigma", _SIGMAS),
@@ -125,17 +126,14 @@ _AT_LEAST_1 = (
     "train.keep_checkpoints",
     "sampling.num",
 )
+# What the parameters and their meaning depend on; the rest may change between runs in a workdir.
+_IDENTITY = ("data.image_size", "data.channels", "schedule.", "model.")
+
 _AT_LEAST_0 = ("seed", "data.crop", "train.warmup_steps", "train.sample_every")
 
 
-def _get(config, key):
-    for name in key.split("."):
-        config = config[name]
-    return config
-
-
 def _need(config, key, holds, wanted):
-    value = _get(config, key)
+    value = flatten(config)[key]
     if not holds(value):
         raise UserError(f"config.{key}={value!r} must be {wanted}")
 
@@ -144,20 +142,49 @@ def _one_of(config, key, names):
     _need(config, key, lambda value: value in names, f"one of {', '.join(map(str, names))}")
 
 
-def _check_keys(given, reference, prefix=""):
-    """The same keys, and values of the same type (an int will do for a float, a list for a tuple)."""
+def check_key(key: str, reference: ConfigDict) -> None:
+    """Raises UserError, naming the nearest key, unless `key` ("train.loss") is one of the reference's."""
+    keys = flatten(reference)
+    if key not in keys:
+        near = difflib.get_close_matches(key, keys, n=1, cutoff=0)[0]
+        raise UserError(f"config.{key} is no key of the config: the nearest is config.{near}")
+
+
+def check_same_model(old: ConfigDict, new: ConfigDict, workdir) -> None:
+    """Raises UserError, naming the keys, if the two configs train networks that are not the same."""
+    old, new = flatten(old), flatten(new)
+    changed = [
+        f"{key}: {old.get(key)!r} there, {new.get(key)!r} here"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and key.startswith(_IDENTITY)
+    ]
+    if changed:
+        raise UserError(
+            f"--workdir={workdir} holds another model (config.{', config.'.join(changed)}): "
+            "give another workdir, or the config of this one"
+        )
+
+
+def flatten(config: ConfigDict) -> dict:
+    """{"seed": 0, "train.loss": "simple", ...}; lists as tuples."""
+    flat = {}
+    for name, section in config.items():
+        entries = section.items() if isinstance(section, ConfigDict) else [(None, section)]
+        for key, value in entries:
+            flat[f"{name}.{key}" if key else name] = tuple(value) if isinstance(value, list) else value
+    return flat
+
+
+def _check_types(config, reference):
+    """The keys of the reference, with values of their types; an int will do for a float."""
+    given, wanted = flatten(config), flatten(reference)
     for key, value in given.items():
-        if key not in reference:
-            near = difflib.get_close_matches(key, reference, n=1, cutoff=0)[0]
-            raise UserError(f"config.{prefix}{key} is no key of the config: the nearest is config.{prefix}{near}")
-        wanted = type(reference[key])
-        accepted = {float: (float, int), tuple: (tuple, list)}.get(wanted, (wanted,))
-        if type(value) not in accepted:
-            raise UserError(f"config.{prefix}{key}={value!r} must be of type {wanted.__name__}")
-        if isinstance(value, dict):
-            _check_keys(value, reference[key], f"{prefix}{key}.")
-    for key in reference.keys() - given.keys():
-        raise UserError(f"config.{prefix}{key} is missing: start from configs/default.py")
+        check_key(key, reference)
+        kind = type(wanted[key])
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise UserError(f"config.{key}={value!r} must be of type {kind.__name__}")
+    for key in wanted.keys() - given.keys():
+        raise UserError(f"config.{key} is missing: start from configs/default.py")
 
 
 def _check_image_size(config):

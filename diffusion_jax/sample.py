@@ -27,7 +27,8 @@ def load(workdir, num: int | None = None):
     Raises:
       UserError: no run, or no checkpoint, in `workdir`.
     """
-    return from_config.sample_fn(checkpoint.read_config(workdir), num), _ema_params(workdir)
+    config = _config(workdir)
+    return from_config.sample_fn(config, num), _ema_params(config, workdir)
 
 
 def load_network(workdir):
@@ -40,8 +41,8 @@ def load_network(workdir):
     Raises:
       UserError: no run, or no checkpoint, in `workdir`.
     """
-    config = checkpoint.read_config(workdir)
-    return from_config.model(config).apply, _ema_params(workdir), from_config.schedule(config)
+    config = _config(workdir)
+    return from_config.model(config).apply, _ema_params(config, workdir), from_config.schedule(config)
 
 
 def sample(workdir, num: int, seed: int, out: str) -> None:
@@ -57,7 +58,7 @@ def sample(workdir, num: int, seed: int, out: str) -> None:
         raise UserError(f"--out={out} must end in .png (a grid) or .npz (an array)")
     if num < 1:
         raise UserError(f"--num={num} must be at least 1")
-    per_call = min(num, checkpoint.read_config(workdir).sampling.num)
+    per_call = min(num, _config(workdir).sampling.num)
     sample_fn, params = load(workdir, per_call)
     params = jax.device_put(params)
     chunks = []
@@ -73,10 +74,16 @@ def sample(workdir, num: int, seed: int, out: str) -> None:
     print(f"{num} samples: {out}")
 
 
-def _ema_params(workdir):
-    like = abstract_state(checkpoint.read_config(workdir))
+def _config(workdir):
+    config = checkpoint.read_config(workdir)
+    if config is None:
+        raise UserError(f"--workdir={workdir} holds no run (no config.json): give the workdir of a training run")
+    return config
+
+
+def _ema_params(config, workdir):
     with checkpoint.open_manager(workdir) as manager:
-        state = checkpoint.restore(manager, like)
+        state = checkpoint.restore(manager, abstract_state(config))
     if state is None:
         raise UserError(f"--workdir={workdir} holds no checkpoint yet: train first")
     return state.ema_params

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from ml_collections import ConfigDict  # noqa: TID251 (the type of from_config's argument)
+from ml_collections import ConfigDict
 
 from diffusion_jax import from_config
 

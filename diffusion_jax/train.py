@@ -97,7 +97,9 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
             f"config.train.batch_size={config.train.batch_size} does not divide among {devices} devices: "
             f"make it a multiple of {devices}"
         )
-    workdir = checkpoint.claim(workdir, config)
+    workdir = checkpoint.absolute(workdir)
+    if (earlier := checkpoint.read_config(workdir)) is not None:
+        from_config.check_same_model(earlier, config, workdir)
     dataset = data.batches(
         open_images(config),
         seed=config.seed,
@@ -106,6 +108,7 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
         process_index=jax.process_index(),
         process_count=processes,
     )
+    checkpoint.write_config(workdir, config)
 
     # ------------------------------------------------------------ state and step
     train_step = make_train_step(

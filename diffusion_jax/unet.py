@@ -7,7 +7,6 @@ import functools
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn  # noqa: TID251 (the room of flax)
 
@@ -22,9 +21,7 @@ _NEARLY_ZERO = 1e-10
 
 def conv(features, dtype, kernel_size=3, strides=1, init_scale=1.0, name=None):
     """A 3×3 convolution, padding "SAME" (which pads a strided one at the bottom and right)."""
-    return nn.Conv(
-        features, (kernel_size, kernel_size), strides, dtype=dtype, kernel_init=_init(init_scale), name=name
-    )
+    return nn.Conv(features, (kernel_size, kernel_size), strides, dtype=dtype, kernel_init=_init(init_scale), name=name)
 
 
 def dense(features, dtype, init_scale=1.0, name=None):

@@ -1,0 +1,68 @@
+"""The command line.
+
+python main.py --config=configs/digits.py --workdir=runs/digits
+python main.py --mode=sample --workdir=runs/digits --num=64 --seed=0 --out=samples.png
+"""
+
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from configs import default
+from diffusion_jax import from_config
+from diffusion_jax.errors import UserError
+from diffusion_jax.sample import sample
+from diffusion_jax.train import train
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "config file, see configs/ (for --mode=train)")
+WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: config, checkpoints, metrics, samples")
+MODE = flags.DEFINE_enum("mode", "train", ["train", "sample"], "what to do")
+NUM = flags.DEFINE_integer("num", 64, "images to sample")
+SEED = flags.DEFINE_integer("seed", 0, "of the samples")
+OUT = flags.DEFINE_string("out", "samples.png", "where the samples go: .png (a grid) or .npz (an array)")
+DEBUG = flags.DEFINE_bool("debug", False, "show the traceback of an error")
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Flags of the command line, with a key that is in no config refused under its own name."""
+    for arg in argv:
+        if arg.lstrip("-").startswith("config."):
+            from_config.check_key(arg.lstrip("-").removeprefix("config.").split("=")[0], default.get_config())
+    try:
+        rest = app.parse_flags_with_usage(argv)
+        if CONFIG.value is not None:
+            CONFIG.value.keys()  # a config file that cannot be loaded says so only when it is used
+        return rest
+    except Exception as error:  # whatever the config file, which is the user's program, raises
+        raise UserError(f"--config: {' '.join(str(error).split())}") from error
+
+
+def run(argv: list[str]) -> None:
+    """Does what the flags say."""
+    logging.set_verbosity(logging.WARNING)
+    if argv[1:]:
+        raise UserError(f"{argv[1]!r} is no flag: flags start with --")
+    if WORKDIR.value is None:
+        raise UserError("--workdir is missing: give the folder of the run")
+    if MODE.value == "sample":
+        sample(WORKDIR.value, NUM.value, SEED.value, OUT.value)
+        return
+    if CONFIG.value is None:
+        raise UserError("--config is missing: give a config file, e.g. --config=configs/digits.py")
+    from_config.check(CONFIG.value, default.get_config())
+    train(CONFIG.value, WORKDIR.value)
+
+
+def main() -> None:
+    """Runs, and turns what the user can mend into one line and exit code 1."""
+    try:
+        app.run(run, flags_parser=parse)
+    except (UserError, FloatingPointError) as error:
+        if "--debug" in sys.argv:
+            raise
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

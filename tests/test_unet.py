@@ -1,0 +1,224 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax import unet
+
+SMALL = {"channels": 8, "multipliers": (1, 2), "num_res_blocks": 1, "attention_resolutions": (4,), "num_groups": 4}
+X = np.random.default_rng(0).standard_normal((2, 8, 12, 3)).astype(np.float32)
+T = np.array([1, 7])
+
+
+def shapes(**fields):
+    size = fields.pop("size", 32)
+    model = unet.UNet(**fields)
+    return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)), jnp.ones(1, int))["params"]
+
+
+def count(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A network whose every weight matters: the initial one has residual branches of 1e-10."""
+    model = unet.UNet(**SMALL)
+    params = jax.jit(model.init)(jax.random.key(0), X, T)["params"]
+    leaves, tree = jax.tree.flatten(params)
+    rng = np.random.default_rng(1)
+    leaves = [jnp.asarray(rng.normal(0, 0.2, leaf.shape) + (leaf.ndim == 1), jnp.float32) for leaf in leaves]
+    return model, jax.tree.unflatten(tree, leaves)
+
+
+# ---------------------------------------------------------------- Ho et al.'s weights
+
+
+def test_parameters_of_the_cifar10_network():
+    assert count(shapes()) == 35_746_307
+
+
+def test_parameters_of_the_256_network():
+    assert count(shapes(multipliers=(1, 1, 2, 2, 4, 4), size=256)) == 113_673_219
+
+
+def test_names_are_hos_scopes():
+    params = shapes(multipliers=(1, 2), attention_resolutions=(16,))
+    blocks = {"norm1", "conv1", "temb_proj", "norm2", "conv2"}
+    assert set(params["down_0_block_0"]) == blocks
+    assert set(params["down_1_block_0"]) == blocks | {"nin_shortcut"}
+    assert set(params["mid_attn_1"]) == {"norm", "q", "k", "v", "proj_out"}
+    assert [name for name in sorted(params) if "attn" in name] == [
+        *("down_1_attn_0", "down_1_attn_1", "mid_attn_1"),
+        *("up_1_attn_0", "up_1_attn_1", "up_1_attn_2"),
+    ]
+    assert params["up_0_block_0"]["conv1"]["kernel"].shape == (3, 3, 256 + 128, 128)
+    assert params["up_0_block_2"]["conv1"]["kernel"].shape == (3, 3, 128 + 128, 128)
+    assert params["up_1_upsample"]["kernel"].shape == (3, 3, 256, 256)
+
+
+def test_initial_scales():
+    """variance_scaling(1, fan_avg, uniform): bound sqrt(3 / fan_avg); 1e-5 of it where a residual branch ends."""
+    params = jax.jit(unet.UNet(**SMALL).init)(jax.random.key(0), X, T)["params"]
+    assert all(np.all(leaf == 0) for path, leaf in jax.tree.leaves_with_path(params) if path[-1].key == "bias")
+    block = params["mid_block_1"]
+    bound = np.sqrt(3 / (9 * 16))
+    assert 0.9 * bound < abs(block["conv1"]["kernel"]).max() <= bound
+    assert 0.9e-5 * bound < abs(block["conv2"]["kernel"]).max() <= 1e-5 * bound
+    assert abs(params["mid_attn_1"]["proj_out"]["kernel"]).max() <= 1e-5 * np.sqrt(3 / 16)
+    assert abs(params["conv_out"]["kernel"]).max() <= 1e-5 * np.sqrt(3 / (9 * (8 + 3) / 2))
+
+
+# ---------------------------------------------------------------- its parts
+
+
+def test_time_embedding():
+    t = np.array([0, 1, 999])
+    frequencies = 1e4 ** (-np.arange(4) / 3)
+    expected = np.concatenate([np.sin(np.outer(t, frequencies)), np.cos(np.outer(t, frequencies))], axis=1)
+    np.testing.assert_allclose(unet.time_embedding(t, 8), expected, atol=1e-4)
+
+
+def test_step_1_is_embedded_as_0(small, monkeypatch):
+    model, params = small
+    seen = []
+    embed = unet.time_embedding
+    monkeypatch.setattr(unet, "time_embedding", lambda t, features: seen.append(t) or embed(t, features))
+    model.apply({"params": params}, X, T)
+    np.testing.assert_array_equal(seen[0], [0, 6])
+
+
+def test_attention_is_one_head_over_all_positions():
+    x = np.random.default_rng(0).standard_normal((2, 3, 4, 8)).astype(np.float32)
+    block = unet.AttentionBlock(4, jnp.float32)
+    params = block.init(jax.random.key(0), x)["params"]
+    params["proj_out"]["kernel"] = jnp.eye(8)
+    h = nn.GroupNorm(4, epsilon=1e-6).apply({"params": params["norm"]}, x).reshape(2, 12, 8)
+    q, k, v = (np.asarray(h @ params[name]["kernel"], np.float64) for name in "qkv")
+    logits = q @ k.transpose(0, 2, 1) / np.sqrt(8)
+    weights = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+    actual = block.apply({"params": params}, x)
+    np.testing.assert_allclose(actual, x + (weights @ v).reshape(x.shape), atol=1e-5)
+
+
+def test_residual_block():
+    """norm, SiLU, conv; + time before norm2; norm, SiLU, conv; + the input through a 1×1."""
+    x = np.random.default_rng(0).standard_normal((2, 4, 4, 8)).astype(np.float32)
+    temb = np.random.default_rng(1).standard_normal((2, 5)).astype(np.float32)
+    block = unet.ResnetBlock(16, 0.0, 4, jnp.float32)
+    params = block.init(jax.random.key(0), x, temb, False)["params"]
+    params = jax.tree.map(lambda leaf: leaf + 0.1, params)
+
+    def part(module, name, x):
+        return module.apply({"params": params[name]}, x)
+
+    norm, conv = nn.GroupNorm(4, epsilon=1e-6, use_fast_variance=False), nn.Conv(16, (3, 3))
+    h = part(conv, "conv1", nn.silu(part(norm, "norm1", x)))
+    h = h + part(nn.Dense(16), "temb_proj", nn.silu(temb))[:, None, None, :]
+    h = part(conv, "conv2", nn.silu(part(norm, "norm2", h)))
+    expected = part(nn.Dense(16), "nin_shortcut", x) + h
+    np.testing.assert_allclose(block.apply({"params": params}, x, temb, False), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_group_norm_far_from_zero_and_at_low_contrast():
+    x = np.random.default_rng(0).standard_normal((1, 8, 8, 32)).astype(np.float32)
+    norm = unet.group_norm(32, 8, jnp.float32)
+    variables = norm.init(jax.random.key(0), x)
+    np.testing.assert_allclose(norm.apply(variables, x + 100), norm.apply(variables, x), atol=1e-4)
+    groups = x.astype(np.float64).reshape(64, 8, 4) * 1e-3
+    expected = (groups - groups.mean(axis=(0, 2), keepdims=True)) / np.sqrt(
+        groups.var(axis=(0, 2), keepdims=True) + 1e-6
+    )
+    np.testing.assert_allclose(norm.apply(variables, x * 1e-3), expected.reshape(x.shape), atol=1e-4)
+
+
+@pytest.mark.parametrize("channels, groups", [(128, 32), (384, 32), (16, 16), (48, 16), (6, 2)])
+def test_groups_divide_the_channels(channels, groups):
+    assert unet.group_norm(channels, 32, jnp.float32).num_groups == groups
+
+
+def test_downsampling_pads_at_the_bottom_and_right():
+    """A stride-2 kernel that picks its centre sees pixels 1, 3, 5, …: nothing is padded at the top and left."""
+    x = jnp.arange(36.0).reshape(1, 6, 6, 1)
+    kernel = jnp.zeros((3, 3, 1, 1)).at[1, 1].set(1)
+    down = unet.conv(1, jnp.float32, strides=2).apply({"params": {"kernel": kernel, "bias": jnp.zeros(1)}}, x)
+    np.testing.assert_array_equal(down, x[:, 1::2, 1::2])
+
+
+def test_upsampling_is_nearest():
+    x = jnp.arange(6.0).reshape(1, 2, 3, 1)
+    np.testing.assert_array_equal(unet._double(x), x.repeat(2, axis=1).repeat(2, axis=2))
+
+
+# ---------------------------------------------------------------- the whole
+
+
+def test_images_need_not_be_square(small):
+    model, params = small
+    assert model.apply({"params": params}, X, T).shape == X.shape
+
+
+def test_the_step_and_every_weight_matter(small):
+    model, params = small
+
+    @jax.jit
+    def loss(params, t):
+        return jnp.sum(model.apply({"params": params}, X, t) ** 2)
+
+    assert not np.isclose(loss(params, T), loss(params, T + 1), rtol=1e-4)
+    dead = [
+        jax.tree_util.keystr(path)
+        for path, gradient in jax.tree.leaves_with_path(jax.jit(jax.grad(loss))(params, T))
+        if not np.any(gradient)
+    ]
+    # A shift of all keys changes no softmax: this bias is in Ho's network, and is not used.
+    assert [name for name in dead if "['k']['bias']" not in name] == []
+
+
+def test_examples_do_not_see_each_other(small):
+    model, params = small
+    both = model.apply({"params": params}, X, T)
+    np.testing.assert_allclose(model.apply({"params": params}, X[1:], T[1:]), both[1:], atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(9, 8), (8, 6)])
+def test_sizes_that_cannot_be_halved(size):
+    model = unet.UNet(channels=8, multipliers=(1, 1, 1))
+    with pytest.raises(ValueError, match=f"{size[0]}x{size[1]} .* multiples of 4"):
+        model.init(jax.random.key(0), jnp.zeros((1, *size, 1)), jnp.ones(1, int))
+
+
+def test_bfloat16_computes_with_float32_parameters_and_output(small):
+    model, params = small
+    half = model.clone(dtype=jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(jax.eval_shape(half.init, jax.random.key(0), X, T))} == {
+        jnp.dtype("float32")
+    }
+    exact, rough = model.apply({"params": params}, X, T), half.apply({"params": params}, X, T)
+    assert rough.dtype == jnp.float32
+    error = float(jnp.linalg.norm(rough - exact) / jnp.linalg.norm(exact))
+    assert 1e-4 < error < 0.05  # it did compute in bfloat16, and not worse than that
+
+
+def test_bfloat16_keeps_statistics_and_softmax_in_float32():
+    """The HLO's exponentials (softmax's; SiLU has logistic) and reductions are float32."""
+    block = unet.AttentionBlock(4, jnp.bfloat16)
+    x = jnp.zeros((2, 4, 4, 8), jnp.bfloat16)
+    params = block.init(jax.random.key(0), x)
+    text = jax.jit(block.apply).lower(params, x).as_text()
+    lines = [line for line in text.splitlines() if "stablehlo.exponential" in line or "stablehlo.reduce" in line]
+    assert len(lines) >= 4
+    assert all("bf16" not in line for line in lines)
+
+
+def test_dropout_only_in_training(small):
+    model, params = small
+    model = model.clone(dropout=0.5)
+
+    def apply(key, train):
+        return model.apply({"params": params}, X, T, train=train, rngs={"dropout": jax.random.key(key)})
+
+    np.testing.assert_array_equal(apply(0, False), apply(1, False))
+    assert not np.allclose(apply(0, True), apply(1, True))
+    np.testing.assert_array_equal(apply(0, True), apply(0, True))
