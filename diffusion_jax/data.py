@@ -170,11 +170,12 @@ def _npy_header(file, count, form):
 
 
 def _decoded(source, form):
-    """Yields (name, uint8 image or what was wrong with it) in order; decodes in threads, which Pillow runs side by side."""
+    """Yields (name, uint8 image or what was wrong with it) in order; Pillow decodes on all cores."""
 
     def decode(i):
         try:
-            return _fit(source.read(i), *form)
+            with source.read(i) as image:
+                return _fit(image, *form)
         except (OSError, ValueError, SyntaxError, zipfile.BadZipFile, Image.DecompressionBombError) as error:
             return error
 
@@ -202,8 +203,9 @@ def _fit(image: Image.Image, image_size, channels, crop) -> np.ndarray:
     if side > min(image.size):
         raise ValueError(f"{image.width}x{image.height} is smaller than the crop of {crop} (config.data.crop)")
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    box = (left, top, left + side, top + side)
-    image = image.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box)
+    # Cropped first: the `box` of resize would let pixels from outside it into the edges.
+    image = image.crop((left, top, left + side, top + side))
+    image = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
     return np.asarray(image).reshape(image_size, image_size, channels)
 
 

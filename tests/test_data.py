@@ -191,7 +191,9 @@ def batches(**options):
 
 def test_each_epoch_holds_every_image_once_in_its_own_order():
     dataset = batches(batch_size=4, flip=False)
-    epochs = [[int(x) for step in range(5 * epoch, 5 * epoch + 5) for x in dataset[step][:, 0, 0]] for epoch in (0, 1)]
+    epochs = [
+        [int(x) for step in range(5 * epoch, 5 * epoch + 5) for x in dataset[step][:, 0, 0, 0]] for epoch in (0, 1)
+    ]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(20))
     assert epochs[0] != epochs[1]
     assert epochs[0] != list(range(20))
@@ -203,14 +205,14 @@ def test_the_seed_decides():
 
 
 def test_flips_are_a_coin_per_example():
-    flipped = np.concatenate([batches()[step][:, 0, 0] >= 100 for step in range(100)])
+    flipped = np.concatenate([batches()[step][:, 0, 0, 0] >= 100 for step in range(100)])
     assert 0.45 < flipped.mean() < 0.55
     per_image = {}
     for step in range(50):
-        for left in batches()[step][:, 0, 0].tolist():
+        for left in batches()[step][:, 0, 0, 0].tolist():
             per_image.setdefault(left % 100, set()).add(left >= 100)
     assert all(sides == {True, False} for sides in per_image.values())  # not decided once and for all
-    assert not any((batches(flip=False)[step][:, 0, 0] >= 100).any() for step in range(20))
+    assert not any((batches(flip=False)[step][:, 0, 0, 0] >= 100).any() for step in range(20))
 
 
 @pytest.mark.parametrize("processes", [2, 4, 8])
