@@ -34,7 +34,7 @@ def make_train_step(
     the global batch) alone, so any number of devices takes the same step.
 
     Args:
-      apply_fn: a Flax module's `apply`.
+      apply_fn: the UNet's `apply`.
       loss_fn: (eps_bar_fn, s, x_0, t, keys [B]) -> [B].
 
     The step's arguments: images uint8 [D, B, H, W, C] and indices int [D, B] over the D
@@ -45,10 +45,7 @@ def make_train_step(
 
     def mean_loss(params, x_0, t, noise_keys, dropout_keys):
         def eps_bar_fn(x, t):
-            def one(x, t, key):  # per example, for a dropout mask that does not depend on the batch
-                return apply_fn({"params": params}, x[None], t[None], train=True, rngs={"dropout": key})[0]
-
-            return jax.vmap(one)(x, t, dropout_keys)
+            return apply_fn({"params": params}, x, t, train=True, dropout_keys=dropout_keys)
 
         losses = loss_fn(eps_bar_fn, s, x_0, t, noise_keys)
         return jnp.mean(losses), losses

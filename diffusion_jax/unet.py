@@ -4,9 +4,11 @@ Layouts are NHWC. Modules are named after the variable scopes of Ho's code, with
 """
 
 import functools
+import itertools
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn  # noqa: TID251 (the room of flax)
 
@@ -47,8 +49,17 @@ def time_embedding(t, features):
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
+def drop(h, rate, keys):
+    """Dropout; the mask of example i is drawn from keys[i] alone, whatever batch or device it is in."""
+
+    def keep(key):
+        return jax.random.bernoulli(key, 1 - rate, h.shape[1:])
+
+    return jnp.where(jax.vmap(keep)(keys), h / (1 - rate), 0)
+
+
 class ResnetBlock(nn.Module):
-    """norm, SiLU, conv; + time; norm, SiLU, dropout, conv; + input."""
+    """norm, SiLU, conv; + time; norm, SiLU, dropout (with keys [B], if given), conv; + input."""
 
     features: int
     dropout: float
@@ -56,13 +67,14 @@ class ResnetBlock(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x, temb, train):
+    def __call__(self, x, temb, dropout_keys=None):
         norm = functools.partial(group_norm, num_groups=self.num_groups, dtype=self.dtype)
         h = nn.silu(norm(x.shape[-1], name="norm1")(x))
         h = conv(self.features, self.dtype, name="conv1")(h)
         h += dense(self.features, self.dtype, name="temb_proj")(nn.silu(temb))[:, None, None, :]
         h = nn.silu(norm(self.features, name="norm2")(h))
-        h = nn.Dropout(self.dropout, deterministic=not train)(h)
+        if dropout_keys is not None:
+            h = drop(h, self.dropout, dropout_keys)
         h = conv(self.features, self.dtype, init_scale=_NEARLY_ZERO, name="conv2")(h)
         if x.shape[-1] != self.features:
             x = dense(self.features, self.dtype, name="nin_shortcut")(x)
@@ -100,7 +112,8 @@ class UNet(nn.Module):
         halves the resolution of the one before.
       num_res_blocks: residual blocks per level on the way down; one more on the way up.
       attention_resolutions: heights of the levels with self-attention after every block.
-      dropout: rate inside the residual blocks when train=True (rngs={"dropout": key}).
+      dropout: rate inside the residual blocks when train=True: from dropout_keys [B], a key
+        per example, or else from rngs={"dropout": key}.
       num_groups: groups of GroupNorm, see `group_norm`.
       dtype: of the computation, float32 or bfloat16; parameters, the statistics of
         normalisation, softmax and the output are float32.
@@ -118,14 +131,22 @@ class UNet(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x, t, train=False):
+    def __call__(self, x, t, train=False, dropout_keys=None):
         levels = len(self.multipliers)
         check_image_size(*x.shape[1:3], levels)
         image_channels = x.shape[-1]
+        with_dropout = train and self.dropout > 0
+        if with_dropout and dropout_keys is None:
+            dropout_keys = jax.random.split(self.make_rng("dropout"), len(x))
+        counter = itertools.count()
+
+        def residual(h, features, name):
+            # Each block has a stream of its own.
+            keys = jax.vmap(jax.random.fold_in, (0, None))(dropout_keys, next(counter)) if with_dropout else None
+            return ResnetBlock(features, self.dropout, self.num_groups, self.dtype, name=name)(h, temb, keys)
 
         def block(h, level, name):
-            features = self.channels * self.multipliers[level]
-            h = ResnetBlock(features, self.dropout, self.num_groups, self.dtype, name=name)(h, temb, train)
+            h = residual(h, self.channels * self.multipliers[level], name)
             if h.shape[1] in self.attention_resolutions:
                 h = AttentionBlock(self.num_groups, self.dtype, name=name.replace("block", "attn"))(h)
             return h
@@ -145,9 +166,9 @@ class UNet(nn.Module):
                 h = conv(h.shape[-1], self.dtype, strides=2, name=f"down_{i}_downsample")(h)
                 skips.append(h)
 
-        h = ResnetBlock(h.shape[-1], self.dropout, self.num_groups, self.dtype, name="mid_block_1")(h, temb, train)
+        h = residual(h, h.shape[-1], "mid_block_1")
         h = AttentionBlock(self.num_groups, self.dtype, name="mid_attn_1")(h)
-        h = ResnetBlock(h.shape[-1], self.dropout, self.num_groups, self.dtype, name="mid_block_2")(h, temb, train)
+        h = residual(h, h.shape[-1], "mid_block_2")
 
         for i in reversed(range(levels)):
             for j in range(self.num_res_blocks + 1):

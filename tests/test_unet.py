@@ -32,6 +32,11 @@ def small():
     return model, jax.tree.unflatten(tree, leaves)
 
 
+def apply(model, params, *args, **kwargs):
+    """Compiled as a whole: op by op a network of this size takes seconds."""
+    return jax.jit(lambda params: model.apply({"params": params}, *args, **kwargs))(params)
+
+
 # ---------------------------------------------------------------- Ho et al.'s weights
 
 
@@ -85,7 +90,7 @@ def test_step_1_is_embedded_as_0(small, monkeypatch):
     seen = []
     embed = unet.time_embedding
     monkeypatch.setattr(unet, "time_embedding", lambda t, features: seen.append(t) or embed(t, features))
-    model.apply({"params": params}, X, T)
+    jax.eval_shape(lambda: model.apply({"params": params}, X, T))
     np.testing.assert_array_equal(seen[0], [0, 6])
 
 
@@ -107,7 +112,7 @@ def test_residual_block():
     x = np.random.default_rng(0).standard_normal((2, 4, 4, 8)).astype(np.float32)
     temb = np.random.default_rng(1).standard_normal((2, 5)).astype(np.float32)
     block = unet.ResnetBlock(16, 0.0, 4, jnp.float32)
-    params = block.init(jax.random.key(0), x, temb, False)["params"]
+    params = block.init(jax.random.key(0), x, temb)["params"]
     params = jax.tree.map(lambda leaf: leaf + 0.1, params)
 
     def part(module, name, x):
@@ -118,7 +123,7 @@ def test_residual_block():
     h = h + part(nn.Dense(16), "temb_proj", nn.silu(temb))[:, None, None, :]
     h = part(conv, "conv2", nn.silu(part(norm, "norm2", h)))
     expected = part(nn.Dense(16), "nin_shortcut", x) + h
-    np.testing.assert_allclose(block.apply({"params": params}, x, temb, False), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(block.apply({"params": params}, x, temb), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_group_norm_far_from_zero_and_at_low_contrast():
@@ -156,7 +161,7 @@ def test_upsampling_is_nearest():
 
 def test_images_need_not_be_square(small):
     model, params = small
-    assert model.apply({"params": params}, X, T).shape == X.shape
+    assert jax.eval_shape(lambda: model.apply({"params": params}, X, T)).shape == X.shape
 
 
 def test_the_step_and_every_weight_matter(small):
@@ -178,8 +183,8 @@ def test_the_step_and_every_weight_matter(small):
 
 def test_examples_do_not_see_each_other(small):
     model, params = small
-    both = model.apply({"params": params}, X, T)
-    np.testing.assert_allclose(model.apply({"params": params}, X[1:], T[1:]), both[1:], atol=1e-4)
+    both = apply(model, params, X, T)
+    np.testing.assert_allclose(apply(model, params, X[1:], T[1:]), both[1:], atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [(9, 8), (8, 6)])
@@ -195,7 +200,7 @@ def test_bfloat16_computes_with_float32_parameters_and_output(small):
     assert {leaf.dtype for leaf in jax.tree.leaves(jax.eval_shape(half.init, jax.random.key(0), X, T))} == {
         jnp.dtype("float32")
     }
-    exact, rough = model.apply({"params": params}, X, T), half.apply({"params": params}, X, T)
+    exact, rough = apply(model, params, X, T), apply(half, params, X, T)
     assert rough.dtype == jnp.float32
     error = float(jnp.linalg.norm(rough - exact) / jnp.linalg.norm(exact))
     assert 1e-4 < error < 0.05  # it did compute in bfloat16, and not worse than that
@@ -216,9 +221,40 @@ def test_dropout_only_in_training(small):
     model, params = small
     model = model.clone(dropout=0.5)
 
-    def apply(key, train):
-        return model.apply({"params": params}, X, T, train=train, rngs={"dropout": jax.random.key(key)})
+    def dropped(key, train):
+        return apply(model, params, X, T, train=train, rngs={"dropout": jax.random.key(key)})
 
-    np.testing.assert_array_equal(apply(0, False), apply(1, False))
-    assert not np.allclose(apply(0, True), apply(1, True))
-    np.testing.assert_array_equal(apply(0, True), apply(0, True))
+    np.testing.assert_array_equal(dropped(0, False), dropped(1, False))
+    assert not np.allclose(dropped(0, True), dropped(1, True))
+    np.testing.assert_array_equal(dropped(0, True), dropped(0, True))
+
+
+def test_dropout_of_an_example_depends_on_its_key_alone(small):
+    model, params = small
+    model = model.clone(dropout=0.5)
+    keys = jax.random.split(jax.random.key(0), 2)
+    both = apply(model, params, X, T, True, keys)
+    one = apply(model, params, X[1:], T[1:], True, keys[1:])
+    np.testing.assert_allclose(one, both[1:], rtol=1e-4, atol=1e-4)
+    assert not np.allclose(apply(model, params, X, T, True, keys[::-1]), both)
+
+
+def test_drop_keeps_the_mean_and_differs_between_examples():
+    h = jnp.ones((2, 100, 100, 1))
+    dropped = unet.drop(h, 0.25, jax.random.split(jax.random.key(0), 2))
+    np.testing.assert_allclose(np.unique(dropped), [0, 4 / 3], rtol=1e-6)
+    assert float(dropped.mean()) == pytest.approx(1, abs=0.02)
+    assert not np.array_equal(dropped[0], dropped[1])
+
+
+def test_every_block_drops_its_own(small, monkeypatch):
+    model, params = small
+    seen = []
+    monkeypatch.setattr(unet, "drop", lambda h, rate, keys: seen.append(jax.random.key_data(keys)) or h)
+
+    @jax.jit
+    def keys():
+        model.clone(dropout=0.1).apply({"params": params}, X, T, True, jax.random.split(jax.random.key(0), 2))
+        return jnp.concatenate(seen)
+
+    assert len(np.unique(keys(), axis=0)) == 2 * len(seen) == 2 * (2 + 2 + 2 * 2)  # down, middle, up; two examples
