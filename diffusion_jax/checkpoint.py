@@ -28,7 +28,7 @@ def write_config(workdir, config: ConfigDict) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         partial.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-        partial.rename(workdir / "config.json")
+        partial.replace(workdir / "config.json")
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be written ({error}): give another folder") from None
 

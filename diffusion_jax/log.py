@@ -55,7 +55,7 @@ class MetricsLog:
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
             partial = self._path.with_suffix(".partial")
             partial.write_text("".join(kept))
-            partial.rename(self._path)
+            partial.replace(self._path)
 
 
 def _mean(values):

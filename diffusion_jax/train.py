@@ -16,7 +16,7 @@ from diffusion_jax import checkpoint, data, from_config, images
 from diffusion_jax.errors import UserError
 from diffusion_jax.log import MetricsLog
 from diffusion_jax.schedule import Schedule
-from diffusion_jax.state import TrainState, init_state, replicate
+from diffusion_jax.state import TrainState, abstract_state, init_state, replicate
 
 AXIS = "batch"  # of the pmapped step
 QUARTERS = 4  # of 1..T, for which the loss is reported one by one
@@ -64,7 +64,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema_params = optax.incremental_update(params, state.ema_params, 1 - ema_decay)
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), "param_norm": optax.global_norm(params)}
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
         metrics |= _loss_by_quarter(losses, t, s.num_steps)
         return TrainState(state.step + 1, params, ema_params, opt_state), metrics
 
@@ -118,14 +118,13 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
     )
     sample_fn = from_config.sample_fn(config)
     learning_rate = from_config.learning_rate(config)
-    state = init_state(config)
-    num_parameters = sum(x.size for x in jax.tree.leaves(state.params))
     local = (jax.local_device_count(), config.train.batch_size // devices)
     indices = (jax.process_index() + processes * np.arange(math.prod(local))).reshape(local)
 
     with checkpoint.open_manager(workdir, config.train.keep_checkpoints) as manager:
-        state = checkpoint.restore(manager, state) or state
+        state = checkpoint.restore(manager, abstract_state(config)) or init_state(config)
         start = int(state.step)
+        num_parameters = sum(x.size for x in jax.tree.leaves(state.params))
         print(f"{num_parameters:,} parameters, {devices} {jax.devices()[0].platform} device(s), from step {start}")
         state = replicate(state, AXIS)
         batches = data.iterate(dataset, start)

@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -159,3 +161,16 @@ def test_sample_fn_is_traced_once(rough):
 
 def test_clip_reaches_the_chain(rough):
     assert float(abs(sampler(rough, 4, clip=(-0.1, 0.1))(5.0, jax.random.key(0))).max()) == np.float32(0.1)
+
+
+def test_the_program_is_the_same_for_every_number_of_steps():
+    """The same instructions: the steps are a loop, and the schedule is an argument."""
+
+    def instructions(num_steps):
+        s = schedule.ho_linear(num_steps)
+        chain = jax.jit(lambda s, sigma, x: sampling.reverse_chain(network, s, sigma, x, KEYS))
+        text = chain.lower(s, s.beta, X).compile().as_text()
+        return re.findall(r"= \S+ ([a-z-]+)\(", text)
+
+    assert len(instructions(10)) > 20
+    assert instructions(10) == instructions(1000)

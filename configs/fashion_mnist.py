@@ -1,0 +1,22 @@
+"""Fashion-MNIST, 28×28 grey, 60,000 images: from the four idx files as they are published.
+
+    python main.py --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist --config.data.path=FOLDER
+
+Known numbers: none; this configuration has not been run to its end.
+"""
+
+from configs import default
+
+
+def get_config():
+    config = default.get_config()
+    config.data.image_size = 28
+    config.data.channels = 1
+    config.data.flip = False  # the shoes all point to the left
+    config.model.channels = 64
+    config.model.multipliers = (1, 2, 2)
+    config.model.attention_resolutions = (14,)
+    config.train.num_steps = 100_000
+    config.train.warmup_steps = 1000
+    config.train.ema_decay = 0.999
+    return config

@@ -1,0 +1,156 @@
+import importlib
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import tiny_config
+
+from configs import default
+from diffusion_jax import checkpoint, from_config, schedule, unet
+from diffusion_jax.errors import UserError
+
+NAMES = sorted(path.stem for path in pathlib.Path(default.__file__).parent.glob("*.py"))
+
+
+def config_of(name):
+    return importlib.import_module(f"configs.{name}").get_config()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_config_is_valid_and_builds(name):
+    config = config_of(name)
+    from_config.check(config, default.get_config())
+    assert from_config.schedule(config).num_steps == from_config.sigma(config).shape[0] - 1
+    x = jax.ShapeDtypeStruct((1, *from_config.image_shape(config)), jnp.float32)
+    jax.eval_shape(from_config.model(config).init, jax.random.key(0), x, jax.ShapeDtypeStruct((1,), jnp.int32))
+
+
+@pytest.mark.parametrize("name", set(NAMES) - {"default"})
+def test_every_config_opens_with_its_command(name):
+    module = importlib.import_module(f"configs.{name}")
+    assert f"python main.py --config=configs/{name}.py --workdir=" in module.__doc__
+
+
+def test_papers_hyper_parameters():
+    """Ho et al. (2020), appendix B."""
+    cifar10, celebahq = config_of("cifar10"), config_of("celebahq256")
+    for config in (cifar10, celebahq):
+        s = from_config.schedule(config)
+        np.testing.assert_allclose(s.beta, schedule.ho_linear(1000, 1e-4, 0.02).beta)
+        assert (config.train.ema_decay, config.train.warmup_steps, config.train.grad_clip) == (0.9999, 5000, 1.0)
+        assert config.sampling.clip and config.data.flip and config.train.loss == "simple"
+    assert (cifar10.train.batch_size, cifar10.train.learning_rate, cifar10.train.num_steps) == (128, 2e-4, 800_000)
+    assert (celebahq.train.batch_size, celebahq.train.learning_rate, celebahq.train.num_steps) == (64, 2e-5, 500_000)
+    assert (cifar10.model.dropout, celebahq.model.dropout) == (0.1, 0.0)
+    assert (cifar10.sampling.sigma, celebahq.sampling.sigma) == ("beta", "posterior")
+    assert tuple(celebahq.model.multipliers) == (1, 1, 2, 2, 4, 4)
+
+
+def test_every_name_builds_its_object():
+    config = tiny_config(schedule__num_steps=10)
+    for name, expected in (
+        ("su_linear", schedule.su_linear(10)),
+        ("ho_linear", schedule.ho_linear(10)),
+        ("cosine", schedule.cosine(10)),
+    ):
+        config.schedule.name = name
+        np.testing.assert_array_equal(from_config.schedule(config).beta, expected.beta)
+    for name, expected in (
+        ("zero", schedule.sigma_zero),
+        ("beta", schedule.sigma_beta),
+        ("posterior", schedule.sigma_posterior),
+    ):
+        config.sampling.sigma = name
+        np.testing.assert_array_equal(from_config.sigma(config), expected(from_config.schedule(config)))
+
+
+def test_model_has_the_configs_fields():
+    config = tiny_config(model__dtype="bfloat16", model__multipliers=(1, 2), model__attention_resolutions=(4,))
+    assert from_config.model(config) == unet.UNet(8, (1, 2), 1, (4,), 0.1, 4, jnp.bfloat16)
+
+
+def test_optimizer():
+    """Warm-up from 0, clipping before Adam, Adam's own constants."""
+    config = tiny_config(train__learning_rate=0.5, train__warmup_steps=2)
+    rate = from_config.learning_rate(config)
+    assert [float(rate(step)) for step in range(4)] == [0, 0.25, 0.5, 0.5]
+    assert float(from_config.learning_rate(tiny_config(train__warmup_steps=0))(0)) == pytest.approx(2e-3)
+    gradients = [jnp.array([30.0, 0.0, 40.0]), jnp.array([0.1, -0.2, 0.0]), jnp.ones(3)]
+    by_hand = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b1=0.9, b2=0.999, eps=1e-8))
+
+    def updates(transform):
+        state = transform.init(jnp.ones(3))
+        for gradient in gradients:
+            update, state = transform.update(gradient, state)
+            yield update
+
+    for ours, expected in zip(updates(from_config.optimizer(config)), updates(by_hand), strict=True):
+        np.testing.assert_array_equal(ours, expected)
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("schedule.num_steps", 0, "schedule.num_steps=0 must be an integer >= 1"),
+        ("schedule.name", "linear", "'linear' must be one of su_linear, ho_linear, cosine"),
+        ("sampling.sigma", "large", "must be one of zero, beta, posterior"),
+        ("train.loss", "l2", "must be one of simple, step, weighted_step"),
+        ("model.dtype", "float16", "must be one of float32, bfloat16"),
+        ("data.channels", 2, "data.channels=2 must be one of 1, 3"),
+        ("data.image_size", 9, "image_size=9 does not fit .* multiples of 2"),
+        ("data.image_size", -8, "image_size=-8 must be an integer >= 1"),
+        ("train.batch_size", 0, "batch_size=0 must be"),
+        ("train.learning_rate", 0.0, "learning_rate=0.0 must be a number > 0"),
+        ("train.learning_rate", float("nan"), "learning_rate=nan must be"),
+        ("train.ema_decay", 1.0, r"ema_decay=1.0 must be in \[0, 1\)"),
+        ("model.dropout", -0.1, r"dropout=-0.1 must be in \[0, 1\)"),
+        ("model.channels", 7, "channels=7 must be an even number"),
+        ("model.multipliers", (), "one multiplier a level"),
+        ("model.multipliers", (1, 0), "must be integers >= 1"),
+        ("train.warmup_steps", -1, "must be an integer >= 0"),
+    ],
+)
+def test_values_out_of_range(key, value, message):
+    config = config_of("digits")
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=message):
+        from_config.check(config, default.get_config())
+
+
+def test_unknown_missing_and_mistyped_keys():
+    config = config_of("digits")
+    config.train.lerning_rate = 1e-3
+    with pytest.raises(UserError, match=r"train\.lerning_rate is no key .* nearest is config\.train\.learning_rate"):
+        from_config.check(config, default.get_config())
+    del config.train.lerning_rate
+    del config.train.loss
+    with pytest.raises(UserError, match=r"config\.train\.loss is missing"):
+        from_config.check(config, default.get_config())
+    config = config_of("digits")
+    with config.ignore_type():
+        config.train.num_steps = "many"
+    with pytest.raises(UserError, match=r"config\.train\.num_steps='many' must be of type int"):
+        from_config.check(config, default.get_config())
+
+
+def test_the_same_model_is_told_from_another():
+    old = tiny_config()
+    from_config.check_same_model(old, tiny_config(train__num_steps=9, train__batch_size=4, data__flip=True), "w")
+    for change in ({"model__channels": 16}, {"schedule__name": "cosine"}, {"data__image_size": 16}):
+        key = next(iter(change)).replace("__", r"\.")
+        with pytest.raises(UserError, match=f"w holds another model .*{key}"):
+            from_config.check_same_model(old, tiny_config(**change), "w")
+
+
+def test_config_json_comes_back(tmp_path):
+    config = tiny_config()
+    checkpoint.write_config(tmp_path / "run", config)
+    again = checkpoint.read_config(tmp_path / "run")
+    assert from_config.flatten(again) == from_config.flatten(config)
+    from_config.check_same_model(again, config, "w")
+    from_config.check(again, default.get_config())
+    assert from_config.model(again) == from_config.model(config)
+    assert checkpoint.read_config(tmp_path) is None

@@ -1,0 +1,118 @@
+"""The command line, as a user types it. One process per test: flags are global."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from conftest import TINY
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).parent.parent
+OVERRIDES = [f"--config.{key}={value}" for key, value in TINY.items()]
+
+
+def main(*args, devices=4):
+    """Runs main.py; the compilation cache of the tests is handed on."""
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    command = [sys.executable, str(ROOT / "main.py"), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, check=False, timeout=300)
+
+
+def train(workdir, *args, devices=4):
+    return main("--config=configs/digits.py", f"--workdir={workdir}", *OVERRIDES, *args, devices=devices)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("trained")
+    done = train(workdir, "--config.train.num_steps=20")
+    assert done.returncode == 0, done.stderr
+    assert f"samples: {workdir}" in done.stdout
+    return workdir
+
+
+def losses(workdir):
+    return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_20_steps_on_1_and_4_devices_agree(trained, tmp_path):
+    """Dropout, noise, t and data included."""
+    assert train(tmp_path, "--config.train.num_steps=20", devices=1).returncode == 0
+    np.testing.assert_allclose(losses(tmp_path), losses(trained), rtol=0, atol=1e-6)
+
+
+def test_sample_writes_a_grid_and_arrays(trained, tmp_path):
+    grid, few, many = tmp_path / "grid.png", tmp_path / "few.npz", tmp_path / "many.npz"
+    for out, num in ((grid, 9), (few, 2), (many, 9)):
+        done = main("--mode=sample", f"--workdir={trained}", f"--num={num}", "--seed=1", f"--out={out}")
+        assert done.returncode == 0, done.stderr
+        assert f"{num} samples: {out}" in done.stdout
+    with Image.open(grid) as image:
+        assert image.size == (3 * 68 + 4, 3 * 68 + 4)
+    few, many = np.load(few)["arr_0"], np.load(many)["arr_0"]
+    assert many.shape == (9, 8, 8, 1)
+    assert many.dtype == np.uint8
+    assert abs(few.astype(int) - many[:2]).max() <= 1  # 1e-4 may round to the next grey level
+    assert len(np.unique(many.reshape(9, -1), axis=0)) == 9
+
+
+BAD = {
+    "unknown key": (["--config.train.nmu_steps=3"], "train.nmu_steps is no key .* nearest is config.train.num_steps"),
+    "wrong type": (["--config.train.num_steps=abc"], "--config.train.num_steps=abc: invalid literal"),
+    "no steps": (["--config.schedule.num_steps=0"], "schedule.num_steps=0 must be an integer >= 1"),
+    "batch": (["--config.train.batch_size=6"], "batch_size=6 does not divide among 4 devices: .* multiple of 4"),
+    "image size": (["--config.data.image_size=9", "--config.model.multipliers=(1,2)"], "image_size=9 does not fit"),
+    "no data": (["--config.data.path=/nowhere"], "data.path='/nowhere' does not exist"),
+    "no config": (["--config=configs/nothing.py"], "--config: .*configs/nothing.py"),
+    "no flag": (["--wrkdir=x"], "Unknown command line flag 'wrkdir'. Did you mean: workdir"),
+    "no dashes": (["resume"], "'resume' is no flag"),
+    "workdir is a file": ([f"--workdir={ROOT / 'main.py'}"], "main.py is a file"),
+    "nothing to sample": (["--mode=sample"], "holds no run"),
+    "no such format": (["--mode=sample", "--out=x.gif"], "--out=x.gif must end in .png .* or .npz"),
+}
+
+
+@pytest.mark.parametrize("args, message", BAD.values(), ids=BAD)
+def test_bad_input_is_one_line(tmp_path, args, message):
+    done = train(tmp_path / "new", *args)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    complaint = [line for line in done.stderr.splitlines() if "help" not in line]
+    assert len(complaint) == 1, done.stderr
+    assert re.search(message, complaint[0]), complaint
+    assert not (tmp_path / "new").exists()
+
+
+def test_another_model_in_the_workdir_is_refused(trained):
+    before = (trained / "config.json").read_text()
+    done = train(trained, "--config.model.channels=16")
+    assert done.returncode == 1
+    assert "holds another model (config.model.channels: 8 there, 16 here)" in done.stderr
+    assert (trained / "config.json").read_text() == before
+
+
+def test_a_corrupt_image_in_a_folder_is_named(tmp_path):
+    (tmp_path / "faces").mkdir()
+    (tmp_path / "faces" / "broken.jpg").write_bytes(b"no picture")
+    path = [f"--config.data.path={tmp_path / 'faces'}", f"--config.data.cache_dir={tmp_path / 'cache'}"]
+    done = train(tmp_path / "new", *path)
+    assert done.returncode == 1
+    assert "error: image broken.jpg: cannot identify image file" in done.stderr
+    assert "skip_corrupt=True" in done.stderr
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    done = train(tmp_path / "new", "--config.schedule.num_steps=0", "--debug")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr

@@ -1,0 +1,300 @@
+import glob
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import tiny_config
+from tensorboardX.proto import event_pb2
+
+from diffusion_jax import from_config, losses, sample, train
+from diffusion_jax import state as states
+
+
+def run(workdir, **overrides):
+    return train.train(tiny_config(**overrides), str(workdir))
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_speed(lines):
+    return [{key: value for key, value in line.items() if "per_second" not in key} for line in lines]
+
+
+def assert_same(a, b):
+    """Every leaf of the two trees, bit for bit."""
+    paths_a, paths_b = (jax.tree.leaves_with_path(tree) for tree in (a, b))
+    assert [path for path, _ in paths_a] == [path for path, _ in paths_b]
+    for (path, x), (_, y) in zip(paths_a, paths_b, strict=True):
+        np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole")
+    return workdir, run(workdir)
+
+
+# ---------------------------------------------------------------- the run
+
+
+def test_resumed_run_ends_bit_for_bit_where_the_uninterrupted_ends(uninterrupted, tmp_path):
+    whole_workdir, whole = uninterrupted
+    run(tmp_path, train__num_steps=3)
+    # As after a kill: lines of steps that no checkpoint holds, the last one cut short.
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "loss": 123.0}\n{"step": 5, "lo')
+    resumed = run(tmp_path)
+    assert int(resumed.step) == 6
+    assert_same(resumed, whole)
+    assert (tmp_path / "samples/6.png").read_bytes() == (whole_workdir / "samples/6.png").read_bytes()
+    assert without_speed(lines(tmp_path)) == without_speed(lines(whole_workdir))
+
+
+def test_a_finished_run_is_left_alone(uninterrupted):
+    workdir, whole = uninterrupted
+    before = (workdir / "metrics.jsonl").read_text()
+    assert_same(run(workdir), whole)
+    assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_what_a_workdir_holds(uninterrupted):
+    workdir, _ = uninterrupted
+    assert json.loads((workdir / "config.json").read_text())["train"]["batch_size"] == 8
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["3", "6"]
+    assert [path.name for path in (workdir / "samples").iterdir()] == ["6.png"]
+
+
+def test_metrics(uninterrupted):
+    workdir, _ = uninterrupted
+    written = lines(workdir)
+    assert [line["step"] for line in written] == [1, 2, 3, 4, 5, 6]
+    assert [line["learning_rate"] for line in written] == pytest.approx([0, 1e-3, 2e-3, 2e-3, 2e-3, 2e-3])
+    assert written[0]["loss"] == pytest.approx(1, abs=0.1)  # the initial network predicts 0
+    assert all(line[name] > 0 for line in written for name in ("grad_norm", "param_norm", "images_per_second"))
+    seen = np.array([[line[f"loss_t{i}"] or np.nan for i in range(1, 5)] for line in written])
+    assert not np.isnan(seen).all(axis=0).any()
+
+
+def test_tensorboard_has_the_same_numbers(uninterrupted):
+    workdir, _ = uninterrupted
+    values = {}
+    for name in glob.glob(str(workdir / "events.out.tfevents.*")):
+        raw = pathlib.Path(name).read_bytes()
+        while raw:  # TFRecord: length, its checksum, the record, its checksum
+            length = int.from_bytes(raw[:8], "little")
+            event = event_pb2.Event.FromString(raw[12 : 12 + length])
+            raw = raw[16 + length :]
+            values |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+    for line in lines(workdir):
+        for name in ("loss", "learning_rate", "grad_norm", "param_norm"):
+            assert values[name, line["step"]] == pytest.approx(line[name], rel=1e-6)
+
+
+def test_metrics_are_means_over_the_interval(uninterrupted, tmp_path):
+    run(tmp_path, train__log_every=3)
+    single, averaged = lines(uninterrupted[0]), lines(tmp_path)
+    assert [line["step"] for line in averaged] == [3, 6]
+    for i in (0, 1):
+        assert averaged[i]["loss"] == pytest.approx(np.mean([line["loss"] for line in single[3 * i : 3 * i + 3]]))
+
+
+def test_another_seed_is_another_run(uninterrupted, tmp_path):
+    run(tmp_path, seed=1, train__num_steps=1)
+    assert lines(tmp_path)[0]["loss"] != lines(uninterrupted[0])[0]["loss"]
+
+
+@pytest.mark.parametrize("loss", ["simple", "step", "weighted_step"])
+def test_every_loss_teaches_to_predict_the_noise(tmp_path, loss):
+    """Measured by (15), which is 1 for the initial network, whatever it is trained by."""
+    config = tiny_config(
+        train__loss=loss, train__num_steps=60, train__batch_size=64, train__log_every=20, train__learning_rate=5e-3
+    )
+    params = train.train(config, str(tmp_path)).params
+    x_0 = train.open_images(config)[:256].astype(np.float32) / 127.5 - 1
+    t = np.arange(256) % 20 + 1
+    eps_bar = np.random.default_rng(0).standard_normal(x_0.shape).astype(np.float32)
+
+    @jax.jit
+    def error(params):
+        def eps_bar_fn(x, t):
+            return from_config.model(config).apply({"params": params}, x, t)
+
+        return losses.simple_loss(eps_bar_fn, from_config.schedule(config), x_0, t, eps_bar).mean()
+
+    assert error(states.init_state(config).params) == pytest.approx(1, abs=0.02)
+    assert error(params) < 0.6
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path):
+    run(tmp_path, train__num_steps=3)
+    with pytest.raises(FloatingPointError, match=r"(loss|grad_norm) is (nan|inf) at step [45]; .* of step 3"):
+        run(tmp_path, train__learning_rate=1e38)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
+    assert all(np.isfinite(line["loss"]) for line in lines(tmp_path))
+
+
+# ---------------------------------------------------------------- the step
+
+
+def make_step(config, loss_fn=None):
+    return train.make_train_step(
+        from_config.model(config).apply,
+        loss_fn or from_config.loss(config),
+        from_config.schedule(config),
+        from_config.optimizer(config),
+        config.train.ema_decay,
+        config.seed,
+    )
+
+
+def batch(devices=4, per_device=2):
+    pixels = np.random.default_rng(0).integers(0, 256, (devices, per_device, 8, 8, 1), np.uint8)
+    return pixels, np.arange(devices * per_device).reshape(devices, per_device)
+
+
+def test_one_step_against_its_parts():
+    """The gradient of the mean loss over the whole batch, clipping, Adam, EMA, in plain NumPy and optax."""
+    config = tiny_config(train__warmup_steps=0, model__dropout=0.0, train__ema_decay=0.75)
+    s, seen = from_config.schedule(config), {}
+
+    def spy(eps_bar_fn, s, x_0, t, keys):
+        eps_bar = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), x_0.shape[1:]))(keys)
+        jax.debug.callback(
+            lambda i, *values: seen.update({int(i): values}), jax.lax.axis_index("batch"), x_0, t, eps_bar
+        )
+        return losses.simple_loss(eps_bar_fn, s, x_0, t, eps_bar)
+
+    start = states.init_state(config)
+    after, metrics = make_step(config, spy)(states.replicate(start, train.AXIS), batch())
+    jax.effects_barrier()
+    x_0, t, eps_bar = (np.concatenate([seen[i][k] for i in range(4)]) for k in range(3))
+    np.testing.assert_allclose(x_0, batch()[0].reshape(8, 8, 8, 1) / 127.5 - 1, atol=1e-6)
+    assert 1 <= t.min() <= t.max() <= 20
+    assert len(np.unique(t)) > 2
+
+    def loss(params):
+        def eps_bar_fn(x, t):
+            return from_config.model(config).apply({"params": params}, x, t)
+
+        return losses.simple_loss(eps_bar_fn, s, x_0, t, eps_bar).mean()
+
+    value, grads = jax.jit(jax.value_and_grad(loss))(start.params)
+    norm = optax.tree.norm(grads)
+    scale = min(1.0, 1.0 / float(norm))
+    expected = jax.tree.map(lambda p, g: p - 2e-3 * scale * g / (abs(scale * g) + 1e-8), start.params, grads)
+    np.testing.assert_allclose(metrics["loss"], np.full(4, value), rtol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], np.full(4, norm), rtol=1e-4)
+    np.testing.assert_allclose(metrics["param_norm"], np.full(4, optax.tree.norm(after.params)), rtol=1e-5)
+    for new, ema, old, hand, g in zip(
+        *map(jax.tree.leaves, (after.params, after.ema_params, start.params, expected, grads)), strict=True
+    ):
+        clear = abs(g) > 1e-6  # Adam's first step is ± the rate: where g is noise, so is its sign
+        np.testing.assert_allclose(new[clear], hand[clear], atol=1e-4)
+        np.testing.assert_allclose(ema, 0.75 * old + 0.25 * new, atol=1e-6)
+    assert int(after.step) == 1
+
+
+def test_randomness_is_of_seed_step_and_index():
+    """An example has the t and the keys of its index, wherever in the batch and on whichever device it is."""
+    config, streams = tiny_config(), []
+
+    def spy(eps_bar_fn, s, x_0, t, keys):
+        jax.debug.callback(lambda *values: streams.append(np.column_stack(values)), t, jax.random.key_data(keys))
+        return losses.mean_square(x_0)
+
+    steps = {seed: make_step(tiny_config(seed=seed), spy) for seed in (0, 1)}
+
+    def of(seed, step, indices):
+        streams.clear()
+        state = states.init_state(config)._replace(step=np.int32(step))
+        steps[seed](states.replicate(state, train.AXIS), (batch()[0], indices))
+        jax.effects_barrier()
+        return sorted(map(tuple, np.concatenate(streams).tolist()))
+
+    indices = batch()[1]
+    first = of(0, 5, indices)
+    assert len({tuple(key) for _, *key in first}) == 8
+    assert of(0, 5, indices[::-1, ::-1]) == first
+    assert of(0, 6, indices) != first
+    assert of(1, 5, indices) != first
+
+
+def test_the_step_compiles_once():
+    config, traces = tiny_config(), []
+
+    def counted(eps_bar_fn, s, x_0, t, keys):
+        traces.append(x_0.shape)
+        return from_config.loss(config)(eps_bar_fn, s, x_0, t, keys)
+
+    step = make_step(config, counted)
+    state = states.replicate(states.init_state(config), train.AXIS)
+    for _ in range(3):
+        state, _ = step(state, batch())
+    assert traces == [(2, 8, 8, 1)]
+
+
+def test_the_state_is_given_away():
+    """Donation: the memory of the old state is the new one's."""
+    state = states.replicate(states.init_state(tiny_config()), train.AXIS)
+    make_step(tiny_config())(state, batch())
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.ema_params, state.opt_state)))
+
+
+def test_loss_by_quarter():
+    t = np.array([[1, 2], [3, 5], [5, 6], [6, 6]])
+    values = np.arange(8.0).reshape(4, 2)
+    of = jax.pmap(lambda losses, t: train._loss_by_quarter(losses, t, 8), axis_name=train.AXIS)
+    actual = {name: float(value[0]) for name, value in of(values, t).items()}
+    assert actual == pytest.approx({"loss_t1": 0.5, "loss_t2": 2, "loss_t3": 5, "loss_t4": np.nan}, nan_ok=True)
+
+
+def test_initial_state():
+    config = tiny_config()
+    state = states.init_state(config)
+    assert_same(state.params, state.ema_params)
+    assert_same(state, states.init_state(config))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), states.abstract_state(config)
+    )
+
+
+# ---------------------------------------------------------------- from a notebook
+
+
+def test_load(uninterrupted):
+    workdir, state = uninterrupted
+    sample_fn, params = sample.load(workdir, num=6)
+    assert_same(params, state.ema_params)
+    x = sample_fn(params, jax.random.key(0))
+    assert x.shape == (6, 8, 8, 1)
+    assert float(abs(x).max()) <= 1  # clipped, and no noise at t = 1
+    few, _ = sample.load(workdir)
+    np.testing.assert_allclose(few(params, jax.random.key(0)), x[:4], atol=1e-4)
+
+
+def test_samples_do_not_depend_on_the_devices(uninterrupted, monkeypatch):
+    """20 steps: the noise bit for bit, the images to 1e-4."""
+    workdir, _ = uninterrupted
+    sample_fn, params = sample.load(workdir, num=5)
+    four = sample_fn(params, jax.random.key(0))
+    local = jax.local_devices()
+    monkeypatch.setattr(jax, "local_devices", lambda: local[:1])
+    sample_fn, _ = sample.load(workdir, num=5)
+    one = sample_fn(params, jax.random.key(0))
+    assert one.sharding.device_set == {local[0]}
+    np.testing.assert_allclose(one, four, atol=1e-4)
+
+
+def test_load_network(uninterrupted):
+    workdir, state = uninterrupted
+    apply_fn, params, s = sample.load_network(str(workdir))
+    x, t = jnp.zeros((2, 8, 8, 1)), np.array([1, 20])
+    assert s.num_steps == 20
+    expected = from_config.model(tiny_config()).apply({"params": state.ema_params}, x, t)
+    np.testing.assert_array_equal(apply_fn({"params": params}, x, t), expected)
