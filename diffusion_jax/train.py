@@ -2,6 +2,7 @@
 
 import collections
 import math
+import sys
 from collections.abc import Callable
 
 import jax
@@ -108,10 +109,16 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
     checkpoint.write_config(workdir, config)
 
     # ------------------------------------------------------------ state and step
+    s = from_config.schedule(config)
+    if s.alpha_bar[-1] > 0.05:
+        print(
+            f"warning: alpha_bar_T = {s.alpha_bar[-1]:.3f}: x_T still holds that share of the image, sampling starts "
+            "without it; choose another config.schedule.name or a larger config.schedule.num_steps"
+        )
     train_step = make_train_step(
         from_config.model(config).apply,
         from_config.loss(config),
-        from_config.schedule(config),
+        s,
         from_config.optimizer(config),
         config.train.ema_decay,
         config.seed,
@@ -176,7 +183,12 @@ def open_images(config: ConfigDict) -> np.ndarray:
 
 def _progress(config, start):
     return tqdm.tqdm(
-        initial=start, total=config.train.num_steps, unit="step", desc="training", disable=jax.process_index() != 0
+        initial=start,
+        total=config.train.num_steps,
+        unit="step",
+        desc="training",
+        mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds; a log file needs fewer lines
+        disable=jax.process_index() != 0,
     )
 
 

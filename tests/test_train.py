@@ -104,6 +104,13 @@ def test_metrics_are_means_over_the_interval(uninterrupted, tmp_path):
         assert averaged[i]["loss"] == pytest.approx(np.mean([line["loss"] for line in single[3 * i : 3 * i + 3]]))
 
 
+def test_a_schedule_that_leaves_signal_is_warned_of(tmp_path, capsys):
+    run(tmp_path / "short", train__num_steps=1)
+    assert "alpha_bar_T = 0.900" in capsys.readouterr().out
+    run(tmp_path / "cosine", train__num_steps=1, schedule__name="cosine")
+    assert "alpha_bar_T" not in capsys.readouterr().out
+
+
 def test_another_seed_is_another_run(uninterrupted, tmp_path):
     run(tmp_path, seed=1, train__num_steps=1)
     assert lines(tmp_path)[0]["loss"] != lines(uninterrupted[0])[0]["loss"]

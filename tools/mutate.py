@@ -1,0 +1,100 @@
+"""Plants mistakes in the formula files, one at a time; the tests must catch every one.
+
+    python -m tools.mutate
+
+Each mutant is a copy of the project with one piece of text replaced, on which the tests
+of the mathematics are run. Run it whenever one of the formula files changes, and add a
+mutant for each new formula. Exit code 1 if a mutant survives; takes a few minutes.
+"""
+
+import concurrent.futures
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).parent.parent
+TESTS = [f"tests/test_{name}.py" for name in ("schedule", "process", "losses", "sampling")]
+
+# (module, text that stands in it exactly once, what replaces it)
+MUTANTS = [
+    ("schedule", "np.concatenate([[0.0], beta_squared])", "np.concatenate([beta_squared, [0.0]])"),
+    ("schedule", "np.cumprod(1 - beta_squared)", "np.cumprod(1 - beta_squared, dtype=np.float32)"),
+    ("schedule", "np.cumprod(1 - beta_squared)", "np.cumprod(np.sqrt(1 - beta_squared))"),
+    ("schedule", "np.sqrt(square)", "square"),
+    ("schedule", "(beta_squared < 1)", "(beta_squared <= 1)"),
+    ("schedule", "np.arange(1, num_steps + 1)", "np.arange(num_steps)"),
+    ("schedule", "np.linspace(start, end, num_steps)", "np.linspace(start, end, num_steps + 1)[1:]"),
+    ("schedule", "np.linspace(start, end, num_steps)", "np.linspace(start**0.5, end**0.5, num_steps) ** 2"),
+    ("schedule", "* np.pi / 2) ** 2", "* np.pi / 2)"),
+    ("schedule", "0.999)", "0.9999)"),
+    ("schedule", "+ 0.008) / 1.008", "+ 0.0) / 1.008"),
+    ("schedule", "s.beta_bar[:-1] / s.beta_bar[1:]", "s.beta_bar[1:] / s.beta_bar[:-1]"),
+    ("schedule", "s.beta[1:] * s.beta_bar[:-1]", "s.beta[:-1] * s.beta_bar[:-1]"),
+    ("process", "s.alpha[t] * x_prev + s.beta[t] * eps", "s.alpha[t] * x_prev + s.beta[t] ** 2 * eps"),
+    ("process", "s.alpha[t] * x_prev", "s.alpha[t - 1] * x_prev"),
+    ("process", "s.alpha_bar[t] * x_0 + s.beta_bar[t] * eps_bar", "s.alpha_bar[t] * x_0 + s.beta_bar[t - 1] * eps_bar"),
+    ("process", "s.beta[t] / s.beta_bar[t] * eps_bar", "s.beta[t] * s.beta_bar[t] * eps_bar"),
+    ("process", "s.beta[t] / s.beta_bar[t] * eps_bar", "s.beta[t] / s.beta_bar[t - 1] * eps_bar"),
+    ("process", "(x_t - s.beta[t] * eps) / s.alpha[t]", "(x_t + s.beta[t] * eps) / s.alpha[t]"),
+    ("process", "(x_t - s.beta[t] * eps) / s.alpha[t]", "x_t / s.alpha[t] - s.beta[t] * eps"),
+    ("process", "s.alpha[t] + noise", "s.alpha[t] - noise"),
+    ("process", "s.beta_bar[t] * eps_bar) / s.alpha_bar[t]", "s.beta_bar[t] * eps_bar) / s.alpha[t]"),
+    ("process", "s.alpha_bar[t] * x_0) / s.beta_bar[t]", "s.alpha_bar[t] * x_0) / s.beta_bar[t] ** 2"),
+    ("process", "s.alpha_bar[t - 1] * s.beta[t] ** 2", "s.alpha_bar[t] * s.beta[t] ** 2"),
+    ("process", "s.beta_bar[t - 1] ** 2 * x_t", "s.beta_bar[t] ** 2 * x_t"),
+    ("losses", "(s.beta[t] / s.alpha[t]) ** 2", "(s.beta[t] / s.alpha[t])"),
+    ("losses", "(x_0, t - 1, eps_bar_prev)", "(x_0, t, eps_bar_prev)"),
+    ("losses", "eps - _each(process.step_noise, s)(eps_bar_fn(x_t, t), t)", "eps - eps_bar_fn(x_t, t)"),
+    ("losses", "eps_bar - eps_bar_fn(x_t, t)", "eps_bar + eps_bar_fn(x_t, t)"),
+    ("losses", "eps_bar - eps_bar_fn(x_t, t)", "eps_bar - eps_bar_fn(x_t, t - 1)"),
+    ("losses", "tuple(range(1, x.ndim))", "tuple(range(2, x.ndim))"),
+    ("losses", "jnp.mean(x**2,", "jnp.sum(x**2,"),
+    ("losses", "jax.random.fold_in(key, k)", "jax.random.fold_in(key, 0)"),
+    ("sampling", "jax.random.fold_in(key, t)", "jax.random.fold_in(key, t - 1)"),
+    ("sampling", "jnp.where(t > 1, sigma[t], 0.0)", "sigma[t]"),
+    ("sampling", "jnp.where(t > 1, sigma[t], 0.0)", "jnp.where(t > 2, sigma[t], 0.0)"),
+    ("sampling", "jnp.where(t > 1, sigma[t], 0.0)", "jnp.where(t > 1, sigma[t - 1], 0.0)"),
+    ("sampling", "process.step_noise(s, eps_bar, t), noise)", "eps_bar, noise)"),
+    ("sampling", "jnp.full(x.shape[:1], t)", "jnp.full(x.shape[:1], t - 1)"),
+    ("sampling", "jnp.arange(start, stop, -1)", "jnp.arange(start - 1, stop - 1, -1)"),
+    ("sampling", "process.posterior_mean(s, x_0, x, t) + noise", "process.posterior_mean(s, x_0, x, t)"),
+    ("sampling", "x = normal(keys, LATENT,", "x = normal(keys, 1,"),
+    ("sampling", "first + np.arange", "np.arange"),
+]
+
+
+def run(mutant) -> bool:
+    """Whether the tests pass on the project with one mutant planted (None: as it is)."""
+    with tempfile.TemporaryDirectory() as copy:
+        for folder in ("diffusion_jax", "configs", "tests"):
+            shutil.copytree(ROOT / folder, f"{copy}/{folder}", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        if mutant:
+            module, before, after = mutant
+            file = pathlib.Path(copy, "diffusion_jax", f"{module}.py")
+            file.write_text(file.read_text().replace(before, after))
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *TESTS]
+        return subprocess.run(command, cwd=copy, capture_output=True, check=False).returncode == 0
+
+
+def main():
+    for module, before, _ in MUTANTS:
+        count = (ROOT / "diffusion_jax" / f"{module}.py").read_text().count(before)
+        if count != 1:
+            sys.exit(f"{module}.py holds {before!r} {count} times, not once: mend MUTANTS")
+    if not run(None):
+        sys.exit("the tests fail without any mutant")
+    survivors = 0
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for mutant, survived in zip(MUTANTS, pool.map(run, MUTANTS), strict=True):
+            survivors += survived
+            print("SURVIVED" if survived else "caught", *mutant, sep=" | ", flush=True)
+    print(f"{len(MUTANTS) - survivors} of {len(MUTANTS)} mutants caught")
+    sys.exit(survivors > 0)
+
+
+if __name__ == "__main__":
+    main()
