@@ -20,7 +20,7 @@ def get_config():
     config.model.dropout = 0.0
     config.model.num_groups = 8
     config.train.batch_size = 64
-    config.train.num_steps = 2000
+    config.train.num_steps = 2500
     config.train.learning_rate = 2e-3
     config.train.warmup_steps = 100
     config.train.ema_decay = 0.995

@@ -27,14 +27,13 @@ def test_the_chain_is_a_loop_over_17(rough):
 
 
 def test_clip_bounds_the_predicted_x_0(rough):
-    """Against a loop that derives ε̄ again from the clipped x_0."""
-    sigma = np.zeros(5)
+    """Against a loop that derives ε̄ again from the clipped x_0; the noise is not clipped."""
+    sigma = np.array([0.0, 0.0, 0.2, 0.3, 0.4])
     x = 3 * X
     for t in (4, 3, 2, 1):
-        eps_bar = network(x, np.full(3, t))
-        x_0 = np.clip(process.predict_x_0(rough, x, t, eps_bar), -0.5, 0.75)
-        eps_bar = process.predict_eps_bar(rough, x, t, x_0)
-        x = np.asarray(process.reverse_step(rough, x, t, process.step_noise(rough, eps_bar, t)))
+        x_0 = np.clip(process.predict_x_0(rough, x, t, network(x, np.full(3, t))), -0.5, 0.75)
+        eps = process.step_noise(rough, process.predict_eps_bar(rough, x, t, x_0), t)
+        x = np.asarray(process.reverse_step(rough, x, t, eps, sigma[t] * sampling.normal(KEYS, t, X.shape[1:])))
     actual = sampling.reverse_chain(network, rough, sigma, 3 * X, KEYS, clip=(-0.5, 0.75))
     np.testing.assert_allclose(actual, x, rtol=1e-5, atol=1e-5)
     assert actual.min() == -0.5 and actual.max() == 0.75  # the last step returns the clipped x_0
