@@ -7,6 +7,7 @@ no position in the data: all that is a function of the step.
 """
 
 import json
+import os
 
 import jax
 import orbax.checkpoint as ocp  # noqa: TID251 (the room of Orbax)
@@ -78,7 +79,7 @@ def absolute(workdir) -> epath.Path:
       UserError: it is a file.
     """
     path = epath.Path(workdir).expanduser()
-    path = path if path.is_absolute() else epath.Path.cwd() / path
+    path = path if path.is_absolute() else epath.Path(os.getcwd()) / path
     if path.exists() and not path.is_dir():
         raise UserError(f"--workdir={workdir} is a file: give a folder")
     return path
