@@ -156,16 +156,18 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
                 if len(pending) > 2:  # by now this one is done, or nearly: the device never runs dry
                     record()
 
-                last = step == config.train.num_steps
-                if last or step % config.train.checkpoint_every == 0:
+                if step % config.train.checkpoint_every == 0 or step == config.train.num_steps:
                     while pending:
                         record()
                     checkpoint.save(manager, step, state)
-                if last or (config.train.sample_every and step % config.train.sample_every == 0):
-                    x = sample_fn(jax.device_get(state.ema_params), jax.random.key(config.seed))
-                    images.save_png(workdir / "samples" / f"{step}.png", images.grid(images.to_uint8(x)))
-    print(f"trained to step {config.train.num_steps}; samples: {workdir / 'samples'}")
-    return jax.device_get(state)
+                if config.train.sample_every and step % config.train.sample_every == 0:
+                    _draw(sample_fn, state, config.seed, workdir)
+
+    # ------------------------------------------------------------ the end
+    state = jax.device_get(state)
+    grid = _draw(sample_fn, state, config.seed, workdir)
+    print(f"trained to step {state.step}; samples: {grid}")
+    return state
 
 
 def open_images(config: ConfigDict) -> np.ndarray:
@@ -179,6 +181,15 @@ def open_images(config: ConfigDict) -> np.ndarray:
         skip_corrupt=config.data.skip_corrupt,
         cache_dir=config.data.cache_dir,
     )
+
+
+def _draw(sample_fn, state, seed, workdir):
+    """Makes the grid of samples of this step, unless it is there already."""
+    path = workdir / "samples" / f"{state.step}.png"
+    if not path.exists():
+        x = sample_fn(jax.device_get(state.ema_params), jax.random.key(seed))
+        images.save_png(path, images.grid(images.to_uint8(x)))
+    return path
 
 
 def _progress(config, start):

@@ -56,11 +56,18 @@ def test_resumed_run_ends_bit_for_bit_where_the_uninterrupted_ends(uninterrupted
     assert without_speed(lines(tmp_path)) == without_speed(lines(whole_workdir))
 
 
-def test_a_finished_run_is_left_alone(uninterrupted):
+def test_a_finished_run_is_left_alone_but_for_lost_samples(uninterrupted):
     workdir, whole = uninterrupted
-    before = (workdir / "metrics.jsonl").read_text()
+    metrics, grid = ((workdir / name).read_bytes() for name in ("metrics.jsonl", "samples/6.png"))
+    (workdir / "samples/6.png").unlink()
     assert_same(run(workdir), whole)
-    assert (workdir / "metrics.jsonl").read_text() == before
+    assert (workdir / "metrics.jsonl").read_bytes() == metrics
+    assert (workdir / "samples/6.png").read_bytes() == grid
+
+
+def test_a_grid_every_so_often(tmp_path):
+    run(tmp_path, train__sample_every=2, train__num_steps=5)
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["2.png", "4.png", "5.png"]
 
 
 def test_what_a_workdir_holds(uninterrupted):

@@ -1,0 +1,56 @@
+"""Compiles the sampling chain of a config for T = 10 and T = 1000, in turn: one program, whatever T.
+
+    python -m tools.one_program --config=configs/digits.py
+
+Prints, for each, the seconds that XLA takes and the instructions of the optimised program.
+"""
+
+import re
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from ml_collections import config_flags
+
+from diffusion_jax import from_config, sampling
+
+CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py")
+REPEATS = flags.DEFINE_integer("repeats", 3, "compilations for each T; the median is printed")
+BATCH = flags.DEFINE_integer("batch", 16, "images of the chain")
+
+
+def compile_chain(config, batch):
+    """(seconds, instructions) of the chain's program."""
+    model, s = from_config.model(config), from_config.schedule(config)
+    shape = (batch, *from_config.image_shape(config))
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    t = jax.ShapeDtypeStruct(shape[:1], jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), x, t)["params"]
+
+    def chain(params, s, sigma, x, keys):
+        return sampling.reverse_chain(lambda x, t: model.apply({"params": params}, x, t), s, sigma, x, keys)
+
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
+    lowered = jax.jit(chain).lower(params, s, from_config.sigma(config), x, keys)
+    start = time.perf_counter()
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - start
+    return seconds, len(re.findall(r"^\s*(?:ROOT )?%?\S+ = ", compiled.as_text(), re.MULTILINE))
+
+
+def main(_):
+    runs = {10: [], 1000: []}
+    for _ in range(REPEATS.value):
+        for num_steps, results in runs.items():
+            CONFIG.value.schedule.num_steps = num_steps
+            results.append(compile_chain(CONFIG.value, BATCH.value))
+    for num_steps, results in runs.items():
+        seconds, instructions = zip(*results, strict=True)
+        spread = f"{min(seconds):.2f} to {max(seconds):.2f}"
+        print(f"T = {num_steps}: {statistics.median(seconds):.2f} s ({spread}), {instructions[0]} instructions")
+
+
+if __name__ == "__main__":
+    app.run(main)
