@@ -28,7 +28,7 @@ def test_every_config_is_valid_and_builds(name):
     jax.eval_shape(from_config.model(config).init, jax.random.key(0), x, jax.ShapeDtypeStruct((1,), jnp.int32))
 
 
-@pytest.mark.parametrize("name", set(NAMES) - {"default"})
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"default"}))
 def test_every_config_opens_with_its_command(name):
     module = importlib.import_module(f"configs.{name}")
     assert f"python main.py --config=configs/{name}.py --workdir=" in module.__doc__

@@ -76,7 +76,7 @@ def run(mutant) -> bool:
             module, before, after = mutant
             file = pathlib.Path(copy, "diffusion_jax", f"{module}.py")
             file.write_text(file.read_text().replace(before, after))
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *TESTS]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-p", "no:cacheprovider", *TESTS]
         return subprocess.run(command, cwd=copy, capture_output=True, check=False).returncode == 0
 
 
