@@ -1,6 +1,7 @@
 """The command line.
 
 python main.py --config=configs/digits.py --workdir=runs/digits
+python main.py --mode=prepare --config=configs/celeba.py   (the images alone: needs no accelerator)
 python main.py --mode=sample --workdir=runs/digits --num=64 --seed=0 --out=samples.png
 """
 
@@ -12,12 +13,13 @@ from ml_collections import config_flags
 from configs import default
 from diffusion_jax import from_config
 from diffusion_jax.errors import UserError
+from diffusion_jax.prepare import prepare
 from diffusion_jax.sample import sample
 from diffusion_jax.train import train
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "config file, see configs/ (for --mode=train)")
+CONFIG = config_flags.DEFINE_config_file("config", None, "config file, see configs/ (to train or to prepare)")
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: config, checkpoints, metrics, samples")
-MODE = flags.DEFINE_enum("mode", "train", ["train", "sample"], "what to do")
+MODE = flags.DEFINE_enum("mode", "train", ["train", "prepare", "sample"], "what to do")
 NUM = flags.DEFINE_integer("num", 64, "images to sample")
 SEED = flags.DEFINE_integer("seed", 0, "of the samples")
 OUT = flags.DEFINE_string("out", "samples.png", "where the samples go: .png (a grid) or .npz (an array)")
@@ -43,7 +45,7 @@ def run(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     if argv[1:]:
         raise UserError(f"{argv[1]!r} is no flag: flags start with --")
-    if WORKDIR.value is None:
+    if WORKDIR.value is None and MODE.value != "prepare":
         raise UserError("--workdir is missing: give the folder of the run")
     if MODE.value == "sample":
         sample(WORKDIR.value, NUM.value, SEED.value, OUT.value)
@@ -51,7 +53,10 @@ def run(argv: list[str]) -> None:
     if CONFIG.value is None:
         raise UserError("--config is missing: give a config file, e.g. --config=configs/digits.py")
     from_config.check(CONFIG.value, default.get_config())
-    train(CONFIG.value, WORKDIR.value)
+    if MODE.value == "prepare":
+        prepare(CONFIG.value)
+    else:
+        train(CONFIG.value, WORKDIR.value)
 
 
 def main() -> None:

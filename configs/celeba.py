@@ -1,8 +1,9 @@
 """CelebA faces at 64×64: the aligned images, centre crop of 140 pixels.
 
-    python main.py --config=configs/celeba.py --workdir=runs/celeba --config.data.path=img_align_celeba.zip
+    python main.py --config=configs/celeba.py --workdir=runs/celeba
 
-The path is the folder or the zip of the aligned 178×218 images.
+From TFDS, whose download from Google Drive often fails; with the folder or the zip of the
+aligned 178×218 images add --config.data.path=img_align_celeba.zip (docs/data.md).
 
 Known numbers: Ho et al. did not train on it; Song et al. (DDIM, 2021, table 1) give FID
 3.26 for their DDPM with the fixed-large variance and 1000 steps. Not run to its end here.
@@ -13,6 +14,7 @@ from configs import default
 
 def get_config():
     config = default.get_config()
+    config.data.source = "tfds:celeb_a"
     config.data.image_size = 64
     config.data.crop = 140
     config.model.multipliers = (1, 2, 2, 2, 4)

@@ -12,14 +12,17 @@ def get_config() -> ConfigDict:
     config.seed = 0  # of everything random: initial weights, order of the data, t, noise, dropout
 
     config.data = data = ConfigDict()
-    data.source = "files"  # "digits" (ships with scikit-learn) or "files" (at data.path)
-    data.path = ""  # a folder or a zip of images, or idx files (MNIST) or their folder; goes before data.source
+    data.source = "files"  # digits (ships with scikit-learn), tfds:<name>, or files (at data.path)
+    data.path = ""  # own images, before any source: a folder, a zip, an idx file; or where TFDS keeps its data sets
+    data.split = "train"  # of TFDS, e.g. train, test, train+test; or the folder of that name within data.path
+    data.manual_dir = ""  # files that TFDS need not download, when it prepares a data set
     data.image_size = 32  # pixels, height = width
     data.channels = 3  # 1 (grey) or 3 (RGB)
     data.crop = 0  # side of the centre crop in pixels of the file; 0: the largest square
     data.flip = True  # flip every second image left to right, at random
     data.skip_corrupt = False  # True: leave out images that cannot be read; False: stop and name the first
     data.cache_dir = ""  # where decoded images are kept; "": ~/.cache/diffusion_jax
+    data.cache_limit_gb = 64.0  # GB (1e9 bytes): images that need more are not kept, but decoded on the fly
 
     config.schedule = schedule = ConfigDict()
     schedule.name = "ho_linear"  # su_linear, ho_linear or cosine

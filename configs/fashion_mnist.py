@@ -1,6 +1,8 @@
-"""Fashion-MNIST, 28×28 grey, 60,000 images: from the four idx files as they are published.
+"""Fashion-MNIST, 28×28 grey, 60,000 images: from TFDS or from the four idx files as published.
 
-    python main.py --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist --config.data.path=FOLDER
+    python main.py --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist
+
+With the idx files add --config.data.path=FOLDER (docs/data.md).
 
 Known numbers: none; this configuration has not been run to its end.
 """
@@ -10,6 +12,7 @@ from configs import default
 
 def get_config():
     config = default.get_config()
+    config.data.source = "tfds:fashion_mnist"
     config.data.image_size = 28
     config.data.channels = 1
     config.data.flip = False  # the shoes all point to the left

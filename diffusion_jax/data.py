@@ -1,165 +1,260 @@
-"""Images in, batches out: `open_images` gives uint8 [N, H, W, C], `batches` what step k trains on.
+"""Images in, batches out: `open_images` gives uint8 [N, S, S, C], `batches` what step k trains on.
 
-Images are decoded once, into a memory-mapped .npy file; they stay uint8 up to the device.
+Images are decoded once, into a cache on disk; they stay uint8 up to the device. A cache is a folder:
+
+    images.npy       uint8 [N, S, S, C]
+    labels.npy       int32 [N], where the source has classes
+    manifest.json    what it was made of; without it, or at odds with it, a cache is made again
 """
 
+import collections
 import concurrent.futures
-import gzip
 import hashlib
-import io
 import json
-import math
 import os
-import zipfile
-from collections.abc import Callable, Sequence
+import re
+import shutil
+import time
 from pathlib import Path
-from typing import NamedTuple
 
 import grain  # noqa: TID251 (the input pipeline)
 import numpy as np
-import sklearn.datasets
+import PIL  # noqa: TID251 (its version goes into the manifest)
 import tqdm
-from PIL import Image, ImageOps  # noqa: TID251 (decodes the images)
+from PIL import Image  # noqa: TID251 (resizes the images)
 
 from diffusion_jax.errors import UserError
+from diffusion_jax.sources import Source
 
-SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-MAX_PIXELS = 50_000_000  # of one image: a PNG of 200 kB can unpack to gigabytes
-
-
-# ---------------------------------------------------------------- sources
+_FORMAT = 1  # of the caches: raise it when the same settings give other pixels
+_CHUNK = 32  # images that a thread decodes at a time: one by one, threads wait for each other
 
 
-class _Source(NamedTuple):
-    names: Sequence[str]
-    read: Callable[[int], Image.Image]
-    fingerprint: str  # other files under the same names have another
+# ---------------------------------------------------------------- images
+
+
+class Cached:
+    """The images of a cache: images[i] is uint8 [S, S, C]; images[indices] and images[a:b] [n, S, S, C].
+
+    They are read, not mapped, so the memory of a run does not grow with the data set.
+    """
+
+    num_threads = 4  # that read ahead: reading costs next to nothing
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        with (folder / "images.npy").open("rb") as file:
+            np.lib.format.read_magic(file)
+            self.shape, _, _ = np.lib.format.read_array_header_1_0(file)
+            self._start = file.tell()
+        labels = folder / "labels.npy"
+        self.labels = np.load(labels) if labels.exists() else None
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, index):
+        numbers = np.arange(len(self))[index]
+        images = np.empty((*numbers.shape, *self.shape[1:]), np.uint8)
+        size = int(np.prod(self.shape[1:]))
+        with (self.folder / "images.npy").open("rb") as file:
+            for row, i in zip(images.reshape(-1, size), numbers.flat, strict=True):
+                if os.preadv(file.fileno(), [row], self._start + int(i) * size) != size:
+                    raise UserError(f"{self.folder} has become shorter: run again, and it is made again")
+        return images
+
+
+class OnTheFly:
+    """Images of a source, decoded whenever they are asked for: indexed as `Cached`, same pixels.
+
+    An image that cannot be read stops the run, or, with skip_corrupt, gives way to the next that can.
+    """
+
+    num_threads = os.cpu_count() or 4
+
+    def __init__(self, source: Source, image_size: int, channels: int, crop: int, skip_corrupt: bool):
+        self.shape = (len(source), image_size, image_size, channels)
+        self._source = source
+        self._form = (image_size, channels, crop)
+        self._skip_corrupt = skip_corrupt
+
+    @property
+    def labels(self):
+        """int32 [N] or None. Of a TFDS data set: decodes all of it."""
+        if self._source.label is None:
+            return None
+        return np.array([self._source.label(i) for i in range(len(self))], np.int32)
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, index):
+        numbers = np.arange(len(self))[index]
+        images = [self._image(int(i)) for i in numbers.flat]
+        return np.stack(images).reshape(*numbers.shape, *self.shape[1:])
+
+    def _image(self, i):
+        for k in range(len(self)):
+            image = _decode(self._source, (i + k) % len(self), self._form)
+            if isinstance(image, np.ndarray):
+                return image
+            if not self._skip_corrupt:
+                raise _unreadable(self._source.name(i), image)
+        raise UserError(f"no image of {self._source.origin} can be read, the last: {image}")
 
 
 def open_images(
-    source: str,
-    path: str,
+    source: Source,
     *,
     image_size: int,
     channels: int,
     crop: int = 0,
     skip_corrupt: bool = False,
     cache_dir: str = "",
-) -> np.ndarray:
-    """The data set as uint8 [N, image_size, image_size, channels], in memory or memory-mapped.
+    cache_limit: float = float("inf"),
+) -> Cached | OnTheFly:
+    """The images of a source in one size, from the cache, which is made if there is none yet.
 
     Args:
-      source: "digits", the 1,797 handwritten digits of scikit-learn, or "files".
-      path: a folder or a zip of images (searched recursively, in the order of their
-        names), an idx file, gzip'ed or not, or a folder with MNIST's file of training
-        images. Goes before `source`.
-      image_size, channels: what the images are resized (antialiased) and converted to.
-      crop: side of the centre square that is kept, in pixels of the file; 0: the largest.
+      image_size, channels: what the images are resized (bicubic, antialiased) and converted to.
+      crop: side of the centre square that is kept, in pixels of the source; 0: the largest.
       skip_corrupt: leave out images that cannot be read, and say how many.
-      cache_dir: where decoded images are kept; "" is ~/.cache/diffusion_jax.
+      cache_dir: where the caches are; "" is ~/.cache/diffusion_jax.
+      cache_limit: in bytes; a cache that would be larger is not made, images are decoded on the fly.
 
     Raises:
-      UserError: no such file, no image in it, or an image that cannot be used.
+      UserError: an image that cannot be used, or no room for the cache.
     """
-    if not path and source == "digits":
-        digits = sklearn.datasets.load_digits().images  # 0..16
-        pixels = np.rint(digits * 255 / 16).astype(np.uint8)
-        return np.stack([_fit(Image.fromarray(x), image_size, channels, crop) for x in pixels])
-    if not path:
-        if source != "files":
-            raise UserError(f"config.data.source={source!r} must be 'digits' or 'files'")
-        raise UserError("config.data.path is empty: give the folder, zip or idx file, --config.data.path=…")
-    file = Path(path).expanduser().absolute()
-    if not file.exists():
-        raise UserError(f"config.data.path={path!r} does not exist: give a folder, a zip or an idx file")
-    found = _idx(_idx_file(file)) if _idx_file(file) else _folder(file) if file.is_dir() else _zip(file)
-    if not found.names:
-        raise UserError(f"config.data.path={path!r} holds no images ({', '.join(sorted(SUFFIXES))})")
-
-    identity = json.dumps([found.names, found.fingerprint, image_size, channels, crop, skip_corrupt])
-    digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    form = (image_size, channels, crop)
+    num_bytes = len(source) * image_size * image_size * channels
+    if num_bytes > cache_limit:
+        print(
+            f"{source.origin}: decoded on the fly, the cache would take {num_bytes / 1e9:.1f} GB "
+            f"(config.data.cache_limit_gb={cache_limit / 1e9:g})"
+        )
+        return OnTheFly(source, *form, skip_corrupt)
+    identity = {
+        "format": _FORMAT,
+        "version": source.version,
+        "image_size": image_size,
+        "channels": channels,
+        "crop": crop,
+        "skip_corrupt": skip_corrupt,
+    }
+    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+    stem = re.sub(r"\W+", "-", source.origin)[-40:].strip("-")
     folder = Path(cache_dir or "~/.cache/diffusion_jax").expanduser()
-    cache = folder / f"{file.stem}-{image_size}x{image_size}x{channels}-{digest}.npy"
-    if not cache.exists():
-        _decode(found, cache, (image_size, channels, crop), skip_corrupt)
-    return np.load(cache, mmap_mode="r")
+    folder = folder / f"{stem}-{image_size}x{image_size}x{channels}-{digest}"
+    if not _is_whole(folder, identity):
+        _make_cache(source, folder, identity, form, skip_corrupt)
+    return Cached(folder)
 
 
-def _idx_file(path: Path):
-    """The idx file that `path` is, or that lies in the folder, or None."""
-    candidates = [path] if path.is_file() else [path / f"train-images-idx3-ubyte{end}" for end in (".gz", "")]
-    for file in candidates:
-        if "idx" in file.name and file.is_file():
-            return file
-    return None
+# ---------------------------------------------------------------- the cache
 
 
-def _idx(file: Path) -> _Source:
-    """LeCun's format: 0 0 8 (uint8) 3 (dimensions), the three sizes as big-endian int32, then the bytes."""
-    raw = file.read_bytes()
+def _is_whole(folder, identity):
+    """Whether the cache is there, as its manifest says. Says so if it is there and is not."""
+    if not folder.exists():
+        return False
     try:
-        raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-        if raw[:4] != b"\x00\x00\x08\x03":
-            raise ValueError("not an idx file of uint8 images")
-        images = np.frombuffer(raw, np.uint8, offset=16).reshape(np.frombuffer(raw, ">i4", 3, offset=4))
-    except (ValueError, EOFError, OSError) as error:
-        raise UserError(f"config.data.path: {file} cannot be read ({error}): fetch it again") from None
-    names = [f"{file.name}[{i}]" for i in range(len(images))]
-    return _Source(names, lambda i: Image.fromarray(images[i]), hashlib.sha256(raw).hexdigest())
+        manifest = json.loads((folder / "manifest.json").read_text())
+        images = np.load(folder / "images.npy", mmap_mode="r")  # checks the length of the file
+        shape = (manifest["count"], manifest["image_size"], manifest["image_size"], manifest["channels"])
+        labels = np.load(folder / "labels.npy", mmap_mode="r") if manifest["labelled"] else images
+        if identity.items() <= manifest.items() and images.shape == shape and len(labels) == len(images):
+            return True
+        reason = "its manifest says otherwise"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error)
+    print(f"{folder} is not whole ({reason}): decoding again")
+    return False
 
 
-def _folder(folder: Path) -> _Source:
-    files = sorted(path for path in folder.rglob("*") if _is_image(path))
-    stats = [file.stat() for file in files]
-    names = [str(file.relative_to(folder)) for file in files]
-    return _Source(names, lambda i: Image.open(files[i]), str([(stat.st_size, stat.st_mtime_ns) for stat in stats]))
-
-
-def _zip(file: Path) -> _Source:
+def _make_cache(source, folder, identity, form, skip_corrupt):
+    """Decodes all images beside `folder`, which gets its name only when it is whole."""
+    _remove_leftovers(folder)
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    start = time.monotonic()
     try:
-        archive = zipfile.ZipFile(file)
-    except zipfile.BadZipFile:
-        raise UserError(f"config.data.path='{file}' is no folder, zip or idx file") from None
-    members = sorted((m for m in archive.infolist() if _is_image(Path(m.filename))), key=lambda m: m.filename)
-    names = [member.filename for member in members]
-    return _Source(
-        names, lambda i: Image.open(io.BytesIO(archive.read(members[i]))), str([member.CRC for member in members])
-    )
-
-
-def _is_image(path: Path):
-    """By its suffix; "._x.jpg" is what macOS leaves beside x.jpg."""
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
-
-
-# ---------------------------------------------------------------- decoding
-
-
-def _decode(source: _Source, cache: Path, form, skip_corrupt):
-    """Decodes all images into `cache`; the file has that name only when it is whole."""
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    partial = cache.with_suffix(f".{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            _npy_header(file, 0, form)
-            corrupt = []
-            for name, decoded in _decoded(source, form):
-                if isinstance(decoded, np.ndarray):
-                    file.write(decoded)
-                elif skip_corrupt:
-                    corrupt.append(f"{name}: {decoded}")
-                else:
-                    raise UserError(f"image {name}: {decoded}: mend it, or set --config.data.skip_corrupt=True")
-            count = len(source.names) - len(corrupt)
-            file.seek(0)
-            _npy_header(file, count, form)
-        if corrupt:
-            print(f"left out {len(corrupt)} of {len(source.names)} images that cannot be read, first {corrupt[0]}")
-        if not count:
-            raise UserError(f"no image could be read, first {corrupt[0]}")
-        os.replace(partial, cache)
+        partial.mkdir(parents=True)
+        _check_room(folder.parent, len(source) * form[0] * form[0] * form[1])
+        labels, corrupt = _write_images(source, partial / "images.npy", form, skip_corrupt)
+        if source.label:
+            np.save(partial / "labels.npy", np.array(labels, np.int32))
+        manifest = identity | {
+            "source": source.origin,
+            "count": len(labels),
+            "names_sha256": _names_sha256(source),
+            "labelled": source.label is not None,
+            "classes": list(source.classes),
+            "skipped": corrupt,
+            "pillow": PIL.__version__,
+            "seconds": round(time.monotonic() - start, 1),
+        }
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        _put_in_place(partial, folder)
+    except OSError as error:
+        raise UserError(f"config.data.cache_dir: {folder} cannot be written ({error}): give another folder") from None
     finally:
-        partial.unlink(missing_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_leftovers(folder):
+    """What killed processes left of this cache: not written to for an hour."""
+    for partial in folder.parent.glob(f"{folder.name}.*.partial"):
+        newest = max((file.stat().st_mtime for file in partial.iterdir()), default=0)
+        if time.time() - newest > 3600:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _put_in_place(partial, folder):
+    if folder.exists():  # not whole
+        folder.rename(partial.with_suffix(".stale"))
+        shutil.rmtree(partial.with_suffix(".stale"))
+    try:
+        partial.rename(folder)
+    except OSError:
+        if not folder.exists():  # else another process has made the same cache meanwhile
+            raise
+
+
+def _check_room(folder, num_bytes):
+    free = shutil.disk_usage(folder).free
+    if num_bytes > free:
+        raise UserError(
+            f"config.data.cache_dir: {folder} has {free / 1e9:.1f} GB free, and the cache takes {num_bytes / 1e9:.1f} "
+            "GB: make room, give another folder, or lower config.data.cache_limit_gb to decode on the fly"
+        )
+
+
+def _names_sha256(source):
+    digest = hashlib.sha256()
+    for i in range(len(source)):
+        digest.update(source.name(i).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _write_images(source, path, form, skip_corrupt):
+    """Streams the images to a .npy file. Returns (labels, names and errors of what was left out)."""
+    labels, corrupt = [], []
+    with path.open("wb") as file:
+        _npy_header(file, 0, form)
+        for i, image, label in _decoded(source, form):
+            if isinstance(image, np.ndarray):
+                file.write(image)
+                labels.append(label)
+            elif skip_corrupt:
+                corrupt.append(f"{source.name(i)}: {image}")
+            else:
+                raise _unreadable(source.name(i), image)
+        file.seek(0)
+        _npy_header(file, len(labels), form)
+    if corrupt:
+        print(f"left out {len(corrupt)} of {len(source)} images that cannot be read, first {corrupt[0]}")
+    if not labels:
+        raise UserError(f"no image of {source.origin} can be read, first {corrupt[0]}")
+    return labels, corrupt
 
 
 def _npy_header(file, count, form):
@@ -170,50 +265,62 @@ def _npy_header(file, count, form):
 
 
 def _decoded(source, form):
-    """Yields (name, uint8 image or what was wrong with it) in order; Pillow decodes on all cores."""
+    """Yields (i, uint8 image or what was wrong with it, its label) in order; threads decode chunks ahead."""
 
-    def decode(i):
-        try:
-            with source.read(i) as image:
-                return _fit(image, *form)
-        except (OSError, ValueError, SyntaxError, zipfile.BadZipFile, Image.DecompressionBombError) as error:
-            return error
+    def decode(chunk):
+        return [(i, _decode(source, i, form), source.label(i) if source.label else 0) for i in chunk]
 
-    num = len(source.names)
-    with concurrent.futures.ThreadPoolExecutor() as pool, tqdm.tqdm(total=num, unit="image", desc="decoding") as bar:
-        for start in range(0, num, 1024):
-            indices = range(start, min(start + 1024, num))
-            for i, decoded in zip(indices, pool.map(decode, indices), strict=True):
-                yield source.names[i], decoded
-                bar.update()
+    chunks = (range(i, min(i + _CHUNK, len(source))) for i in range(0, len(source), _CHUNK))
+    threads = os.cpu_count() or 1
+    with (
+        concurrent.futures.ThreadPoolExecutor(threads) as pool,
+        tqdm.tqdm(total=len(source), unit="image", desc="decoding") as bar,
+    ):
+        ahead = collections.deque()
+        for chunk in chunks:
+            ahead.append(pool.submit(decode, chunk))
+            if len(ahead) > 2 * threads:
+                yield from ahead.popleft().result()
+                bar.update(_CHUNK)
+        while ahead:
+            decoded = ahead.popleft().result()
+            yield from decoded
+            bar.update(len(decoded))
 
 
-def _fit(image: Image.Image, image_size, channels, crop) -> np.ndarray:
-    """Orientation, grey or RGB over white, centre crop, antialiased resize: uint8 [S, S, channels]."""
-    if math.prod(image.size) > MAX_PIXELS:
-        raise ValueError(f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels")
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("L" if channels == 1 else "RGB")
-    side = crop or min(image.size)
-    if side > min(image.size):
-        raise ValueError(f"{image.width}x{image.height} is smaller than the crop of {crop} (config.data.crop)")
-    left, top = (image.width - side) // 2, (image.height - side) // 2
+def _decode(source, i, form):
+    """Image i, or the error: damaged files make decoders raise nearly anything."""
+    try:
+        return _fit(source[i], *form)
+    except Exception as error:
+        return error
+
+
+def _fit(image, image_size, channels, crop):
+    """Centre crop, grey or RGB, antialiased resize: uint8 [H, W, 1 or 3] to [image_size, image_size, channels]."""
+    height, width, _ = image.shape
+    side = crop or min(height, width)
+    if side > min(height, width):
+        raise ValueError(f"{width}x{height} is smaller than the crop of {crop} (config.data.crop)")
+    left, top = (width - side) // 2, (height - side) // 2
     # Cropped first: the `box` of resize would let pixels from outside it into the edges.
-    image = image.crop((left, top, left + side, top + side))
-    image = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
-    return np.asarray(image).reshape(image_size, image_size, channels)
+    square = image[top : top + side, left : left + side]
+    picture = Image.fromarray(square[..., 0] if square.shape[-1] == 1 else square)
+    mode = "L" if channels == 1 else "RGB"
+    picture = picture if picture.mode == mode else picture.convert(mode)
+    picture = picture.resize((image_size, image_size), Image.Resampling.BICUBIC)
+    return np.asarray(picture).reshape(image_size, image_size, channels)
+
+
+def _unreadable(name, error):
+    return UserError(f"image {name}: {error}: mend it, or set --config.data.skip_corrupt=True")
 
 
 # ---------------------------------------------------------------- batches
 
 
 def batches(
-    images: np.ndarray, *, seed: int, batch_size: int, flip: bool, process_index: int = 0, process_count: int = 1
+    images: Cached | OnTheFly, *, seed: int, batch_size: int, flip: bool, process_index: int = 0, process_count: int = 1
 ) -> grain.MapDataset:
     """ds[k] is this process's share of the batch of step k: uint8 [batch_size / process_count, H, W, C].
 
@@ -235,7 +342,7 @@ def batches(
     return share.map(fetch)
 
 
-def iterate(dataset: grain.MapDataset, start: int):
-    """An iterator over dataset[start], dataset[start + 1], …, read ahead by threads."""
-    ahead = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
+def iterate(dataset: grain.MapDataset, start: int, num_threads: int = 4):
+    """An iterator over dataset[start], dataset[start + 1], …, read ahead by threads: up to 2 · num_threads batches."""
+    ahead = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
     return iter(dataset[start:].to_iter_dataset(ahead))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax  # noqa: TID251 (makes the optimizer)
 from ml_collections import ConfigDict  # noqa: TID251 (reads the config)
 
-from diffusion_jax import losses, sampling, unet
+from diffusion_jax import data, losses, sampling, sources, unet
 from diffusion_jax import schedule as schedules
 from diffusion_jax.errors import UserError
 
@@ -49,6 +49,22 @@ def model(config: ConfigDict) -> unet.UNet:
         dropout=config.model.dropout,
         num_groups=config.model.num_groups,
         dtype=_DTYPES[config.model.dtype],
+    )
+
+
+def images(config: ConfigDict) -> data.Cached | data.OnTheFly:
+    """The data set, data.*; makes its cache if there is none yet."""
+    source = sources.open_source(
+        config.data.source, config.data.path, split=config.data.split, manual_dir=config.data.manual_dir
+    )
+    return data.open_images(
+        source,
+        image_size=config.data.image_size,
+        channels=config.data.channels,
+        crop=config.data.crop,
+        skip_corrupt=config.data.skip_corrupt,
+        cache_dir=config.data.cache_dir,
+        cache_limit=config.data.cache_limit_gb * 1e9,
     )
 
 
@@ -105,6 +121,7 @@ def check(config: ConfigDict, reference: ConfigDict) -> None:
         _need(config, key, lambda value: value >= 0, "an integer >= 0")
     for key in ("train.learning_rate", "train.grad_clip"):
         _need(config, key, lambda value: 0 < value < float("inf"), "a number > 0")
+    _need(config, "data.cache_limit_gb", lambda value: value >= 0, "a number >= 0")
     for key in ("model.dropout", "train.ema_decay"):
         _need(config, key, lambda value: 0 <= value < 1, "in [0, 1)")
     _need(config, "model.channels", lambda value: value >= 4 and value % 2 == 0, "an even number >= 4")

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import tqdm
 from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from diffusion_jax import checkpoint, data, from_config, images
@@ -98,8 +99,9 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
     workdir = checkpoint.absolute(workdir)
     if (earlier := checkpoint.read_config(workdir)) is not None:
         from_config.check_same_model(earlier, config, workdir)
+    dataset_images = from_config.images(config)
     dataset = data.batches(
-        open_images(config),
+        dataset_images,
         seed=config.seed,
         batch_size=config.train.batch_size,
         flip=config.data.flip,
@@ -134,7 +136,7 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
         num_parameters = sum(x.size for x in jax.tree.leaves(state.params))
         print(f"{num_parameters:,} parameters, {devices} {jax.devices()[0].platform} device(s), from step {start}")
         state = replicate(state, AXIS)
-        batches = data.iterate(dataset, start)
+        batches = _to_devices(data.iterate(dataset, start, dataset_images.num_threads), local)
 
         # -------------------------------------------------------- the loop
         with MetricsLog(workdir, start, config.train.log_every) as log, _progress(config, start) as bar:
@@ -150,8 +152,7 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
                 bar.update()
 
             for step in range(start + 1, config.train.num_steps + 1):
-                pixels = next(batches)
-                state, metrics = train_step(state, (pixels.reshape(*local, *pixels.shape[1:]), indices))
+                state, metrics = train_step(state, (next(batches), indices))
                 pending.append((step, metrics))
                 if len(pending) > 2:  # by now this one is done, or nearly: the device never runs dry
                     record()
@@ -170,17 +171,14 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
     return state
 
 
-def open_images(config: ConfigDict) -> np.ndarray:
-    """The data set of config.data, uint8 [N, H, W, C]."""
-    return data.open_images(
-        config.data.source,
-        config.data.path,
-        image_size=config.data.image_size,
-        channels=config.data.channels,
-        crop=config.data.crop,
-        skip_corrupt=config.data.skip_corrupt,
-        cache_dir=config.data.cache_dir,
-    )
+def _to_devices(batches, local):
+    """Yields uint8 [D, B, H, W, C] that lie on the D local devices; two batches are on their way ahead of need."""
+    sharding = NamedSharding(Mesh(np.array(jax.local_devices()), (AXIS,)), PartitionSpec(AXIS))
+    ahead = collections.deque()
+    for pixels in batches:
+        ahead.append(jax.device_put(pixels.reshape(*local, *pixels.shape[1:]), sharding))
+        if len(ahead) > 2:
+            yield ahead.popleft()
 
 
 def _draw(sample_fn, state, seed, workdir):

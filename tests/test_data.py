@@ -1,6 +1,9 @@
-import gzip
-import struct
-import zipfile
+import itertools
+import json
+import os
+import resource
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -8,179 +11,212 @@ from PIL import Image
 
 from diffusion_jax import data
 from diffusion_jax.errors import UserError
+from diffusion_jax.sources import Source
 
-RNG = np.random.default_rng(0)
-PICTURES = RNG.integers(0, 256, (5, 12, 10, 3), np.uint8)
+PICTURES = np.random.default_rng(0).integers(0, 256, (150, 12, 10, 3), np.uint8)
 
 
-def read(path, tmp_path, **options):
-    options = {"image_size": 10, "channels": 3} | options
-    return data.open_images("files", str(path), cache_dir=str(tmp_path / "cache"), **options)
+def source(pictures=PICTURES, damaged=(), label=lambda i: i % 7, version="1"):
+    """A source of arrays, of which some cannot be read."""
+
+    def read(i):
+        if i in damaged:
+            raise OSError("image file is truncated")
+        return pictures[i]
+
+    return Source("/some/where/set.zip", version, len(pictures), "{}.png".format, read, label, ())
 
 
 @pytest.fixture
-def folder(tmp_path):
-    """Five PNGs of 10×12, in two folders, beside things that are no images."""
-    for i, picture in enumerate(PICTURES):
-        file = tmp_path / "set" / ("b" if i > 2 else "a") / f"{i}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(file)
-    (tmp_path / "set" / "a" / "notes.txt").write_text("not an image")
-    (tmp_path / "set" / "a" / "._0.png").write_text("what macOS leaves behind")
-    return tmp_path / "set"
+def images(tmp_path):
+    def open_images(source, **options):
+        options = {"image_size": 10, "channels": 3, "cache_dir": str(tmp_path / "cache")} | options
+        return data.open_images(source, **options)
+
+    return open_images
 
 
-def zipped(folder, path):
-    with zipfile.ZipFile(path, "w") as archive:
-        for file in sorted(folder.rglob("*.*"), reverse=True):
-            archive.write(file, file.relative_to(folder.parent))
-    return path
+def test_centre_crop(images):
+    np.testing.assert_array_equal(images(source())[:], PICTURES[:, 1:11])  # the centre 10×10, untouched
 
 
-def save_idx(path, images, compress):
-    raw = struct.pack(">4B3i", 0, 0, 8, 3, *images.shape) + images.tobytes()
-    path.write_bytes(gzip.compress(raw) if compress else raw)
-
-
-# ---------------------------------------------------------------- sources
-
-
-def test_digits():
-    digits = data.open_images("digits", "", image_size=8, channels=1)
-    assert digits.shape == (1797, 8, 8, 1)
-    assert digits.dtype == np.uint8
-    assert sorted(np.unique(digits)) == [round(i * 255 / 16) for i in range(17)]
-
-
-def test_folder_in_the_order_of_names(folder, tmp_path):
-    np.testing.assert_array_equal(read(folder, tmp_path), PICTURES[:, 1:11])  # the centre 10×10, untouched
-
-
-def test_zip_is_the_folder(folder, tmp_path):
-    archive = zipped(folder, tmp_path / "set.zip")
-    np.testing.assert_array_equal(read(archive, tmp_path), read(folder, tmp_path))
-
-
-@pytest.mark.parametrize("compress", [True, False])
-def test_idx(tmp_path, compress):
-    images = RNG.integers(0, 256, (7, 6, 6), np.uint8)
-    (tmp_path / "mnist").mkdir()
-    file = tmp_path / "mnist" / f"train-images-idx3-ubyte{'.gz' * compress}"
-    save_idx(file, images, compress)
-    for path in (file, file.parent):
-        np.testing.assert_array_equal(read(path, tmp_path, image_size=6, channels=1)[..., 0], images)
-
-
-def test_crop_then_resize(folder, tmp_path):
-    images = read(folder, tmp_path, image_size=2, crop=4)
+def test_crop_then_resize(images):
     expected = [Image.fromarray(picture[4:8, 3:7]).resize((2, 2), Image.Resampling.BICUBIC) for picture in PICTURES]
-    np.testing.assert_array_equal(images, np.stack(expected))
+    np.testing.assert_array_equal(images(source(), image_size=2, crop=4)[:], np.stack(expected))
 
 
-def test_grey(folder, tmp_path):
-    expected = [np.asarray(Image.fromarray(picture).convert("L"))[1:11, :, None] for picture in PICTURES]
-    np.testing.assert_array_equal(read(folder, tmp_path, channels=1), np.stack(expected))
-
-
-def test_modes_and_orientation(tmp_path):
-    """Alpha is laid on white, a palette is resolved, 16 bits become 8, EXIF turns the picture."""
-    folder = tmp_path / "modes"
-    folder.mkdir()
-    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(folder / "0_transparent.png")
-    Image.new("RGB", (4, 4), (10, 200, 30)).convert("P", palette=Image.Palette.ADAPTIVE).save(folder / "1_palette.png")
-    Image.fromarray(np.full((4, 4), 65535 // 2, np.uint16)).save(folder / "2_deep.png")
-    turned = Image.fromarray(np.repeat(np.uint8([[0, 255]]), 2, axis=0).repeat(2, axis=0).repeat(2, axis=1))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by a quarter, clockwise
-    turned.save(folder / "3_turned.png", exif=exif)
-    images = read(folder, tmp_path, image_size=4)
-    assert images[0].min() == 255
-    np.testing.assert_array_equal(images[1], np.full((4, 4, 3), [10, 200, 30]))
-    assert set(images[2].ravel()) == {127}
-    np.testing.assert_array_equal(images[3, :, :, 0], np.repeat(np.uint8([0, 0, 255, 255]), 4).reshape(4, 4))
+def test_grey_from_colour_and_colour_from_grey(images):
+    grey = [np.asarray(Image.fromarray(picture).convert("L"))[1:11, :, None] for picture in PICTURES]
+    np.testing.assert_array_equal(images(source(), channels=1)[:], np.stack(grey))
+    np.testing.assert_array_equal(images(source(PICTURES[..., :1], version="2"))[:], PICTURES[:, 1:11, :, [0, 0, 0]])
 
 
 # ---------------------------------------------------------------- the cache
 
 
-def test_decoded_once(folder, tmp_path, monkeypatch):
-    first = read(folder, tmp_path)
+def caches(tmp_path):
+    return sorted((tmp_path / "cache").iterdir())
+
+
+def test_decoded_once(images, tmp_path, monkeypatch):
+    first = images(source())
     monkeypatch.setattr(data, "_fit", None)
-    np.testing.assert_array_equal(read(folder, tmp_path), first)
-    assert isinstance(first, np.memmap)
-    assert [file.suffix for file in (tmp_path / "cache").iterdir()] == [".npy"]
+    second = images(source())
+    np.testing.assert_array_equal(first[:], second[:])
+    np.testing.assert_array_equal(second.labels, np.arange(150) % 7)
+    (folder,) = caches(tmp_path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    wanted = {"source": "/some/where/set.zip", "crop": 0, "image_size": 10, "channels": 3, "count": 150, "skipped": []}
+    assert wanted.items() <= manifest.items()
+    assert len(manifest["names_sha256"]) == 64
+    np.testing.assert_array_equal(np.load(folder / "images.npy"), first[:])  # a file that NumPy reads
 
 
-def test_changed_files_or_settings_are_decoded_again(folder, tmp_path):
-    read(folder, tmp_path)
-    Image.fromarray(PICTURES[4]).save(folder / "a" / "0.png", compress_level=0)
-    np.testing.assert_array_equal(read(folder, tmp_path)[0], PICTURES[4, 1:11])
-    assert read(folder, tmp_path, image_size=5).shape == (5, 5, 5, 3)
+def test_indexed_like_an_array(images):
+    cached, array = images(source()), PICTURES[:, 1:11]
+    for index in (0, -1, slice(140, None), np.array([3, 3, 149]), np.array([[5], [2]])):
+        np.testing.assert_array_equal(cached[index], array[index])
+    with pytest.raises(IndexError):
+        cached[150]
 
 
-def test_a_stopped_decoding_leaves_no_cache(folder, tmp_path):
-    (folder / "b" / "9.png").write_bytes(b"\x89PNG but no more")
+def test_other_files_or_settings_are_another_cache(images, tmp_path):
+    images(source())
+    other = PICTURES[::-1]
+    np.testing.assert_array_equal(images(source(other, version="2"))[:], other[:, 1:11])
+    assert images(source(), image_size=5).shape == (150, 5, 5, 3)
+    assert images(source(), crop=9).shape == (150, 10, 10, 3)
+    assert len(caches(tmp_path)) == 4
+
+
+def damage(name):
+    def cut(folder):
+        with (folder / name).open("r+b") as file:
+            file.truncate((folder / name).stat().st_size - 1)
+
+    return cut
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        damage("images.npy"),
+        damage("labels.npy"),
+        lambda folder: (folder / "manifest.json").unlink(),
+        lambda folder: (folder / "manifest.json").write_text("{"),
+        lambda folder: (folder / "manifest.json").write_text(
+            (folder / "manifest.json").read_text().replace('"count": 150', '"count": 149')
+        ),
+        lambda folder: (folder / "manifest.json").write_text(
+            (folder / "manifest.json").read_text().replace('"version": "1"', '"version": "0"')
+        ),
+    ],
+)
+def test_a_spoilt_cache_is_made_again(images, tmp_path, capsys, spoil):
+    images(source())
+    spoil(caches(tmp_path)[0])
+    np.testing.assert_array_equal(images(source())[:], PICTURES[:, 1:11])
+    assert "not whole" in capsys.readouterr().out
+    assert len(caches(tmp_path)) == 1
+    images(source())
+    assert "not whole" not in capsys.readouterr().out
+
+
+def test_a_stopped_decoding_leaves_no_cache(images, tmp_path):
     with pytest.raises(UserError):
-        read(folder, tmp_path)
-    assert list((tmp_path / "cache").iterdir()) == []
+        images(source(damaged=[140]))
+    assert caches(tmp_path) == []
 
 
-# ---------------------------------------------------------------- what cannot be used
+def test_leftovers_of_a_kill_are_removed(images, tmp_path):
+    images(source())
+    name = caches(tmp_path)[0].name
+    for pid, age in ((1, 0), (2, 7200)):
+        leftover = tmp_path / "cache" / f"{name}.{pid}.partial"
+        leftover.mkdir()
+        (leftover / "images.npy").write_bytes(b"some")
+        os.utime(leftover / "images.npy", (time.time() - age,) * 2)
+    (tmp_path / "cache" / name / "manifest.json").unlink()
+    images(source())
+    assert [folder.name for folder in caches(tmp_path)] == [name, f"{name}.1.partial"]  # somebody may be writing it
 
 
-def test_a_corrupt_image_is_named_and_skipped_only_on_request(folder, tmp_path, capsys):
-    whole = (folder / "b" / "3.png").read_bytes()
-    (folder / "b" / "3.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"b/3\.png.*skip_corrupt=True"):
-        read(folder, tmp_path)
-    images = read(folder, tmp_path, skip_corrupt=True)
-    np.testing.assert_array_equal(images, PICTURES[[0, 1, 2, 4], 1:11])
-    assert "left out 1 of 5 images" in capsys.readouterr().out
+def test_another_process_may_be_first(images, monkeypatch):
+    """Two processes make the same cache: the second finds it in place, and uses it."""
+    write, made = data._write_images, []
+
+    def slow_write(*args):
+        result = write(*args)
+        if not made:
+            made.append(True)
+            made.append(images(source())[:])
+        return result
+
+    monkeypatch.setattr(data, "_write_images", slow_write)
+    monkeypatch.setattr(data.os, "getpid", itertools.count().__next__)
+    np.testing.assert_array_equal(images(source())[:], made[1])
 
 
-def test_a_zip_with_a_flipped_byte_names_the_image(folder, tmp_path):
-    archive = zipped(folder, tmp_path / "set.zip")
-    raw = bytearray(archive.read_bytes())
-    raw[raw.index(b"IDAT") + 20] ^= 1
-    archive.write_bytes(raw)
-    with pytest.raises(UserError, match=r"set/b/4\.png"):
-        read(archive, tmp_path)
+def test_a_corrupt_image_is_named_and_skipped_only_on_request(images, capsys, tmp_path):
+    with pytest.raises(UserError, match=r"140\.png: image file is truncated.*skip_corrupt=True"):
+        images(source(damaged=[140]))
+    found = images(source(damaged=[2, 140]), skip_corrupt=True)
+    kept = np.delete(np.arange(150), [2, 140])
+    np.testing.assert_array_equal(found[:], PICTURES[kept, 1:11])
+    np.testing.assert_array_equal(found.labels, kept % 7)
+    assert (
+        "left out 2 of 150 images that cannot be read, first 2.png: image file is truncated" in capsys.readouterr().out
+    )
+    assert len(json.loads((caches(tmp_path)[0] / "manifest.json").read_text())["skipped"]) == 2
+    with pytest.raises(UserError, match=r"no image of /some/where/set\.zip can be read"):
+        images(source(damaged=range(150), version="2"), skip_corrupt=True)
 
 
-def test_a_decompression_bomb_is_refused(tmp_path):
-    (tmp_path / "bombs").mkdir()
-    Image.new("1", (8000, 8000)).save(tmp_path / "bombs" / "small.png")
-    with pytest.raises(UserError, match=r"small\.png.*8000x8000"):
-        read(tmp_path / "bombs", tmp_path)
+def test_an_image_smaller_than_the_crop(images):
+    with pytest.raises(UserError, match=r"0\.png: 10x12 is smaller than the crop of 11"):
+        images(source(), crop=11)
 
 
-def test_an_image_smaller_than_the_crop(folder, tmp_path):
-    with pytest.raises(UserError, match=r"a/0\.png.*10x12 is smaller than the crop of 11"):
-        read(folder, tmp_path, crop=11)
+def test_no_room_and_no_right(images, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cache_dir: .*cannot be written"):
+        images(source(), cache_dir=str(tmp_path / "file"))
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda _: os.terminal_size((0, 0)) and type("", (), {"free": 1000}))
+    with pytest.raises(UserError, match=r"free, and the cache takes .*cache_limit_gb"):
+        images(source())
 
 
-def test_nothing_there(tmp_path):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "text.txt").write_text("no archive")
-    save_idx(tmp_path / "labels-idx1-ubyte", np.zeros((1, 1, 1), np.uint8), False)
-    (tmp_path / "labels-idx1-ubyte").write_bytes(b"\x00\x00\x08\x01\x00\x00\x00\x01\x00")
-    (tmp_path / "cut-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(100))[:20])
-    for path, message in (
-        ("", "path is empty"),
-        (tmp_path / "missing", "does not exist"),
-        (tmp_path / "empty", "holds no images"),
-        (tmp_path / "text.txt", "no folder, zip or idx"),
-        (tmp_path / "labels-idx1-ubyte", "not an idx file of uint8 images"),
-        (tmp_path / "cut-idx3-ubyte.gz", "cannot be read"),
-    ):
-        with pytest.raises(UserError, match=message):
-            read(path, tmp_path)
-    with pytest.raises(UserError, match="source='dogs'"):
-        data.open_images("dogs", "", image_size=8, channels=1)
+# ---------------------------------------------------------------- on the fly
+
+
+def test_on_the_fly_is_the_same(images, tmp_path, capsys):
+    cached, decoded = images(source()), images(source(), cache_limit=1000)
+    assert "decoded on the fly, the cache would take 0.0 GB" in capsys.readouterr().out
+    assert len(caches(tmp_path)) == 1
+    np.testing.assert_array_equal(decoded.labels, cached.labels)
+    assert decoded.shape == cached.shape
+    for index in (3, slice(5), np.array([149, 0])):
+        np.testing.assert_array_equal(decoded[index], cached[index])
+    options = {"seed": 0, "batch_size": 8, "flip": True}
+    ahead = data.iterate(data.batches(decoded, **options), 7, decoded.num_threads)
+    for step in range(7, 40):
+        np.testing.assert_array_equal(next(ahead), data.batches(cached, **options)[step])
+
+
+def test_corrupt_on_the_fly(images):
+    with pytest.raises(UserError, match=r"2\.png: image file is truncated"):
+        images(source(damaged=[2]), cache_limit=0)[np.array([1, 2])]
+    found = images(source(damaged=[2, 3]), cache_limit=0, skip_corrupt=True)
+    np.testing.assert_array_equal(found[np.array([1, 2])], PICTURES[[1, 4], 1:11])
+    broken = images(source(damaged=range(150)), cache_limit=0)
+    ahead = data.iterate(data.batches(broken, seed=0, batch_size=8, flip=True), 0)
+    with pytest.raises(UserError, match="truncated"):
+        next(ahead)
 
 
 # ---------------------------------------------------------------- batches
 
+# A batch asks an array of images what it asks a cache.
 NUMBERED = np.arange(20, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 1), np.uint8)
 NUMBERED[:, :, 1] += 100  # the left column holds the number, the right one 100 more
 
@@ -226,3 +262,33 @@ def test_iterate_starts_anywhere():
     iterator = data.iterate(batches(), 1001)
     for step in range(1001, 1010):
         np.testing.assert_array_equal(next(iterator), batches()[step])
+
+
+def test_each_process_reads_its_share_alone():
+    read = []
+
+    class Spy:
+        def __len__(self):
+            return len(NUMBERED)
+
+        def __getitem__(self, indices):
+            read.append(len(indices))
+            return NUMBERED[indices]
+
+    data.batches(Spy(), seed=0, batch_size=8, flip=True, process_index=1, process_count=4)[3]
+    assert read == [2]
+
+
+def test_memory_stays_flat(images):
+    """Three epochs of a data set of 60 MB leave the process as large as it was."""
+    large = np.random.default_rng(0).integers(0, 256, (5000, 64, 64, 3), np.uint8)
+    cached = images(source(large), image_size=64)
+    del large
+    ahead = data.iterate(data.batches(cached, seed=0, batch_size=50, flip=True), 0)
+    for _ in range(30):
+        next(ahead)
+    unit = 1 if sys.platform == "darwin" else 1024
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    for _ in range(300):
+        next(ahead)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - before < 20e6

@@ -130,7 +130,7 @@ def test_every_loss_teaches_to_predict_the_noise(tmp_path, loss):
         train__loss=loss, train__num_steps=60, train__batch_size=64, train__log_every=20, train__learning_rate=5e-3
     )
     params = train.train(config, str(tmp_path)).params
-    x_0 = train.open_images(config)[:256].astype(np.float32) / 127.5 - 1
+    x_0 = from_config.images(config)[:256].astype(np.float32) / 127.5 - 1
     t = np.arange(256) % 20 + 1
     eps_bar = np.random.default_rng(0).standard_normal(x_0.shape).astype(np.float32)
 

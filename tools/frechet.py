@@ -10,7 +10,7 @@ and its ceiling, the distance from Gaussian noise to the real digits.
 import numpy as np
 from absl import app, flags
 
-from diffusion_jax import data
+from diffusion_jax import data, sources
 
 SAMPLES = flags.DEFINE_string("samples", None, "the .npz that --mode=sample wrote", required=True)
 
@@ -32,7 +32,7 @@ def vectors(x):
 
 
 def main(_):
-    real = vectors(data.open_images("digits", "", image_size=8, channels=1))
+    real = vectors(data.open_images(sources.digits(), image_size=8, channels=1)[:])
     samples = vectors(np.load(SAMPLES.value)["arr_0"])
     rng = np.random.default_rng(0)
     shuffled = rng.permutation(real)
