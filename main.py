@@ -42,7 +42,7 @@ def parse(argv: list[str]) -> list[str]:
 
 def run(argv: list[str]) -> None:
     """Does what the flags say."""
-    logging.set_verbosity(logging.WARNING)
+    logging.set_verbosity(logging.ERROR)  # what the user can act on comes as an error of our own
     if argv[1:]:
         raise UserError(f"{argv[1]!r} is no flag: flags start with --")
     if WORKDIR.value is None and MODE.value != "prepare":

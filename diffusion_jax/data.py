@@ -39,7 +39,7 @@ class Cached:
     They are read, not mapped, so the memory of a run does not grow with the data set.
     """
 
-    num_threads = 4  # that read ahead: reading costs next to nothing
+    num_threads = 1  # that read ahead: reading costs so little that two would wait for each other
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -342,7 +342,7 @@ def batches(
     return share.map(fetch)
 
 
-def iterate(dataset: grain.MapDataset, start: int, num_threads: int = 4):
-    """An iterator over dataset[start], dataset[start + 1], …, read ahead by threads: up to 2 · num_threads batches."""
-    ahead = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
+def iterate(dataset: grain.MapDataset, start: int, num_threads: int = 1):
+    """An iterator over dataset[start], dataset[start + 1], …; threads read at least 8 batches ahead."""
+    ahead = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(8, num_threads))
     return iter(dataset[start:].to_iter_dataset(ahead))

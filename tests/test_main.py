@@ -1,5 +1,6 @@
 """The command line, as a user types it. One process per test: flags are global."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -74,6 +75,7 @@ BAD = {
     "batch": (["--config.train.batch_size=6"], "batch_size=6 does not divide among 4 devices: .* multiple of 4"),
     "image size": (["--config.data.image_size=9", "--config.model.multipliers=(1,2)"], "image_size=9 does not fit"),
     "no data": (["--config.data.path=/nowhere"], "data.path='/nowhere' does not exist"),
+    "no data set": (["--config.data.source=tfds:dogs"], "'tfds:dogs' is no data set of TFDS"),
     "no config": (["--config=configs/nothing.py"], "--config: .*configs/nothing.py"),
     "no flag": (["--wrkdir=x"], "Unknown command line flag 'wrkdir'. Did you mean: workdir"),
     "no dashes": (["resume"], "'resume' is no flag"),
@@ -110,6 +112,28 @@ def test_a_corrupt_image_in_a_folder_is_named(tmp_path):
     assert done.returncode == 1
     assert "error: image broken.jpg: cannot identify image file" in done.stderr
     assert "skip_corrupt=True" in done.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorflow") is not None, reason="TFDS would download")
+def test_celeba_without_data_says_what_to_do(tmp_path):
+    """The command of the README on a machine that has neither TensorFlow nor the data."""
+    workdir = f"--workdir={tmp_path / 'new'}"
+    done = main("--config=configs/celeba.py", workdir, f"--config.data.path={tmp_path}")  # empty: for TFDS
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: .*tfds:celeb_a.*requirements-prepare\.txt.*folder or a zip.*\n", done.stderr)
+
+
+def test_prepare_makes_the_cache_that_training_uses(tmp_path):
+    cache = f"--config.data.cache_dir={tmp_path / 'cache'}"
+    done = main("--mode=prepare", "--config=configs/digits.py", cache)
+    assert done.returncode == 0, done.stderr
+    assert "1,797 images, 8x8x1, ready in" in done.stdout
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert str(folder) in done.stdout
+    assert np.load(folder / "labels.npy")[:3].tolist() == [0, 1, 2]
+    before = (folder / "manifest.json").stat().st_mtime_ns
+    assert "1,797 images" in main("--mode=prepare", "--config=configs/digits.py", cache).stdout
+    assert (folder / "manifest.json").stat().st_mtime_ns == before
 
 
 def test_debug_shows_the_traceback(tmp_path):

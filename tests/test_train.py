@@ -248,8 +248,10 @@ def test_the_step_compiles_once():
 
     step = make_step(config, counted)
     state = states.replicate(states.init_state(config), train.AXIS)
-    for _ in range(3):
-        state, _ = step(state, batch())
+    pixels, indices = batch()
+    for on_devices in train._to_devices([pixels.reshape(8, 8, 8, 1)] * 5, (4, 2)):
+        state, _ = step(state, (on_devices, indices))
+    assert int(state.step) == 3
     assert traces == [(2, 8, 8, 1)]
 
 

@@ -1,0 +1,69 @@
+"""The input pipeline alone: images per CPU-second and per second, from the cache and decoded on the fly; memory.
+
+    python -m benchmarks.pipeline --config=configs/celeba.py --config.data.path=img_align_celeba.zip
+
+Prints JSON lines: the median and the spread of --repeats measurements, then the resident
+memory after each of three epochs from the cache.
+"""
+
+import json
+import statistics
+import time
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from diffusion_jax import data, from_config
+
+CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py")
+REPEATS = flags.DEFINE_integer("repeats", 5, "measurements of each kind")
+SECONDS = flags.DEFINE_float("seconds", 2.0, "of each measurement")
+
+
+def iterate(images, config):
+    batches = data.batches(images, seed=0, batch_size=config.train.batch_size, flip=config.data.flip)
+    return data.iterate(batches, 0, images.num_threads)
+
+
+def measure(batches, seconds):
+    """(images per CPU-second, images per second) over about `seconds`."""
+    for _ in range(3):
+        next(batches)
+    wall, cpu, num = time.perf_counter(), time.process_time(), 0
+    while time.perf_counter() - wall < seconds:
+        num += len(next(batches))
+    return num / (time.process_time() - cpu), num / (time.perf_counter() - wall)
+
+
+def resident_mb():
+    """Of this process now, file pages included, in MB."""
+    with open("/proc/self/status") as file:
+        return round(int(file.read().split("VmRSS:")[1].split()[0]) / 1000)
+
+
+def report(kind, images, config):
+    runs = [measure(iterate(images, config), SECONDS.value) for _ in range(REPEATS.value)]
+    line = {"images": kind, "shape": images.shape, "batch": config.train.batch_size}
+    for name, values in zip(("per_cpu_second", "per_second"), zip(*runs, strict=True), strict=True):
+        line[name] = round(statistics.median(values))
+        line[f"{name}_spread"] = [round(min(values)), round(max(values))]
+    print(json.dumps(line), flush=True)
+
+
+def main(_):
+    config = CONFIG.value
+    cached = from_config.images(config)
+    report("cached", cached, config)
+    config.data.cache_limit_gb = 0.0
+    report("on the fly", from_config.images(config), config)
+
+    batches, memory = iterate(cached, config), []
+    for _ in range(3):
+        for _ in range(len(cached) // config.train.batch_size):
+            next(batches)
+        memory.append(resident_mb())
+    print(json.dumps({"resident_mb_after_epochs": memory, "cache_mb": round(len(cached) * cached[0].nbytes / 1e6)}))
+
+
+if __name__ == "__main__":
+    app.run(main)
