@@ -7,11 +7,12 @@ python main.py --mode=sample --workdir=runs/digits --num=64 --seed=0 --out=sampl
 
 import sys
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from configs import default
-from diffusion_jax import from_config
+from diffusion_jax import from_config, hosts
 from diffusion_jax.errors import UserError
 from diffusion_jax.prepare import prepare
 from diffusion_jax.sample import sample
@@ -23,6 +24,10 @@ MODE = flags.DEFINE_enum("mode", "train", ["train", "prepare", "sample"], "what 
 NUM = flags.DEFINE_integer("num", 64, "images to sample")
 SEED = flags.DEFINE_integer("seed", 0, "of the samples")
 OUT = flags.DEFINE_string("out", "samples.png", "where the samples go: .png (a grid) or .npz (an array)")
+PLATFORM = flags.DEFINE_enum("platform", "", ["", "tpu", "gpu", "cpu"], "where to compute; default: the best there is")
+COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of process 0; Cloud TPU pods and Slurm know it")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", 1, "with --coordinator: how many processes")
+PROCESS_ID = flags.DEFINE_integer("process_id", 0, "with --coordinator: which of them this is")
 DEBUG = flags.DEFINE_bool("debug", False, "show the traceback of an error")
 
 
@@ -45,16 +50,19 @@ def run(argv: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)  # what the user can act on comes as an error of our own
     if argv[1:]:
         raise UserError(f"{argv[1]!r} is no flag: flags start with --")
-    if WORKDIR.value is None and MODE.value != "prepare":
+    mode = MODE.value
+    if WORKDIR.value is None and mode != "prepare":
         raise UserError("--workdir is missing: give the folder of the run")
-    if MODE.value == "sample":
-        sample(WORKDIR.value, NUM.value, SEED.value, OUT.value)
-        return
-    if CONFIG.value is None:
-        raise UserError("--config is missing: give a config file, e.g. --config=configs/digits.py")
-    from_config.check(CONFIG.value, default.get_config())
-    if MODE.value == "prepare":
+    if mode != "sample":
+        if CONFIG.value is None:
+            raise UserError("--config is missing: give a config file, e.g. --config=configs/digits.py")
+        from_config.check(CONFIG.value, default.get_config())
+    if mode == "prepare":
         prepare(CONFIG.value)
+        return
+    hosts.initialize(PLATFORM.value, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    if mode == "sample":
+        sample(WORKDIR.value, NUM.value, SEED.value, OUT.value)
     else:
         train(CONFIG.value, WORKDIR.value)
 
@@ -63,10 +71,13 @@ def main() -> None:
     """Runs, and turns what the user can mend into one line and exit code 1."""
     try:
         app.run(run, flags_parser=parse)
-    except (UserError, FloatingPointError) as error:
+    except hosts.Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(stopped.exit_code)
+    except (UserError, FloatingPointError, OSError, jax.errors.JaxRuntimeError) as error:
         if "--debug" in sys.argv:
             raise
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ def get_config() -> ConfigDict:
     train.warmup_steps = 5000  # steps of linear warm-up from 0; 0: none
     train.grad_clip = 1.0  # largest norm of the gradient
     train.ema_decay = 0.9999  # of the average of the parameters, per step
+    train.max_bad_steps = 0  # steps in a row whose loss or gradient is not finite, that are left out; one more stops
     train.log_every = 100  # steps between lines of metrics.jsonl
     train.checkpoint_every = 5000  # steps between checkpoints
     train.keep_checkpoints = 3  # how many of the latest to keep

@@ -143,10 +143,12 @@ _AT_LEAST_1 = (
     "train.keep_checkpoints",
     "sampling.num",
 )
-# What the parameters and their meaning depend on; the rest may change between runs in a workdir.
-_IDENTITY = ("data.image_size", "data.channels", "schedule.", "model.")
-
-_AT_LEAST_0 = ("seed", "data.crop", "train.warmup_steps", "train.sample_every")
+# What makes a run another run; the rest may change when it is resumed.
+_IDENTITY = (
+    *("data.source", "data.path", "data.split", "data.image_size", "data.channels", "data.crop"),
+    *("schedule.", "model."),
+)
+_AT_LEAST_0 = ("seed", "data.crop", "train.warmup_steps", "train.max_bad_steps", "train.sample_every")
 
 
 def _need(config, key, holds, wanted):
@@ -167,18 +169,20 @@ def check_key(key: str, reference: ConfigDict) -> None:
         raise UserError(f"config.{key} is no key of the config: the nearest is config.{near}")
 
 
-def check_same_model(old: ConfigDict, new: ConfigDict, workdir) -> None:
-    """Raises UserError, naming the keys, if the two configs train networks that are not the same."""
+def check_same_run(old: ConfigDict, new: ConfigDict, workdir) -> None:
+    """Raises UserError, naming the keys, if the configs differ in network, schedule or data set."""
     old, new = flatten(old), flatten(new)
     changed = [
         f"{key}: {old.get(key)!r} there, {new.get(key)!r} here"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key.startswith(_IDENTITY)
+        if key.startswith(_IDENTITY)
+        and key in old
+        and old[key] != new.get(key)  # runs from before a key was added go on
     ]
     if changed:
         raise UserError(
-            f"--workdir={workdir} holds another model (config.{', config.'.join(changed)}): "
-            "give another workdir, or the config of this one"
+            f"--workdir={workdir} holds another run (config.{', config.'.join(changed)}): give another workdir, or the "
+            "config of this one (if the same files have moved, correct its config.json)"
         )
 
 

@@ -52,13 +52,21 @@ class MetricsLog:
     def _keep_until(self, step):
         if self._path.exists():
             lines = self._path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            kept = [line for line in lines if _step(line) <= step]
             partial = self._path.with_suffix(".partial")
             partial.write_text("".join(kept))
             partial.replace(self._path)
 
 
+def _step(line):
+    """The step of a line; infinite if the line is not whole, as after a kill."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else np.inf
+    except (ValueError, KeyError, TypeError):
+        return np.inf
+
+
 def _mean(values):
-    """The mean of the numbers, None (null in JSON, which has no NaN) where there are none."""
-    values = [value for value in values if not np.isnan(value)]
+    """The mean of the finite numbers, None (null in JSON, which has no NaN) where there are none."""
+    values = [value for value in values if np.isfinite(value)]
     return float(np.mean(values)) if values else None

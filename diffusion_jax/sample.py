@@ -82,7 +82,7 @@ def _config(workdir):
 
 
 def _ema_params(config, workdir):
-    with checkpoint.open_manager(workdir) as manager:
+    with checkpoint.open_manager(workdir, read_only=True) as manager:
         state = checkpoint.restore(manager, abstract_state(config))
     if state is None:
         raise UserError(f"--workdir={workdir} holds no checkpoint yet: train first")

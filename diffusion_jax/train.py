@@ -1,6 +1,7 @@
 """Training: one pmapped step, and the loop around it."""
 
 import collections
+import contextlib
 import math
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from diffusion_jax import checkpoint, data, from_config, images
+from diffusion_jax import checkpoint, data, from_config, hosts, images
 from diffusion_jax.errors import UserError
 from diffusion_jax.log import MetricsLog
 from diffusion_jax.schedule import Schedule
@@ -41,8 +42,9 @@ def make_train_step(
 
     The step's arguments: images uint8 [D, B, H, W, C] and indices int [D, B] over the D
     local devices; the state has no device axis (`state.replicate`). Its metrics are arrays [D],
-    all D the same: loss, grad_norm (before clipping), param_norm, and loss_t1 ... loss_t4
-    over the quarters of 1..T, NaN where the batch has no such t.
+    all D the same: loss, grad_norm (before clipping), param_norm, skipped, and loss_t1 ... loss_t4
+    over the quarters of 1..T, NaN where the batch has no such t. Where one of the first three
+    is not finite, skipped is 1 and the state stays as it was, but for its step.
     """
 
     def mean_loss(params, x_0, t, noise_keys, dropout_keys):
@@ -66,9 +68,13 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema_params = optax.incremental_update(params, state.ema_params, 1 - ema_decay)
+        new = TrainState(state.step + 1, params, ema_params, opt_state)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
-        metrics |= _loss_by_quarter(losses, t, s.num_steps)
-        return TrainState(state.step + 1, params, ema_params, opt_state), metrics
+        # One bad number would stay in Adam's moments and the average for ever: then only the step counts.
+        good = jnp.isfinite(jnp.stack(list(metrics.values()))).all()
+        new = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, state._replace(step=new.step))
+        metrics |= {"skipped": 1.0 - good} | _loss_by_quarter(losses, t, s.num_steps)
+        return new, metrics
 
     return jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=(None, 0), donate_argnums=0)
 
@@ -87,10 +93,12 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
 
     Raises:
       UserError: the config, data or workdir cannot be used.
-      FloatingPointError: a loss or gradient that is not finite.
+      FloatingPointError: too many losses or gradients in a row that are not finite.
+      hosts.Stopped: told to by a signal, after saving.
     """
     # ------------------------------------------------------------ what can be refused is refused first
     devices, processes = jax.device_count(), jax.process_count()
+    main = jax.process_index() == 0  # the process that writes and prints
     if config.train.batch_size % devices:
         raise UserError(
             f"config.train.batch_size={config.train.batch_size} does not divide among {devices} devices: "
@@ -98,7 +106,7 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
         )
     workdir = checkpoint.absolute(workdir)
     if (earlier := checkpoint.read_config(workdir)) is not None:
-        from_config.check_same_model(earlier, config, workdir)
+        from_config.check_same_run(earlier, config, workdir)
     dataset_images = from_config.images(config)
     dataset = data.batches(
         dataset_images,
@@ -108,7 +116,9 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
         process_index=jax.process_index(),
         process_count=processes,
     )
-    checkpoint.write_config(workdir, config)
+    if main:
+        checkpoint.write_config(workdir, config)
+    hosts.check_shared(workdir)
 
     # ------------------------------------------------------------ state and step
     s = from_config.schedule(config)
@@ -131,24 +141,34 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
     indices = (jax.process_index() + processes * np.arange(math.prod(local))).reshape(local)
 
     with checkpoint.open_manager(workdir, config.train.keep_checkpoints) as manager:
-        state = checkpoint.restore(manager, abstract_state(config)) or init_state(config)
+        state = checkpoint.restore(manager, abstract_state(config), set_aside=True) or init_state(config)
         start = int(state.step)
-        num_parameters = sum(x.size for x in jax.tree.leaves(state.params))
-        print(f"{num_parameters:,} parameters, {devices} {jax.devices()[0].platform} device(s), from step {start}")
+        if main:
+            num_parameters = sum(x.size for x in jax.tree.leaves(state.params))
+            print(f"{num_parameters:,} parameters, {devices} {jax.devices()[0].platform} device(s), from step {start}")
         state = replicate(state, AXIS)
         batches = _to_devices(data.iterate(dataset, start, dataset_images.num_threads), local)
 
         # -------------------------------------------------------- the loop
-        with MetricsLog(workdir, start, config.train.log_every) as log, _progress(config, start) as bar:
-            pending = collections.deque()
+        with (
+            hosts.StopSignals() as signals,
+            MetricsLog(workdir, start, config.train.log_every) if main else contextlib.nullcontext() as log,
+            _progress(config, start) as bar,
+        ):
+            pending, bad_steps = collections.deque(), 0
 
             def record():  # the metrics of the oldest step not yet looked at
+                nonlocal bad_steps
                 step, metrics = pending.popleft()
                 metrics = {name: float(value[0]) for name, value in jax.device_get(metrics).items()}
-                _stop_if_not_finite(step, metrics, manager)
+                bad_steps = bad_steps + 1 if metrics["skipped"] else 0
+                if bad_steps > config.train.max_bad_steps:
+                    raise FloatingPointError(_not_finite(step, metrics, manager))
                 metrics["learning_rate"] = float(learning_rate(step - 1))
-                if line := log.add(step, metrics, config.train.batch_size):
-                    bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['images_per_second']:.0f} images/s")
+                if main and (line := log.add(step, metrics, config.train.batch_size)):
+                    bar.set_postfix_str(
+                        f"loss {line['loss'] or math.nan:.4f}, {line['images_per_second']:.0f} images/s"
+                    )
                 bar.update()
 
             for step in range(start + 1, config.train.num_steps + 1):
@@ -156,18 +176,28 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
                 pending.append((step, metrics))
                 if len(pending) > 2:  # by now this one is done, or nearly: the device never runs dry
                     record()
+                checkpoint.check(manager)
 
-                if step % config.train.checkpoint_every == 0 or step == config.train.num_steps:
+                draws = config.train.sample_every and step % config.train.sample_every == 0
+                signum = signals.agreed(manager, step)
+                # Drawing takes a while: whoever is stopped meanwhile has lost nothing.
+                if step % config.train.checkpoint_every == 0 or step == config.train.num_steps or draws or signum:
                     while pending:
                         record()
                     checkpoint.save(manager, step, state)
-                if config.train.sample_every and step % config.train.sample_every == 0:
-                    _draw(sample_fn, state, config.seed, workdir)
+                if signum:
+                    checkpoint.wait(manager)
+                    raise hosts.Stopped(
+                        f"stopped by a signal after step {step}, which is saved: the same command goes on", signum
+                    )
+                if draws:
+                    _draw(sample_fn, state, config.seed, workdir, main)
 
     # ------------------------------------------------------------ the end
     state = jax.device_get(state)
-    grid = _draw(sample_fn, state, config.seed, workdir)
-    print(f"trained to step {state.step}; samples: {grid}")
+    grid = _draw(sample_fn, state, config.seed, workdir, main)
+    if main:
+        print(f"trained to step {state.step}; samples: {grid}")
     return state
 
 
@@ -181,12 +211,13 @@ def _to_devices(batches, local):
             yield ahead.popleft()
 
 
-def _draw(sample_fn, state, seed, workdir):
-    """Makes the grid of samples of this step, unless it is there already."""
+def _draw(sample_fn, state, seed, workdir, main):
+    """Makes the grid of samples of this step, unless it is there already; process `main` writes it."""
     path = workdir / "samples" / f"{state.step}.png"
     if not path.exists():
         x = sample_fn(jax.device_get(state.ema_params), jax.random.key(seed))
-        images.save_png(path, images.grid(images.to_uint8(x)))
+        if main:
+            images.save_png(path, images.grid(images.to_uint8(x)))
     return path
 
 
@@ -201,10 +232,10 @@ def _progress(config, start):
     )
 
 
-def _stop_if_not_finite(step, metrics, manager):
-    bad = [name for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])]
-    if bad:
-        raise FloatingPointError(
-            f"{bad[0]} is {metrics[bad[0]]} at step {step}; the last checkpoint is of step {manager.latest_step()}: "
-            "lower config.train.learning_rate, or try float32 if config.model.dtype is bfloat16"
-        )
+def _not_finite(step, metrics, manager):
+    name = next(name for name in ("loss", "grad_norm", "param_norm") if not math.isfinite(metrics[name]))
+    return (
+        f"{name} is {metrics[name]} at step {step}; the last checkpoint is of step {manager.latest_step()}: lower "
+        "config.train.learning_rate, try float32 if config.model.dtype is bfloat16, or leave such steps out with "
+        "config.train.max_bad_steps"
+    )

@@ -138,11 +138,11 @@ def test_unknown_missing_and_mistyped_keys():
 
 def test_the_same_model_is_told_from_another():
     old = tiny_config()
-    from_config.check_same_model(old, tiny_config(train__num_steps=9, train__batch_size=4, data__flip=True), "w")
+    from_config.check_same_run(old, tiny_config(train__num_steps=9, train__batch_size=4, data__flip=True), "w")
     for change in ({"model__channels": 16}, {"schedule__name": "cosine"}, {"data__image_size": 16}):
         key = next(iter(change)).replace("__", r"\.")
-        with pytest.raises(UserError, match=f"w holds another model .*{key}"):
-            from_config.check_same_model(old, tiny_config(**change), "w")
+        with pytest.raises(UserError, match=f"w holds another run .*{key}"):
+            from_config.check_same_run(old, tiny_config(**change), "w")
 
 
 def test_config_json_comes_back(tmp_path):
@@ -150,7 +150,7 @@ def test_config_json_comes_back(tmp_path):
     checkpoint.write_config(tmp_path / "run", config)
     again = checkpoint.read_config(tmp_path / "run")
     assert from_config.flatten(again) == from_config.flatten(config)
-    from_config.check_same_model(again, config, "w")
+    from_config.check_same_run(again, config, "w")
     from_config.check(again, default.get_config())
     assert from_config.model(again) == from_config.model(config)
     assert checkpoint.read_config(tmp_path) is None

@@ -100,7 +100,7 @@ def test_another_model_in_the_workdir_is_refused(trained):
     before = (trained / "config.json").read_text()
     done = train(trained, "--config.model.channels=16")
     assert done.returncode == 1
-    assert "holds another model (config.model.channels: 8 there, 16 here)" in done.stderr
+    assert "holds another run (config.model.channels: 8 there, 16 here)" in done.stderr
     assert (trained / "config.json").read_text() == before
 
 

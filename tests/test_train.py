@@ -147,7 +147,7 @@ def test_every_loss_teaches_to_predict_the_noise(tmp_path, loss):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path):
     run(tmp_path, train__num_steps=3)
-    with pytest.raises(FloatingPointError, match=r"(loss|grad_norm) is (nan|inf) at step [45]; .* of step 3"):
+    with pytest.raises(FloatingPointError, match=r"param_norm is inf at step 4; .* of step 3"):
         run(tmp_path, train__learning_rate=1e38)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
     assert all(np.isfinite(line["loss"]) for line in lines(tmp_path))

@@ -1,0 +1,148 @@
+"""What users get wrong, and what they must be told: for `tools.torture`."""
+
+import gzip
+import shutil
+import struct
+import zipfile
+
+from PIL import Image
+
+
+def cases(folder, run):
+    """{name: (arguments of main.py, pattern of the one line)}, about files that are made in `folder`.
+
+    Args:
+      folder: a path that does not exist yet.
+      run: the workdir of a finished run of configs/digits.py.
+    """
+    files = _files(folder, run)
+    new = f"--workdir={folder / 'new'}"
+    digits = ["--config=configs/digits.py", new]
+    cache = f"--config.data.cache_dir={folder / 'cache'}"
+
+    def config(key, value):
+        return [*digits, f"--config.{key}={value}"]
+
+    def data(name, *more):
+        return [*digits, f"--config.data.path={files / name}", cache, *more]
+
+    return {
+        # ------------------------------------------------------------ config
+        "unknown key": (config("train.nmu_steps", 3), r"train\.nmu_steps .*nearest is config\.train\.num_steps"),
+        "unknown section": (config("trian.num_steps", 3), r"trian\.num_steps .*nearest is config\.train\.num_steps"),
+        "text for a number": (config("train.num_steps", "many"), r"train\.num_steps=many"),
+        "fraction for a count": (config("train.batch_size", 7.5), r"train\.batch_size=7\.5"),
+        "no steps": (config("schedule.num_steps", 0), r"schedule\.num_steps=0 must be an integer >= 1"),
+        "negative steps": (config("train.num_steps", -5), r"train\.num_steps=-5 must be"),
+        "unknown schedule": (config("schedule.name", "linear"), r"schedule\.name='linear' must be one of su_linear"),
+        "unknown loss": (config("train.loss", "l2"), r"train\.loss='l2' must be one of simple"),
+        "unknown sigma": (config("sampling.sigma", "large"), r"sampling\.sigma='large' must be one of zero"),
+        "unknown dtype": (config("model.dtype", "float16"), r"model\.dtype='float16' must be one of float32"),
+        "two channels": (config("data.channels", 2), r"data\.channels=2 must be one of 1, 3"),
+        "no batch": (config("train.batch_size", 0), r"train\.batch_size=0 must be"),
+        "batch and devices": (
+            config("train.batch_size", 6),
+            r"batch_size=6 does not divide among 4 devices.*multiple of 4",
+        ),
+        "image size": (config("data.image_size", 9), r"image_size=9 does not fit config\.model\.multipliers=\(1, 2\)"),
+        "no image size": (config("data.image_size", 0), r"data\.image_size=0 must be"),
+        "no learning rate": (config("train.learning_rate", 0.0), r"learning_rate=0\.0 must be a number > 0"),
+        "infinite rate": (config("train.learning_rate", "inf"), r"learning_rate=inf must be a number > 0"),
+        "negative clip": (config("train.grad_clip", -1.0), r"grad_clip=-1\.0 must be"),
+        "ema of 1": (config("train.ema_decay", 1.0), r"ema_decay=1\.0 must be in \[0, 1\)"),
+        "dropout of 1": (config("model.dropout", 1.0), r"dropout=1\.0 must be in \[0, 1\)"),
+        "odd channels": (config("model.channels", 7), r"model\.channels=7 must be an even number"),
+        "no levels": (config("model.multipliers", "()"), r"multipliers=\(\) must be"),
+        "level of nothing": (config("model.multipliers", "(1,0)"), r"multipliers=\(1, 0\) must be integers >= 1"),
+        "negative seed": (config("seed", -1), r"config\.seed=-1 must be"),
+        "negative crop": (config("data.crop", -3), r"data\.crop=-3 must be"),
+        "negative warm-up": (config("train.warmup_steps", -1), r"warmup_steps=-1 must be"),
+        "negative limit": (config("data.cache_limit_gb", -1.0), r"cache_limit_gb=-1\.0 must be"),
+        "no checkpoints kept": (config("train.keep_checkpoints", 0), r"keep_checkpoints=0 must be"),
+        "no config": ([new], r"--config is missing"),
+        "missing config": (["--config=configs/nothing.py", new], r"--config: .*configs/nothing\.py"),
+        "broken config": ([f"--config={files / 'broken.py'}", new], r"--config: .*broken\.py"),
+        # ------------------------------------------------------------ command line
+        "unknown flag": ([*digits, "--wrkdir=x"], r"Unknown command line flag 'wrkdir'.*workdir"),
+        "no dashes": ([*digits, "resume"], r"'resume' is no flag"),
+        "unknown mode": ([*digits, "--mode=test"], r"--mode=test"),
+        "no workdir": (digits[:1], r"--workdir is missing"),
+        "workdir is a file": ([digits[0], f"--workdir={files / 'text.txt'}"], r"text\.txt is a file"),
+        "workdir below a file": (
+            [digits[0], f"--workdir={files / 'text.txt' / 'run'}"],
+            r"text\.txt/run cannot be written",
+        ),
+        "no TPU": ([*digits, "--platform=tpu"], r"--platform=tpu.*jax\[tpu\]"),
+        "no GPU": ([*digits, "--platform=gpu"], r"--platform=gpu.*jax\[cuda12\]"),
+        "third of two processes": (
+            [*digits, "--coordinator=127.0.0.1:1", "--num_processes=2", "--process_id=2"],
+            r"--process_id=2 must be one of 0 to --num_processes=2 - 1",
+        ),
+        # ------------------------------------------------------------ data
+        "no such path": (data("nowhere"), r"data\.path='.*nowhere' does not exist"),
+        "empty folder": (data("empty"), r"data\.path='.*empty' holds no images"),
+        "no archive": (data("text.txt"), r"text\.txt' is no folder, zip or idx file"),
+        "cut zip": (data("cut.zip"), r"cut\.zip' is no folder, zip or idx file"),
+        "cut image": (data("cut"), r"image cut\.png: .*skip_corrupt"),
+        "nothing but cut images": (data("cut", "--config.data.skip_corrupt=True"), r"no image of .*cut can be read"),
+        "bomb": (data("bomb"), r"image bomb\.png: 8000x8000 is more than"),
+        "smaller than the crop": (
+            data("small", "--config.data.crop=64"),
+            r"image small\.png: 16x16 is smaller than the crop of 64",
+        ),
+        "no such split": (data("small", "--config.data.split=test"), r"data\.split='test': .*no images in a folder"),
+        "idx of labels": (
+            data("labels-idx1-ubyte"),
+            r"labels-idx1-ubyte cannot be read .*not an idx file of uint8 images",
+        ),
+        "cut idx": (data("cut-images-idx3-ubyte.gz"), r"cut-images-idx3-ubyte\.gz cannot be read"),
+        "unknown source": (config("data.source", "celeba"), r"data\.source='celeba' must be 'digits', 'tfds:<name>'"),
+        "no path": (config("data.source", "files"), r"data\.path is empty"),
+        "unknown TFDS": (config("data.source", "tfds:dogs"), r"'tfds:dogs' is no data set of TFDS"),
+        "TFDS of text": (
+            config("data.source", "tfds:imdb_reviews"),
+            r"'tfds:imdb_reviews' has no images, but text, label",
+        ),
+        "no cache folder": (
+            data("small", f"--config.data.cache_dir={files / 'text.txt'}"),
+            r"cache_dir: .*cannot be written",
+        ),
+        # ------------------------------------------------------------ workdir
+        "another model": (
+            [digits[0], f"--workdir={run}"],
+            r"holds another run \(config\.model\.attention_resolutions: ",
+        ),
+        "config.json is cut": ([digits[0], f"--workdir={files / 'cut-config'}"], r"config\.json is not JSON"),
+        "all checkpoints damaged": (
+            ["--mode=sample", f"--workdir={files / 'damaged'}"],
+            r"none of the checkpoints in .* can be read",
+        ),
+        "no checkpoint yet": (["--mode=sample", f"--workdir={files / 'no-checkpoint'}"], r"holds no checkpoint yet"),
+        "nothing to sample": (["--mode=sample", f"--workdir={files / 'empty'}"], r"holds no run"),
+        "no such format": (["--mode=sample", f"--workdir={run}", "--out=x.gif"], r"--out=x\.gif must end in \.png"),
+        "no samples": (["--mode=sample", f"--workdir={run}", "--num=0"], r"--num=0 must be at least 1"),
+    }
+
+
+def _files(folder, run):
+    """Everything that the cases need, in one folder."""
+    files = folder / "files"
+    for name in ("empty", "cut", "bomb", "small", "cut-config", "no-checkpoint"):
+        (files / name).mkdir(parents=True)
+    (files / "broken.py").write_text("def get_config(:\n")
+    (files / "text.txt").write_text("nothing to train on\n")
+    Image.new("RGB", (16, 16)).save(files / "small" / "small.png")
+    (files / "cut" / "cut.png").write_bytes((files / "small" / "small.png").read_bytes()[:40])
+    Image.new("1", (8000, 8000)).save(files / "bomb" / "bomb.png")
+    with zipfile.ZipFile(files / "cut.zip", "w") as archive:
+        archive.write(files / "small" / "small.png", "small.png")
+    (files / "cut.zip").write_bytes((files / "cut.zip").read_bytes()[:-30])
+    (files / "labels-idx1-ubyte").write_bytes(struct.pack(">4Bi", 0, 0, 8, 1, 1) + bytes(1))
+    whole = gzip.compress(struct.pack(">4B3i", 0, 0, 8, 3, 9, 28, 28) + bytes(9 * 28 * 28))
+    (files / "cut-images-idx3-ubyte.gz").write_bytes(whole[:-9])
+    (files / "cut-config" / "config.json").write_text((run / "config.json").read_text()[:99])
+    shutil.copy(run / "config.json", files / "no-checkpoint")
+    shutil.copytree(run, files / "damaged")
+    for file in (files / "damaged" / "checkpoints").rglob("manifest.ocdbt"):
+        file.write_bytes(b"")
+    return files

@@ -1,0 +1,453 @@
+"""Tries to lose a run: kills, damage, full disks, changing devices and processes, bad input. Figures, and exit code 1
+if anything was lost, silently wrong or unclear.
+
+    python -m tools.torture --workdir=/tmp/torture                    (everything, about 20 minutes on two cores)
+    python -m tools.torture --workdir=/tmp/torture --only=kills,damage
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+
+from diffusion_jax import checkpoint
+from diffusion_jax.errors import UserError
+from diffusion_jax.state import abstract_state
+from tools import bad_inputs
+
+ROOT = pathlib.Path(__file__).parent.parent
+SECTIONS = ("kills", "mutants", "damage", "disk", "devices", "peers", "inputs")
+WORKDIR = flags.DEFINE_string("workdir", None, "folder for the runs; what is in it is deleted", required=True)
+ONLY = flags.DEFINE_list("only", list(SECTIONS), "sections")
+KILLS = flags.DEFINE_integer("kills", 50, "kill -9")
+TERMS = flags.DEFINE_integer("terms", 10, "SIGTERM")
+FLIPS = flags.DEFINE_integer("flips", 100, "single bits")
+SEED = flags.DEFINE_integer("seed", 0, "of the moments and places")
+
+CONFIG = {
+    "schedule.num_steps": 20,
+    "model.channels": 8,
+    "model.multipliers": (1,),
+    "model.attention_resolutions": (),
+    "model.num_groups": 4,
+    "model.dropout": 0.1,
+    "train.batch_size": 8,
+    "train.num_steps": 1000,
+    "train.warmup_steps": 10,
+    "train.log_every": 1,
+    "train.checkpoint_every": 10,
+    "sampling.num": 8,
+}
+
+
+# ---------------------------------------------------------------- runs
+
+
+def start(workdir, devices=1, code=None, args=(), **overrides):
+    """Starts main.py; `code` is run before it, as a mutant of the program."""
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_COMPILATION_CACHE_DIR": str(pathlib.Path(WORKDIR.value) / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    settings = CONFIG | {key.replace("__", "."): value for key, value in overrides.items()}
+    program = ["-c", f"import sys; {code}; import main; main.main()"] if code else ["main.py"]
+    command = [sys.executable, *program, "--config=configs/digits.py", f"--workdir={workdir}"]
+    command += [f"--config.{key}={value}" for key, value in settings.items()]
+    return subprocess.Popen(
+        [*command, *args], env=env, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def finish(process, timeout=300):
+    """(exit code, output), or None for the code of what had to be killed."""
+    try:
+        output, _ = process.communicate(timeout=timeout)
+        return process.returncode, output
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return None, process.communicate()[0]
+
+
+def losses(workdir):
+    """{step: line of metrics.jsonl}, without what is timed; whole lines alone."""
+    file = pathlib.Path(workdir) / "metrics.jsonl"
+    found = {}
+    for line in file.read_text().splitlines(keepends=True) if file.exists() else ():
+        if line.endswith("\n"):
+            values = json.loads(line)
+            found[values["step"]] = {name: value for name, value in values.items() if "per_second" not in name}
+    return found
+
+
+def committed(workdir):
+    """The steps of the checkpoints that Orbax has finished."""
+    folder = pathlib.Path(workdir) / "checkpoints"
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
+
+
+def in_flight(workdir):
+    return bool(list((pathlib.Path(workdir) / "checkpoints").glob("*tmp*")))
+
+
+def whole_state(workdir):
+    """Checksums of every leaf of the newest checkpoint, and the samples, to the byte."""
+    config = checkpoint.read_config(workdir)
+    with checkpoint.open_manager(workdir, read_only=True) as manager:
+        state = checkpoint.restore(manager, abstract_state(config))
+    grid = pathlib.Path(workdir) / "samples" / f"{state.step}.png"
+    return checkpoint.checksums(state), grid.read_bytes()
+
+
+def baseline(**overrides):
+    """The workdir of a run that nothing happens to; made once for each set of overrides."""
+    name = "-".join(["whole", *(f"{key.split('__')[-1]}{value}" for key, value in overrides.items())])
+    workdir = pathlib.Path(WORKDIR.value) / name
+    if not workdir.exists():
+        code, output = finish(start(workdir, **overrides))
+        if code != 0:
+            sys.exit(f"the run that nothing happens to has failed:\n{output}")
+    return workdir
+
+
+def fresh(name):
+    workdir = pathlib.Path(WORKDIR.value) / name
+    shutil.rmtree(workdir, ignore_errors=True)
+    return workdir
+
+
+# ---------------------------------------------------------------- kills
+
+
+def kills(failures):
+    """A run that is killed at random moments and started again, until it is done."""
+    rng, whole, workdir = random.Random(SEED.value), baseline(), fresh("killed")
+    expected = losses(whole)
+    moments = ["kill in flight"] * (KILLS.value - KILLS.value // 2) + ["kill"] * (KILLS.value // 2)
+    moments += ["term"] * TERMS.value
+    rng.shuffle(moments)
+    counts = dict.fromkeys(("kill", "in flight", "term", "lost", "steps replayed", "wrong losses"), 0)
+    newest, seen = 0, set()
+    for i, moment in enumerate(moments):
+        process = start(workdir)
+        first = max(committed(workdir), default=0)
+        counts["lost"] += first < newest
+        # Spread over the run: each life may do its share of the steps, and a little more.
+        goal = max(first, CONFIG["train.num_steps"] * i // len(moments)) + rng.randrange(1, 10)
+        while process.poll() is None and max(losses(workdir), default=0) < goal:
+            time.sleep(0.005)
+        if moment == "kill in flight":
+            while process.poll() is None and not in_flight(workdir):
+                time.sleep(0.0005)
+        time.sleep(rng.random() * 0.02)
+        flying = in_flight(workdir)
+        newest = max(committed(workdir), default=0)
+        process.send_signal(signal.SIGTERM if moment == "term" else signal.SIGKILL)
+        code, output = finish(process)
+        if code not in (-signal.SIGKILL, 128 + signal.SIGTERM):
+            failures.append(f"kills: a run ended by itself with {code}: {output[-300:]}")
+            break
+        if moment == "term":
+            counts["term"] += 1
+            if "saved" not in output or max(committed(workdir)) != max(losses(workdir)):
+                failures.append(f"kills: SIGTERM without a saved last step: {output[-300:]}")
+        else:
+            counts["kill"] += 1
+            counts["in flight"] += flying
+        now = losses(workdir)
+        counts["steps replayed"] += len(seen & set(now) - set(range(first + 1)))
+        seen |= set(now)
+        counts["wrong losses"] += sum(now[step] != expected[step] for step in now)
+    code, output = finish(start(workdir))
+    if code != 0:
+        failures.append(f"kills: the last run failed: {output[-300:]}")
+    elif whole_state(workdir) != whole_state(whole) or losses(workdir) != expected:
+        failures.append("kills: the end is not that of the uninterrupted run")
+    if counts["lost"] or counts["wrong losses"]:
+        failures.append(f"kills: {counts}")
+    if 2 * counts["in flight"] < counts["kill"]:
+        failures.append(f"kills: only {counts['in flight']} with a save in flight")
+    return counts
+
+
+# What a restore could forget, as code that makes it forget.
+FORGETS = {
+    "data position": "from diffusion_jax import data; go = data.iterate; "
+    "data.iterate = lambda ds, start, threads=1: go(ds, 0, threads)",
+    "optimiser": "forget = lambda s, like: s._replace(opt_state=like.opt_state)",
+    "ema": "forget = lambda s, like: s._replace(ema_params=s.params)",
+    "step": "forget = lambda s, like: s._replace(step=like.step)",
+}
+_FORGET_STATE = (
+    "from diffusion_jax import checkpoint, train; from ml_collections import ConfigDict; read = checkpoint.restore; "
+    "init = train.init_state; new = []; "
+    "train.abstract_state = lambda c, a=train.abstract_state: (new.append(init(c)), a(c))[1]; "
+    "checkpoint.restore = lambda m, like, **k: forget(read(m, like, **k), new[0]); "
+)
+
+
+def mutants(failures):
+    """A run that is stopped once and resumed by a program that forgets something: the comparison must see it."""
+    steps = {"train__num_steps": 20}
+    whole, caught = baseline(**steps), []
+    for name, forget in FORGETS.items():
+        workdir = fresh("mutant")
+        finish(start(workdir, train__num_steps=10))
+        code = forget if "go =" in forget else f"{_FORGET_STATE}{forget}"
+        code, output = finish(start(workdir, code=code, **steps))
+        if code != 0:
+            failures.append(f"mutants: {name} failed: {output[-300:]}")
+        elif whole_state(workdir) == whole_state(whole):
+            failures.append(f"mutants: {name} was not caught")
+        else:
+            caught.append(name)
+    return {"caught": caught, "of": len(FORGETS)}
+
+
+# ---------------------------------------------------------------- damage
+
+
+def files_of(folder):
+    """The files of a checkpoint that hold something, the largest last."""
+    found = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.stat().st_size]
+    return sorted(found, key=lambda path: path.stat().st_size)
+
+
+def flip(file, bit):
+    content = bytearray(file.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(content)
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def _unlink_all(folder, pattern):
+    for file in folder.rglob(pattern):
+        file.unlink()
+
+
+DAMAGE = {
+    "array file cut": lambda folder: truncate(files_of(folder / "state")[-1]),
+    "bit of the arrays flipped": lambda folder: flip(
+        files_of(folder / "state")[-1], 4 * files_of(folder / "state")[-1].stat().st_size
+    ),
+    "array files missing": lambda folder: [shutil.rmtree(path) for path in folder.rglob("d") if path.is_dir()],
+    "manifests empty": lambda folder: [file.write_bytes(b"") for file in folder.rglob("manifest.ocdbt")],
+    "manifests missing": lambda folder: _unlink_all(folder, "manifest.ocdbt"),
+    "metadata cut": lambda folder: [truncate(file) for file in folder.rglob("_METADATA")],
+    "checksums missing": lambda folder: shutil.rmtree(folder / "checksums"),
+    "state missing": lambda folder: shutil.rmtree(folder / "state"),
+    "everything missing": lambda folder: [shutil.rmtree(p) if p.is_dir() else p.unlink() for p in folder.iterdir()],
+}
+
+
+def restored(workdir):
+    """(step, checksums) as a run would begin, or the UserError."""
+    config = checkpoint.read_config(workdir)
+    try:
+        with checkpoint.open_manager(workdir) as manager, contextlib.redirect_stdout(sys.stderr):
+            state = checkpoint.restore(manager, abstract_state(config), set_aside=True)
+            return int(state.step), checkpoint.checksums(state)
+    except UserError as error:
+        return error
+
+
+def damage(failures):
+    """Every kind of damage to the newest checkpoint and to all, then single bits anywhere in the newest."""
+    whole = baseline(train__num_steps=30)
+    steps = committed(whole)
+    right, counts = {}, {"kinds": len(DAMAGE), "fell back": 0, "refused": 0, "bits flipped": 0, "bits harmless": 0}
+    for step in reversed(steps):  # the checksums of each
+        workdir = fresh("damaged")
+        shutil.copytree(whole, workdir)
+        for newer in [other for other in steps if other > step]:
+            shutil.rmtree(workdir / "checkpoints" / str(newer))
+        right[step] = restored(workdir)
+
+    def spoilt(spoil, some):
+        workdir = fresh("damaged")
+        shutil.copytree(whole, workdir)
+        for step in some:
+            spoil(workdir / "checkpoints" / str(step))
+        before = sorted(map(str, workdir.rglob("*")))
+        return workdir, before, restored(workdir)
+
+    for name, spoil in DAMAGE.items():
+        workdir, _, found = spoilt(spoil, steps[-1:])
+        if found == right[steps[-2]] and (workdir / "checkpoints" / f"damaged-{steps[-1]}").exists():
+            counts["fell back"] += 1
+        else:
+            failures.append(f"damage: {name} of the newest: {str(found)[:200]}")
+        workdir, before, found = spoilt(spoil, steps)
+        if isinstance(found, UserError) and sorted(map(str, workdir.rglob("*"))) == before:
+            counts["refused"] += 1
+        else:
+            failures.append(f"damage: {name} of all: {str(found)[:200]}")
+
+    rng = random.Random(SEED.value)
+    for _ in range(FLIPS.value):
+        file = rng.choice(files_of(whole / "checkpoints" / str(steps[-1])))
+        bit = rng.randrange(8 * file.stat().st_size)
+        name = file.relative_to(whole / "checkpoints" / str(steps[-1]))
+        *_, found = spoilt(lambda folder, name=name, bit=bit: flip(folder / name, bit), steps[-1:])
+        counts["bits flipped"] += 1
+        counts["bits harmless"] += found == right[steps[-1]]
+        if found not in (right[steps[-1]], right[steps[-2]]):
+            failures.append(f"damage: bit {bit} of {name}: {str(found)[:200]}")
+    return counts
+
+
+def disk(failures):
+    """A disk that fills up while a run saves, and a folder that cannot be written. Needs root, for the mount."""
+    if os.geteuid() != 0:
+        return "left out: needs root to mount a small file system"
+    mount, counts = fresh("small-disk"), {}
+    mount.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", mount], check=True)
+    try:
+        code, output = finish(start(mount / "run", train__keep_checkpoints=100))
+        counts["full disk"] = output.strip().splitlines()[-1]
+        newest = max(committed(mount / "run"), default=0)
+        if code != 1 or "Traceback" in output or "free" not in output + "No space" or not newest:
+            failures.append(f"disk: full: exit code {code}, {output[-500:]}")
+        for filler in mount.glob("run/events*"):
+            filler.unlink()
+        subprocess.run(["mount", "-o", "remount,size=200m", mount], check=True)
+        code, output = finish(start(mount / "run", train__num_steps=newest + 10, train__keep_checkpoints=100))
+        if code != 0 or f"from step {newest}" not in output:
+            failures.append(f"disk: with room again: exit code {code}, {output[-500:]}")
+        subprocess.run(["mount", "-o", "remount,ro", mount], check=True)
+        code, output = finish(start(mount / "run", train__num_steps=newest + 20))
+        counts["read-only"] = output.strip().splitlines()[-1]
+        if code != 1 or "Traceback" in output:
+            failures.append(f"disk: read-only: exit code {code}, {output[-500:]}")
+    finally:
+        subprocess.run(["umount", mount], check=True)
+    return counts
+
+
+# ---------------------------------------------------------------- devices and processes
+
+
+def together(workdir, processes, devices, **overrides):
+    """Starts the processes of one run."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    args = [f"--coordinator={address}", f"--num_processes={processes}"] if processes > 1 else []
+    ids = range(processes)
+    return [start(workdir, devices, args=[*args, f"--process_id={i}"], **overrides) for i in ids]
+
+
+def devices(failures):
+    """One run on changing numbers of devices, another on changing numbers of processes."""
+    steps, largest = 10, 0.0
+    for shapes in (((1, 4), (1, 2), (1, 8), (1, 1)), ((2, 2), (1, 4), (2, 2))):
+        total = steps * len(shapes)
+        whole, workdir = baseline(train__num_steps=total), fresh("devices")
+        for i, (processes, count) in enumerate(shapes):
+            for process in together(workdir, processes, count, train__num_steps=steps * (i + 1)):
+                code, output = finish(process)
+                if code != 0:
+                    failures.append(f"devices: {processes} x {count}: exit code {code}, {output[-500:]}")
+        expected, found = losses(whole), losses(workdir)
+        if sorted(found) != sorted(expected):
+            failures.append(f"devices: {shapes}: steps {sorted(found)}")
+            continue
+        largest = max(largest, *(abs(found[step]["loss"] - expected[step]["loss"]) for step in expected))
+    if largest > 1e-6:
+        failures.append(f"devices: losses differ by {largest}")
+    return {"largest difference of a loss": largest}
+
+
+def peers(failures):
+    """One of two processes is killed: the other must end; started again, they resume. SIGTERM to one stops both."""
+    workdir, counts = fresh("peers"), {}
+
+    def until(step, run):
+        while all(process.poll() is None for process in run) and max(losses(workdir), default=0) < step:
+            time.sleep(0.01)
+
+    for victim in (1, 0):
+        run = together(workdir, 2, 2)
+        until(max(committed(workdir), default=0) + 25, run)
+        run[victim].kill()
+        began = time.monotonic()
+        code, output = finish(run[1 - victim], timeout=120)
+        finish(run[victim])
+        counts[f"seconds until process {1 - victim} ends"] = round(time.monotonic() - began, 1)
+        counts[f"exit code of process {1 - victim}"] = code
+        if code in (0, None) or time.monotonic() - began > 60:
+            failures.append(f"peers: process {1 - victim}: {code}, {output[-500:]}")
+    newest = max(committed(workdir))
+    run = together(workdir, 2, 2)
+    until(newest + 15, run)
+    run[1].send_signal(signal.SIGTERM)
+    ended = [finish(process, timeout=120) for process in run]
+    counts["exit codes after SIGTERM to one"] = [code for code, _ in ended]
+    if [code for code, _ in ended] != [143, 143] or max(committed(workdir)) != max(losses(workdir)):
+        failures.append(f"peers: SIGTERM: {ended}")
+    run = together(workdir, 2, 2, train__num_steps=max(committed(workdir)) + 10)
+    ended = [finish(process) for process in run]
+    if [code for code, _ in ended] != [0, 0]:
+        failures.append(f"peers: restarted: {ended}")
+    expected, found = losses(baseline()), losses(workdir)
+    counts["largest difference of a loss"] = max(abs(found[step]["loss"] - expected[step]["loss"]) for step in found)
+    return counts
+
+
+def inputs(failures):
+    """Everything that a user can get wrong: one line, exit code not 0, no traceback."""
+    folder = fresh("inputs")
+    cases = bad_inputs.cases(folder, baseline(train__num_steps=30))
+    running, counts = [], {"cases": len(cases), "clear": 0}
+    for name, (args, pattern) in cases.items():
+        env = os.environ | {"JAX_PLATFORMS": "", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+        command = [sys.executable, "main.py", *args]
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=env, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        running.append((name, pattern, process))
+        if len(running) == os.cpu_count() or name == list(cases)[-1]:
+            for name, pattern, process in running:
+                complaint = process.communicate(timeout=120)[1]
+                lines = [line for line in complaint.splitlines() if line.strip() and "Pass --help" not in line]
+                clear = len(lines) == 1 and "Traceback" not in complaint and re.search(pattern, complaint)
+                counts["clear"] += bool(clear) and process.returncode != 0
+                if not clear or process.returncode == 0:
+                    failures.append(f"inputs: {name}: exit code {process.returncode}, {complaint[-400:]}")
+            running = []
+    return counts
+
+
+def main(_):
+    failures = []
+    logging.set_verbosity(logging.ERROR)
+    pathlib.Path(WORKDIR.value).mkdir(parents=True, exist_ok=True)
+    print(f"jax {jax.__version__}, numpy {np.__version__}, Python {sys.version.split()[0]}", flush=True)
+    for name in ONLY.value:
+        began = time.monotonic()
+        figures = globals()[name](failures)
+        print(f"{name} ({time.monotonic() - began:.0f} s): {figures}", flush=True)
+    for failure in failures:
+        print(f"FAILED {failure}")
+    sys.exit(len(failures) > 0)
+
+
+if __name__ == "__main__":
+    app.run(main)
