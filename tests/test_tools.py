@@ -1,4 +1,6 @@
 import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -31,3 +33,14 @@ def test_frechet_distance_does_not_depend_on_the_axes():
     distance = frechet.frechet_distance(x, y)
     assert frechet.frechet_distance(x @ rotation, y @ rotation) == pytest.approx(distance)
     assert frechet.frechet_distance(y, x) == pytest.approx(distance)
+
+
+def test_a_short_torture(tmp_path):
+    """A few kills, a restore that forgets, 2 processes with 2 devices: the long one is run by hand."""
+    sections = "--only=kills,mutants,devices"
+    command = [sys.executable, "-m", "tools.torture", f"--workdir={tmp_path}", sections, "--kills=4", "--terms=1"]
+    done = subprocess.run(
+        command, cwd=pathlib.Path(__file__).parent.parent, text=True, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "'caught': ['data position', 'optimiser', 'ema', 'step'], 'of': 4" in done.stdout

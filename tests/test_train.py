@@ -153,6 +153,37 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path):
     assert all(np.isfinite(line["loss"]) for line in lines(tmp_path))
 
 
+def nan_now_and_then(config):
+    """The loss of the config, but for about a third of the steps, by the key of an example."""
+    loss = from_config.loss(config)
+
+    def bad_loss(eps_bar_fn, s, x_0, t, keys):
+        return jnp.where(jax.random.uniform(keys[0]) < 0.1, jnp.nan, loss(eps_bar_fn, s, x_0, t, keys))
+
+    return bad_loss
+
+
+def test_bad_steps_are_left_out_on_request(tmp_path, monkeypatch):
+    bad_loss = nan_now_and_then(tiny_config())  # of 4 devices: any of them spoils the step
+    monkeypatch.setattr(from_config, "loss", lambda config: bad_loss)
+    with pytest.raises(FloatingPointError, match=r"loss is nan at step \d+; .*max_bad_steps"):
+        run(tmp_path / "a", train__num_steps=20)
+    state = run(tmp_path / "b", train__num_steps=20, train__max_bad_steps=5)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    skipped = [line["skipped"] for line in lines(tmp_path / "b")]
+    assert 0 < sum(skipped) < 20
+    assert state.opt_state[1][0].count == 20 - sum(skipped)
+
+
+def test_a_bad_step_leaves_everything_but_the_step():
+    config = tiny_config()
+    before = states.init_state(config)
+    step = make_step(config, lambda eps_bar_fn, s, x_0, t, keys: jnp.full(t.shape, jnp.inf) * eps_bar_fn(x_0, t).mean())
+    after, metrics = step(states.replicate(before, train.AXIS), batch())
+    assert_same(jax.device_get(after), before._replace(step=np.int32(1)))
+    assert metrics["skipped"][0] == 1
+
+
 # ---------------------------------------------------------------- the step
 
 
