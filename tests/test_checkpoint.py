@@ -162,6 +162,10 @@ def test_a_save_that_failed_in_the_background(run, monkeypatch):
 
 
 def test_the_first_error_is_the_one_that_is_told(tmp_path, monkeypatch):
-    with pytest.raises(FloatingPointError), checkpoint.open_manager(tmp_path) as manager:
-        monkeypatch.setattr(manager, "wait_until_finished", lambda: 1 / 0)
-        raise FloatingPointError
+    def fail_twice():
+        with checkpoint.open_manager(tmp_path) as manager:
+            monkeypatch.setattr(manager, "close", lambda: 1 / 0)
+            raise FloatingPointError
+
+    with pytest.raises(FloatingPointError):
+        fail_twice()
