@@ -21,11 +21,13 @@ import grain  # noqa: TID251 (the input pipeline)
 import numpy as np
 import PIL  # noqa: TID251 (its version goes into the manifest)
 import tqdm
+from etils import epath
 from PIL import Image  # noqa: TID251 (resizes the images)
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.sources import Source
 
+_LOCAL = "~/.cache/diffusion_jax"
 _FORMAT = 1  # of the caches: raise it when the same settings give other pixels
 _CHUNK = 32  # images that a thread decodes at a time: one by one, threads wait for each other
 
@@ -119,7 +121,8 @@ def open_images(
       image_size, channels: what the images are resized (bicubic, antialiased) and converted to.
       crop: side of the centre square that is kept, in pixels of the source; 0: the largest.
       skip_corrupt: leave out images that cannot be read, and say how many.
-      cache_dir: where the caches are; "" is ~/.cache/diffusion_jax.
+      cache_dir: where the caches are; "" is ~/.cache/diffusion_jax. Of a bucket, "gs://…", the
+        cache is copied to there and from there, so that one machine alone need decode.
       cache_limit: in bytes; a cache that would be larger is not made, images are decoded on the fly.
 
     Raises:
@@ -143,10 +146,15 @@ def open_images(
     }
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     stem = re.sub(r"\W+", "-", source.origin)[-40:].strip("-")
-    folder = Path(cache_dir or "~/.cache/diffusion_jax").expanduser()
-    folder = folder / f"{stem}-{image_size}x{image_size}x{channels}-{digest}"
+    name = f"{stem}-{image_size}x{image_size}x{channels}-{digest}"
+    remote = epath.Path(cache_dir) / name if "://" in cache_dir else None
+    folder = Path(_LOCAL if remote or not cache_dir else cache_dir).expanduser() / name
+    if remote and not folder.exists() and (remote / "manifest.json").exists():
+        _copy(remote, folder)
     if not _is_whole(folder, identity):
         _make_cache(source, folder, identity, form, skip_corrupt)
+    if remote and not (remote / "manifest.json").exists():
+        _copy(folder, remote)
     return Cached(folder)
 
 
@@ -198,6 +206,15 @@ def _make_cache(source, folder, identity, form, skip_corrupt):
         raise UserError(f"config.data.cache_dir: {folder} cannot be written ({error}): give another folder") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _copy(source, target):
+    """Copies a cache from or to a bucket; what makes it whole, the manifest, comes last."""
+    source, target = epath.Path(source), epath.Path(target)
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ("images.npy", "labels.npy", "manifest.json"):
+        if (source / name).exists():
+            (source / name).copy(target / name, overwrite=True)
 
 
 def _remove_leftovers(folder):

@@ -1,6 +1,7 @@
 """The numbers of a run: means over intervals, to metrics.jsonl and to TensorBoard."""
 
 import json
+import tempfile
 import time
 
 import numpy as np
@@ -18,8 +19,11 @@ class MetricsLog:
         self._every = every
         self._steps = []
         self._path = workdir / "metrics.jsonl"
-        self._keep_until(start)
-        self._events = tensorboardX.SummaryWriter(str(workdir), purge_step=start + 1)
+        self._lines = self._kept(start)
+        # A bucket's files cannot grow: they are written anew, and the events by way of a local folder.
+        self._remote = "://" in str(workdir)
+        self._events_folder = epath.Path(tempfile.mkdtemp()) if self._remote else workdir
+        self._events = tensorboardX.SummaryWriter(str(self._events_folder), purge_step=start + 1)
         self._time = time.monotonic()
 
     def __enter__(self):
@@ -42,20 +46,33 @@ class MetricsLog:
         line |= {"steps_per_second": 1 / seconds, "images_per_second": batch_size / seconds}
         self._steps.clear()
         self._time = time.monotonic()
-        with self._path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
         for name, value in line.items():
             if value is not None and name != "step":
                 self._events.add_scalar(name, value, step)
+        self._write(json.dumps(line) + "\n")
         return line
 
-    def _keep_until(self, step):
-        if self._path.exists():
-            lines = self._path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if _step(line) <= step]
-            partial = self._path.with_suffix(".partial")
-            partial.write_text("".join(kept))
-            partial.replace(self._path)
+    def _write(self, line):
+        if not self._remote:
+            with self._path.open("a") as file:
+                file.write(line)
+            return
+        self._lines.append(line)
+        self._path.write_text("".join(self._lines))
+        self._events.flush()
+        for file in self._events_folder.iterdir():
+            file.copy(self._path.parent / file.name, overwrite=True)
+
+    def _kept(self, step):
+        """Drops the lines of the steps after `step` from the file, and returns the others."""
+        if not self._path.exists():
+            return []
+        lines = self._path.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if _step(line) <= step]
+        partial = self._path.with_suffix(".partial")
+        partial.write_text("".join(kept))
+        partial.replace(self._path)
+        return kept
 
 
 def _step(line):
