@@ -207,9 +207,10 @@ def _check_room(manager, step, num_bytes):
     if "://" in str(manager.directory):
         return
     free = shutil.disk_usage(manager.directory).free
-    if free < 1.05 * num_bytes + 1e6:  # Orbax's own files are small
+    needed = 1.05 * num_bytes + 1e6  # Orbax's own files are small
+    if free < needed:
         raise UserError(
-            f"the checkpoint of step {step} takes {num_bytes / 1e6:.1f} MB, and {manager.directory} has "
+            f"the checkpoint of step {step} needs {needed / 1e6:.1f} MB, and {manager.directory} has "
             f"{free / 1e6:.1f} MB free: make room, and run again; {_last(manager)}"
         )
 

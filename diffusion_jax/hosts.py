@@ -83,8 +83,8 @@ def _accelerators():
 def _check_devices(platform):
     try:
         found = jax.default_backend()
-    except RuntimeError as error:
-        line = _line(error)
+    except (RuntimeError, AssertionError) as error:  # the latter where no plugin of the platform is installed
+        line = _line(error) or "no support for it is installed"
         mend = f"install jax with its support, e.g. jax[{'tpu' if platform == 'tpu' else 'cuda12'}]"
         if "already in use" in line or "lockfile" in line:
             mend = "end the process that holds it, or remove /tmp/libtpu_lockfile if there is none"

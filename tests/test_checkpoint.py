@@ -141,7 +141,7 @@ def test_a_full_disk_is_seen_before_the_save(run, monkeypatch):
     with (
         checkpoint.open_manager(run) as manager,
         pytest.raises(
-            UserError, match=r"step 40 takes 0\.0 MB, and .* has 1\.0 MB free.*last checkpoint is of step 30"
+            UserError, match=r"step 40 needs 1\.0 MB, and .* has 1\.0 MB free.*last checkpoint is of step 30"
         ),
     ):
         checkpoint.save(manager, 40, state(40))

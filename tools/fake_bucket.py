@@ -18,7 +18,7 @@ PORT = 9023
 
 
 def download_with_generation(request, response, storage, *args, download=objects.download, **kwargs):
-    """As the real service: says which generation of the object it is. tensorstore depends on it, the emulator forgets."""
+    """Says which generation of the object it is, as the real service does: tensorstore depends on it."""
     try:
         obj = storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])
         response["x-goog-generation"] = str(obj["generation"])
