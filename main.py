@@ -5,6 +5,7 @@ python main.py --mode=prepare --config=configs/celeba.py   (the images alone: ne
 python main.py --mode=sample --workdir=runs/digits --num=64 --seed=0 --out=samples.png
 """
 
+import logging as stdlib_logging
 import sys
 
 import jax
@@ -47,7 +48,8 @@ def parse(argv: list[str]) -> list[str]:
 
 def run(argv: list[str]) -> None:
     """Does what the flags say."""
-    logging.set_verbosity(logging.ERROR)  # what the user can act on comes as an error of our own
+    if not DEBUG.value:
+        _silence_libraries()
     if argv[1:]:
         raise UserError(f"{argv[1]!r} is no flag: flags start with --")
     mode = MODE.value
@@ -65,6 +67,18 @@ def run(argv: list[str]) -> None:
         sample(WORKDIR.value, NUM.value, SEED.value, OUT.value)
     else:
         train(CONFIG.value, WORKDIR.value)
+
+
+def _silence_libraries():
+    """What the user can act on comes as one error of our own; a full disk makes Orbax's threads print 1,600 lines."""
+    logging.set_verbosity(logging.FATAL)
+    stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)
+
+    def hook(unraisable):
+        if "Event loop is closed" not in str(unraisable.exc_value):  # of saves that have failed already
+            sys.__unraisablehook__(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def main() -> None:

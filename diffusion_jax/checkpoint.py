@@ -195,7 +195,7 @@ def _saving(manager):
     try:
         yield
     except Exception as error:  # Orbax raises its own, tensorstore's and the system's
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[:500]
         raise UserError(
             f"a checkpoint cannot be written in {manager.directory} ({reason}): make room or mend the rights, and run "
             f"again; {_last(manager)}"

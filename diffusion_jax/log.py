@@ -5,8 +5,10 @@ import tempfile
 import time
 
 import numpy as np
-import tensorboardX
 from etils import epath
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 
 class MetricsLog:
@@ -23,7 +25,10 @@ class MetricsLog:
         # A bucket's files cannot grow: they are written anew, and the events by way of a local folder.
         self._remote = "://" in str(workdir)
         self._events_folder = epath.Path(tempfile.mkdtemp()) if self._remote else workdir
-        self._events = tensorboardX.SummaryWriter(str(self._events_folder), purge_step=start + 1)
+        # Written at once: the usual writer's thread dies of a full disk, and then its queue blocks the run for ever.
+        self._events = EventsWriter(str(self._events_folder / "events"))
+        purge = Event(step=start + 1, session_log=SessionLog(status=SessionLog.START), wall_time=time.time())
+        self._events.write_event(purge)  # hides what an earlier run has said of later steps
         self._time = time.monotonic()
 
     def __enter__(self):
@@ -46,22 +51,24 @@ class MetricsLog:
         line |= {"steps_per_second": 1 / seconds, "images_per_second": batch_size / seconds}
         self._steps.clear()
         self._time = time.monotonic()
-        for name, value in line.items():
-            if value is not None and name != "step":
-                self._events.add_scalar(name, value, step)
         self._write(json.dumps(line) + "\n")
+        values = [
+            Summary.Value(tag=name, simple_value=x) for name, x in line.items() if x is not None and name != "step"
+        ]
+        self._events.write_event(Event(step=step, summary=Summary(value=values), wall_time=time.time()))
+        self._events.flush()
+        if self._remote:
+            for file in self._events_folder.iterdir():
+                file.copy(self._path.parent / file.name, overwrite=True)
         return line
 
     def _write(self, line):
-        if not self._remote:
+        if self._remote:
+            self._lines.append(line)
+            self._path.write_text("".join(self._lines))
+        else:
             with self._path.open("a") as file:
                 file.write(line)
-            return
-        self._lines.append(line)
-        self._path.write_text("".join(self._lines))
-        self._events.flush()
-        for file in self._events_folder.iterdir():
-            file.copy(self._path.parent / file.name, overwrite=True)
 
     def _kept(self, step):
         """Drops the lines of the steps after `step` from the file, and returns the others."""
