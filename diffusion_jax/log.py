@@ -1,5 +1,6 @@
 """The numbers of a run: means over intervals, to metrics.jsonl and to TensorBoard."""
 
+import contextlib
 import json
 import tempfile
 import time
@@ -9,6 +10,8 @@ from etils import epath
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
+
+from diffusion_jax.errors import UserError
 
 
 class MetricsLog:
@@ -35,7 +38,8 @@ class MetricsLog:
         return self
 
     def __exit__(self, *_):
-        self._events.close()
+        with contextlib.suppress(OSError):  # a full disk, which has been told
+            self._events.close()
 
     def add(self, step: int, metrics: dict[str, float], batch_size: int) -> dict[str, float] | None:
         """Takes the metrics of `step`; NaN where the step says nothing of one.
@@ -51,24 +55,31 @@ class MetricsLog:
         line |= {"steps_per_second": 1 / seconds, "images_per_second": batch_size / seconds}
         self._steps.clear()
         self._time = time.monotonic()
-        self._write(json.dumps(line) + "\n")
+        try:
+            self._write(line)
+        except OSError as error:
+            raise UserError(
+                f"{self._path} or the events beside it cannot be written ({error}): make room or mend the rights; the "
+                "same command goes on from the last checkpoint"
+            ) from error
+        return line
+
+    def _write(self, line):
+        text = json.dumps(line) + "\n"
+        if self._remote:
+            self._lines.append(text)
+            self._path.write_text("".join(self._lines))
+        else:
+            with self._path.open("a") as file:
+                file.write(text)
         values = [
             Summary.Value(tag=name, simple_value=x) for name, x in line.items() if x is not None and name != "step"
         ]
-        self._events.write_event(Event(step=step, summary=Summary(value=values), wall_time=time.time()))
+        self._events.write_event(Event(step=line["step"], summary=Summary(value=values), wall_time=time.time()))
         self._events.flush()
         if self._remote:
             for file in self._events_folder.iterdir():
                 file.copy(self._path.parent / file.name, overwrite=True)
-        return line
-
-    def _write(self, line):
-        if self._remote:
-            self._lines.append(line)
-            self._path.write_text("".join(self._lines))
-        else:
-            with self._path.open("a") as file:
-                file.write(line)
 
     def _kept(self, step):
         """Drops the lines of the steps after `step` from the file, and returns the others."""

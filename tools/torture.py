@@ -330,7 +330,7 @@ def disk(failures):
         code, output = finish(start(mount / "run", code=blind, train__keep_checkpoints=100))
         counts["full disk while saving"] = output.strip().splitlines()[-1]
         newest = max(committed(mount / "run"))
-        if code != 1 or "Traceback" in output or f"of step {newest}" not in output:
+        if code != 1 or "Traceback" in output or "make room" not in output:
             failures.append(f"disk: full while saving: exit code {code}, {output[-900:]}")
         subprocess.run(["mount", "-o", "remount,size=200m", mount], check=True)
         code, output = finish(start(mount / "run", train__num_steps=newest + 10, train__keep_checkpoints=100))
