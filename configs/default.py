@@ -35,6 +35,7 @@ def get_config() -> ConfigDict:
     model.attention_resolutions = (16,)  # heights of the levels with self-attention
     model.dropout = 0.1  # rate
     model.num_groups = 32  # groups of GroupNorm, or the largest common divisor with the channels
+    model.prediction = "eps_bar"  # what the network predicts: eps_bar (Ho et al.), x_0 or velocity
     model.dtype = "float32"  # of the computation, float32 or bfloat16; parameters are float32
 
     config.train = train = ConfigDict()

@@ -6,20 +6,23 @@ the whole config (`configs/default.py` explains the keys).
 
 import difflib
 
+import jax
 import jax.numpy as jnp
 import optax  # noqa: TID251 (makes the optimizer)
 from ml_collections import ConfigDict  # noqa: TID251 (reads the config)
 
-from diffusion_jax import data, losses, sampling, sources, unet
+from diffusion_jax import data, losses, process, sampling, sources, unet
 from diffusion_jax import schedule as schedules
 from diffusion_jax.errors import UserError
 
 _SCHEDULES = {"su_linear": schedules.su_linear, "ho_linear": schedules.ho_linear, "cosine": schedules.cosine}
 _SIGMAS = {"zero": schedules.sigma_zero, "beta": schedules.sigma_beta, "posterior": schedules.sigma_posterior}
-_LOSSES = {
-    "simple": losses.with_noise(losses.simple_loss, 1),
-    "step": losses.with_noise(losses.step_loss, 2),
-    "weighted_step": losses.with_noise(losses.weighted_step_loss, 2),
+_STEP_LOSSES = {"step": losses.step_loss, "weighted_step": losses.weighted_step_loss}
+# What the network predicts: how ε̄ follows from its output, formula(s, x_t, t, output), and its (15).
+_PREDICTIONS = {
+    "eps_bar": (lambda s, x_t, t, output: output, losses.simple_loss),
+    "x_0": (process.predict_eps_bar, losses.x_0_loss),
+    "velocity": (process.predict_eps_bar_from_velocity, losses.velocity_loss),
 }
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -35,8 +38,30 @@ def sigma(config: ConfigDict):
 
 
 def loss(config: ConfigDict):
-    """The training loss, train.loss: (eps_bar_fn, s, x_0, t, keys [B]) -> [B], see `losses.with_noise`."""
-    return _LOSSES[config.train.loss]
+    """The training loss, train.loss: (output_fn, s, x_0, t, keys [B]) -> [B], see `losses.with_noise`.
+
+    `output_fn(x, t)` is the network as it stands, which predicts model.prediction.
+    """
+    _, simple = _PREDICTIONS[config.model.prediction]
+    if config.train.loss == "simple":
+        return losses.with_noise(simple, 1)
+    step_loss = losses.with_noise(_STEP_LOSSES[config.train.loss], 2)
+    return lambda output_fn, s, *args: step_loss(_eps_bar_fn(config, output_fn, s), s, *args)
+
+
+def network(config: ConfigDict):
+    """The network as samplers see it: apply_fn({"params": params}, x, t) -> ε̄, whatever model.prediction is."""
+    apply, s = model(config).apply, schedule(config)
+
+    def apply_fn(variables, x, t):
+        return _eps_bar_fn(config, lambda x, t: apply(variables, x, t), s)(x, t)
+
+    return apply_fn
+
+
+def _eps_bar_fn(config, output_fn, s):
+    to_eps_bar, _ = _PREDICTIONS[config.model.prediction]
+    return lambda x, t: jax.vmap(lambda x, t, output: to_eps_bar(s, x, t, output))(x, t, output_fn(x, t))
 
 
 def model(config: ConfigDict) -> unet.UNet:
@@ -91,7 +116,7 @@ def sample_fn(config: ConfigDict, num: int | None = None):
     See `sampling.make_sample_fn`.
     """
     return sampling.make_sample_fn(
-        model(config).apply,
+        network(config),
         schedule(config),
         sigma(config),
         (num or config.sampling.num, *image_shape(config)),
@@ -110,7 +135,8 @@ def check(config: ConfigDict, reference: ConfigDict) -> None:
     for key, names in (
         ("schedule.name", _SCHEDULES),
         ("sampling.sigma", _SIGMAS),
-        ("train.loss", _LOSSES),
+        ("train.loss", ("simple", *_STEP_LOSSES)),
+        ("model.prediction", _PREDICTIONS),
         ("model.dtype", _DTYPES),
     ):
         _one_of(config, key, names)

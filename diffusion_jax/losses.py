@@ -44,6 +44,17 @@ def simple_loss(eps_bar_fn, s: Schedule, x_0, t, eps_bar):
     return mean_square(eps_bar - eps_bar_fn(x_t, t))
 
 
+def x_0_loss(x_0_fn, s: Schedule, x_0, t, eps_bar):
+    """‖x_0 − x̂_0(x_t, t)‖² for a network that predicts x_0: (15) times (β̄_t/ᾱ_t)². -> [B]"""
+    return mean_square(x_0 - x_0_fn(_each(process.forward, s)(x_0, t, eps_bar), t))
+
+
+def velocity_loss(velocity_fn, s: Schedule, x_0, t, eps_bar):
+    """‖v − v̂(x_t, t)‖² for a network that predicts v: (15) divided by ᾱ_t², Salimans & Ho (2022). -> [B]"""
+    x_t = _each(process.forward, s)(x_0, t, eps_bar)
+    return mean_square(_each(process.velocity, s)(x_0, t, eps_bar) - velocity_fn(x_t, t))
+
+
 def with_noise(loss: Callable, num_noises: int) -> Callable:
     """A loss that draws its noises: (eps_bar_fn, s, x_0, t, keys [B]) -> [B].
 

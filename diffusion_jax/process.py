@@ -8,6 +8,8 @@ Two noises are told apart by name: `eps` is the noise ε_t of the single step t,
 `eps_bar` the noise ε̄_t of the steps 1..t together, which the network predicts.
 """
 
+import jax.numpy as jnp
+
 from diffusion_jax.schedule import Schedule
 
 
@@ -44,6 +46,27 @@ def predict_x_0(s: Schedule, x_t, t, eps_bar):
 def predict_eps_bar(s: Schedule, x_t, t, x_0):
     """(6) solved for ε̄_t: (x_t − ᾱ_t x_0) / β̄_t."""
     return (x_t - s.alpha_bar[t] * x_0) / s.beta_bar[t]
+
+
+def velocity(s: Schedule, x_0, t, eps_bar):
+    """v = ᾱ_t ε̄_t − β̄_t x_0, Salimans & Ho (2022), appendix D: what a network may predict instead of ε̄."""
+    return s.alpha_bar[t] * eps_bar - s.beta_bar[t] * x_0
+
+
+def predict_eps_bar_from_velocity(s: Schedule, x_t, t, v):
+    """ε̄_t = ᾱ_t v + β̄_t x_t, which inverts `velocity` with (6)."""
+    return s.alpha_bar[t] * v + s.beta_bar[t] * x_t
+
+
+def variance_between(s: Schedule, t, u):
+    """1 − (ᾱ_t/ᾱ_u)², the variance that the steps u+1..t add; β_t² for u = t − 1. 0 <= u < t.
+
+    From the differences of ᾱ where it changes most, of β̄ where that does: in float32 the
+    plain form is wrong by 6e-4 of itself where β² is 1e-4.
+    """
+    from_alpha = (s.alpha_bar[u] - s.alpha_bar[t]) * (s.alpha_bar[u] + s.alpha_bar[t])
+    from_beta = (s.beta_bar[t] - s.beta_bar[u]) * (s.beta_bar[t] + s.beta_bar[u])
+    return jnp.where(s.beta_bar[t] < s.alpha_bar[t], from_beta, from_alpha) / s.alpha_bar[u] ** 2
 
 
 def posterior_mean(s: Schedule, x_0, x_t, t):

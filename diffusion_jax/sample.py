@@ -42,7 +42,7 @@ def load_network(workdir):
       UserError: no run, or no checkpoint, in `workdir`.
     """
     config = _config(workdir)
-    return from_config.model(config).apply, _ema_params(config, workdir), from_config.schedule(config)
+    return from_config.network(config), _ema_params(config, workdir), from_config.schedule(config)
 
 
 def sample(workdir, num: int, seed: int, out: str) -> None:

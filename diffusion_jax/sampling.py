@@ -47,14 +47,132 @@ def reverse_chain(eps_bar_fn, s: Schedule, sigma, x, keys, start=None, stop=0, c
     s, sigma = jax.tree.map(jnp.asarray, (s, sigma))
 
     def step(x, t):
-        eps_bar = eps_bar_fn(x, jnp.full(x.shape[:1], t))
+        x_0, eps_bar = _predict(eps_bar_fn, s, x, t, clip)
         noise = jnp.where(t > 1, sigma[t], 0.0) * normal(keys, t, x.shape[1:])
         if clip is None:
             return process.reverse_step(s, x, t, process.step_noise(s, eps_bar, t), noise), None
-        x_0 = jnp.clip(process.predict_x_0(s, x, t, eps_bar), *clip)
         return process.posterior_mean(s, x_0, x, t) + noise, None
 
     return lax.scan(step, x, jnp.arange(start, stop, -1))[0]
+
+
+def ddim_chain(eps_bar_fn, s: Schedule, ts, x, keys, eta=0.0, clip=None):
+    """Song et al. (2021), (12), along the steps of a grid, in one `lax.scan`: from x_{ts[0]} to x_{ts[-1]}.
+
+    eta = 0 is deterministic; eta = 1 over all steps is the chain with the posterior sigma.
+    Chains compose: a grid cut in two, at an entry that both parts hold, leads to the same.
+
+    Args:
+      eps_bar_fn: (x [B, ...], t [B]) -> ε̄ [B, ...].
+      ts: int [n + 1], descending, from at most T to at least 0: see `grid_uniform`.
+      x: [B, ...] x_{ts[0]}.
+      keys: [B]; the noise of example i at step t is drawn from fold_in(keys[i], t) alone.
+      eta: scale of the noise, any number >= 0; where it asks for more than the whole variance
+        it gets that.
+      clip: (lo, hi) bounds the prediction of x_0, from which ε̄ is then derived again
+        (improved-diffusion does so, diffusers does not).
+
+    Returns:
+      [B, ...] x_{ts[-1]}.
+
+    Raises:
+      ValueError: ts is no such grid.
+    """
+    ts = _check_grid(s, ts)
+    s = jax.tree.map(jnp.asarray, s)
+
+    def step(x, t_u):
+        t, u = t_u
+        x_0, eps_bar = _predict(eps_bar_fn, s, x, t, clip)
+        share = s.beta_bar[u] / s.beta_bar[t]
+        deviation = eta * share * jnp.sqrt(process.variance_between(s, t, u))
+        deviation = jnp.minimum(deviation, s.beta_bar[u])
+        direction = jnp.sqrt((s.beta_bar[u] - deviation) * (s.beta_bar[u] + deviation))
+        return s.alpha_bar[u] * x_0 + direction * eps_bar + deviation * normal(keys, t, x.shape[1:]), None
+
+    return lax.scan(step, x, (ts[:-1], ts[1:]))[0]
+
+
+def dpmpp_2m_chain(eps_bar_fn, s: Schedule, ts, x, clip=None):
+    """DPM-Solver++(2M), Lu et al. (2022), algorithm 2, in one `lax.scan`: from x_{ts[0]} to x_{ts[-1]}.
+
+    Deterministic, of second order in λ = log(ᾱ/β̄). The first step is of first order, and so is
+    a last step to t = 0, where λ is infinite: it returns the prediction of x_0.
+
+    Args:
+      eps_bar_fn, x, clip: as of `ddim_chain`.
+      ts: int [n + 1], descending; best `grid_log_snr`.
+
+    Raises:
+      ValueError: ts is no such grid.
+    """
+    ts = _check_grid(s, ts)
+    s = jax.tree.map(jnp.asarray, s)
+    log_snr = jnp.log(s.alpha_bar) - jnp.log(jnp.maximum(s.beta_bar, jnp.finfo(jnp.float32).tiny))
+
+    def step(carry, t_u):
+        x, x_0_before, h_before = carry
+        t, u = t_u
+        x_0, _ = _predict(eps_bar_fn, s, x, t, clip)
+        h = log_snr[u] - log_snr[t]
+        weight = jnp.where((h_before > 0) & (u > 0), 0.5 * h / jnp.where(h_before > 0, h_before, 1.0), 0.0)
+        blend = x_0 + weight * (x_0 - x_0_before)
+        share = s.beta_bar[u] / s.beta_bar[t]
+        return (share * x + (s.alpha_bar[u] - s.alpha_bar[t] * share) * blend, x_0, h), None
+
+    return lax.scan(step, (x, jnp.zeros_like(x), jnp.zeros(())), (ts[:-1], ts[1:]))[0][0]
+
+
+def _predict(eps_bar_fn, s, x, t, clip):
+    """(x_0, ε̄) that the network predicts at the scalar step t; ε̄ is that of the clipped x_0."""
+    eps_bar = eps_bar_fn(x, jnp.full(x.shape[:1], t))
+    x_0 = process.predict_x_0(s, x, t, eps_bar)
+    if clip is None:
+        return x_0, eps_bar
+    x_0 = jnp.clip(x_0, *clip)
+    return x_0, process.predict_eps_bar(s, x, t, x_0)
+
+
+def grid_uniform(s: Schedule, n: int) -> np.ndarray:
+    """n steps of about equal length: int [n + 1] from T to 0. ValueError unless 1 <= n <= T."""
+    return _grid(s, n, np.linspace(s.num_steps, 0, _at_least_1(n) + 1))
+
+
+def grid_quadratic(s: Schedule, n: int) -> np.ndarray:
+    """n steps that shorten towards 0, ts = T (1 − i/n)², Song et al. (2021), appendix D. int [n + 1]."""
+    return _grid(s, n, s.num_steps * np.linspace(1, 0, _at_least_1(n) + 1) ** 2)
+
+
+def grid_log_snr(s: Schedule, n: int) -> np.ndarray:
+    """n steps, all but the last about equal in λ = log(ᾱ/β̄): int [n + 1] from T by way of 1 to 0."""
+    alpha_bar, beta_bar = (np.asarray(x, np.float64)[1:] for x in (s.alpha_bar, s.beta_bar))
+    log_snr = np.log(alpha_bar / beta_bar)  # falls with t
+    wanted = np.linspace(log_snr[-1], log_snr[0], _at_least_1(n))
+    ts = np.interp(-wanted, -log_snr, np.arange(1, s.num_steps + 1))
+    return _grid(s, n, np.append(ts, 0))
+
+
+def _at_least_1(n):
+    if n < 1:
+        raise ValueError(f"a grid needs at least 1 step, not {n}")
+    return n
+
+
+def _grid(s, n, ts):
+    """Rounds to whole steps that differ, T and 0 at the ends."""
+    if n > s.num_steps:
+        raise ValueError(f"a grid of {n} steps needs T >= {n}, not T={s.num_steps}")
+    ts = np.rint(ts).astype(np.int32)
+    for i in range(n - 1, -1, -1):
+        ts[i] = max(ts[i], ts[i + 1] + 1)
+    return np.minimum(ts, s.num_steps - np.arange(n + 1))
+
+
+def _check_grid(s, ts):
+    ts = np.asarray(ts)
+    if ts.ndim != 1 or len(ts) < 2 or (np.diff(ts) >= 0).any() or ts[0] > s.num_steps or ts[-1] < 0:
+        raise ValueError(f"ts must fall from at most T={s.num_steps} to at least 0, not {ts}")
+    return jnp.asarray(ts, jnp.int32)
 
 
 def make_sample_fn(apply_fn: Callable, s: Schedule, sigma, shape, clip=None) -> Callable:

@@ -96,3 +96,33 @@ def test_with_noise_draws_per_example_and_per_noise(rough):
     np.testing.assert_allclose(whole[2:], half, rtol=1e-6)
     four_draws = np.concatenate([np.ravel(noise) for noise in seen[0]])
     assert len(np.unique(four_draws)) == 2 * X_0.size
+
+
+# ---------------------------------------------------------------- other predictions
+
+
+def test_losses_of_other_predictions_are_15_reweighted(rough):
+    """The same network, seen as one that predicts x_0 or v: ‖·‖² is that of ε̄ times (β̄/ᾱ)², or over ᾱ²."""
+    rng = np.random.default_rng(3)
+    x_0, eps_bar, other = rng.standard_normal((3, 4, 2, 2, 1)).astype(np.float32)
+    t = np.array([1, 2, 3, 4])
+    a, b = np.asarray(rough.alpha_bar)[t], np.asarray(rough.beta_bar)[t]
+    x_t = jax.vmap(lambda *args: process.forward(rough, *args))(x_0, t, eps_bar)
+    as_x_0 = jax.vmap(lambda *args: process.predict_x_0(rough, *args))(x_t, t, other)
+    as_v = (other - b[:, None, None, None] * x_t) / a[:, None, None, None]
+    simple = losses.simple_loss(lambda x, t: other, rough, x_0, t, eps_bar)
+    x_0_loss = losses.x_0_loss(lambda x, t: as_x_0, rough, x_0, t, eps_bar)
+    velocity_loss = losses.velocity_loss(lambda x, t: as_v, rough, x_0, t, eps_bar)
+    np.testing.assert_allclose(x_0_loss, simple * (b / a) ** 2, rtol=1e-4)
+    np.testing.assert_allclose(velocity_loss, simple / a**2, rtol=1e-4)
+
+
+def test_other_predictions_see_x_t(rough):
+    x_0 = np.full((1, 2, 2, 1), 0.5, np.float32)
+    eps_bar, t = np.full_like(x_0, 2.0), np.array([3])
+    seen = []
+    for loss in (losses.x_0_loss, losses.velocity_loss):
+        loss(lambda x, t: seen.append((x, t)) or x, rough, x_0, t, eps_bar)
+    for x, step in seen:
+        np.testing.assert_allclose(x, process.forward(rough, x_0, 3, eps_bar), rtol=1e-6)
+        assert step.tolist() == [3]

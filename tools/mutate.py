@@ -16,7 +16,7 @@ import sys
 import tempfile
 
 ROOT = pathlib.Path(__file__).parent.parent
-TESTS = [f"tests/test_{name}.py" for name in ("schedule", "process", "losses", "sampling")]
+TESTS = [f"tests/test_{name}.py" for name in ("schedule", "process", "losses", "sampling", "fast_sampling")]
 
 # (module, text that stands in it exactly once, what replaces it)
 MUTANTS = [
@@ -63,6 +63,30 @@ MUTANTS = [
     ("sampling", "process.posterior_mean(s, x_0, x, t) + noise", "process.posterior_mean(s, x_0, x, t)"),
     ("sampling", "x = normal(keys, LATENT,", "x = normal(keys, 1,"),
     ("sampling", "first + np.arange", "np.arange"),
+    ("process", "s.alpha_bar[t] * eps_bar - s.beta_bar[t] * x_0", "s.alpha_bar[t] * eps_bar + s.beta_bar[t] * x_0"),
+    ("process", "s.alpha_bar[t] * v + s.beta_bar[t] * x_t", "s.alpha_bar[t] * v - s.beta_bar[t] * x_t"),
+    ("process", "s.alpha_bar[t] * v + s.beta_bar[t] * x_t", "s.beta_bar[t] * v + s.alpha_bar[t] * x_t"),
+    ("process", "from_beta, from_alpha) / s.alpha_bar[u] ** 2", "from_beta, from_alpha) / s.alpha_bar[u]"),
+    ("process", "s.beta_bar[t] < s.alpha_bar[t], from_beta", "s.beta_bar[t] > s.alpha_bar[t], from_beta"),
+    ("losses", "mean_square(x_0 - x_0_fn(", "mean_square(eps_bar - x_0_fn("),
+    ("losses", "_each(process.velocity, s)(x_0, t, eps_bar)", "_each(process.velocity, s)(eps_bar, t, x_0)"),
+    (
+        "sampling",
+        "share = s.beta_bar[u] / s.beta_bar[t]\n        deviation",
+        "share = s.beta_bar[u]\n        deviation",
+    ),
+    ("sampling", "eta * share *", "eta**2 * share *"),
+    ("sampling", "process.variance_between(s, t, u)", "process.variance_between(s, t, t - 1)"),
+    ("sampling", "deviation = jnp.minimum(deviation, s.beta_bar[u])", "deviation = jnp.minimum(deviation, 1.0)"),
+    ("sampling", "direction * eps_bar + deviation", "s.beta_bar[u] * eps_bar + deviation"),
+    ("sampling", "deviation * normal(keys, t, x", "deviation * normal(keys, u, x"),
+    ("sampling", "return x_0, process.predict_eps_bar(s, x, t, x_0)", "return x_0, eps_bar"),
+    ("sampling", "h = log_snr[u] - log_snr[t]", "h = log_snr[t] - log_snr[u]"),
+    ("sampling", "(h_before > 0) & (u > 0)", "(h_before > 0)"),
+    ("sampling", "0.5 * h / jnp", "h / jnp"),
+    ("sampling", "weight * (x_0 - x_0_before)", "weight * (x_0_before - x_0)"),
+    ("sampling", "(s.alpha_bar[u] - s.alpha_bar[t] * share) * blend", "(s.alpha_bar[u] - s.alpha_bar[t]) * blend"),
+    ("sampling", "* blend, x_0, h), None", "* blend, blend, h), None"),
 ]
 
 
