@@ -24,6 +24,9 @@ WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: config, check
 MODE = flags.DEFINE_enum("mode", "train", ["train", "prepare", "sample"], "what to do")
 NUM = flags.DEFINE_integer("num", 64, "images to sample")
 SEED = flags.DEFINE_integer("seed", 0, "of the samples")
+SAMPLER = flags.DEFINE_enum("sampler", None, ["ancestral", "ddim", "dpmpp_2m"], "default: the config's")
+STEPS = flags.DEFINE_integer("steps", None, "of the sampler; default: the config's")
+ETA = flags.DEFINE_float("eta", None, "noise of ddim; default: the config's")
 OUT = flags.DEFINE_string("out", "samples.png", "where the samples go: .png (a grid) or .npz (an array)")
 PLATFORM = flags.DEFINE_enum("platform", "", ["", "tpu", "gpu", "cpu"], "where to compute; default: the best there is")
 COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of process 0; Cloud TPU pods and Slurm know it")
@@ -64,7 +67,8 @@ def run(argv: list[str]) -> None:
         return
     hosts.initialize(PLATFORM.value, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     if mode == "sample":
-        sample(WORKDIR.value, NUM.value, SEED.value, OUT.value)
+        how = {"sampler": SAMPLER.value, "steps": STEPS.value, "eta": ETA.value}
+        sample(WORKDIR.value, NUM.value, SEED.value, OUT.value, **how)
     else:
         train(CONFIG.value, WORKDIR.value)
 

@@ -53,6 +53,9 @@ def get_config() -> ConfigDict:
     train.sample_every = 20_000  # steps between grids of samples; 0: only at the end
 
     config.sampling = sampling = ConfigDict()
+    sampling.sampler = "ancestral"  # ancestral (sigma, all steps), ddim (eta) or dpmpp_2m
+    sampling.steps = 0  # of ddim, evenly spaced, or of dpmpp_2m, evenly in log-SNR; 0: all
+    sampling.eta = 0.0  # scale of ddim's noise: 0 none, 1 that of the posterior
     sampling.sigma = "beta"  # zero (greedy), beta ("fixed large") or posterior ("fixed small")
     sampling.clip = True  # bound the predicted x_0 to [-1, 1] inside the chain
     sampling.num = 64  # images per call, and in the grids of the training

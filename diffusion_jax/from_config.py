@@ -17,6 +17,7 @@ from diffusion_jax.errors import UserError
 
 _SCHEDULES = {"su_linear": schedules.su_linear, "ho_linear": schedules.ho_linear, "cosine": schedules.cosine}
 _SIGMAS = {"zero": schedules.sigma_zero, "beta": schedules.sigma_beta, "posterior": schedules.sigma_posterior}
+_SAMPLERS = ("ancestral", "ddim", "dpmpp_2m")
 _STEP_LOSSES = {"step": losses.step_loss, "weighted_step": losses.weighted_step_loss}
 # What the network predicts: how ε̄ follows from its output, formula(s, x_t, t, output), and its (15).
 _PREDICTIONS = {
@@ -110,6 +111,34 @@ def optimizer(config: ConfigDict) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(config.train.grad_clip), optax.adam(learning_rate(config)))
 
 
+def chain(config: ConfigDict):
+    """The sampler, sampling.sampler over sampling.steps: (eps_bar_fn, s, sigma, x_T, keys, clip=None) -> x_0."""
+    s, name, num_steps = schedule(config), config.sampling.sampler, config.sampling.steps or config.schedule.num_steps
+    if name == "ancestral":
+        return sampling.reverse_chain
+    if name == "ddim":
+        ts, eta = sampling.grid_uniform(s, num_steps), config.sampling.eta
+        return lambda eps_bar_fn, s, sigma, x, keys, clip=None: sampling.ddim_chain(
+            eps_bar_fn, s, ts, x, keys, eta, clip
+        )
+    ts = sampling.grid_log_snr(s, num_steps)
+    return lambda eps_bar_fn, s, sigma, x, keys, clip=None: sampling.dpmpp_2m_chain(eps_bar_fn, s, ts, x, clip)
+
+
+def check_sampling(config: ConfigDict) -> None:
+    """Raises UserError if sampling.sampler, steps and eta do not fit each other or the schedule."""
+    _one_of(config, "sampling.sampler", _SAMPLERS)
+    _one_of(config, "model.dtype", _DTYPES)
+    steps, num_steps = config.sampling.steps, config.schedule.num_steps
+    _need(config, "sampling.steps", lambda value: 0 <= value <= num_steps, f"in 1..{num_steps}, or 0 for all")
+    _need(config, "sampling.eta", lambda value: 0 <= value < float("inf"), "a number >= 0")
+    if config.sampling.sampler == "ancestral" and steps not in (0, num_steps):
+        raise UserError(
+            f"config.sampling.steps={steps} does not fit config.sampling.sampler='ancestral', which takes all "
+            f"{num_steps} steps: choose ddim or dpmpp_2m, or 0 steps"
+        )
+
+
 def sample_fn(config: ConfigDict, num: int | None = None):
     """sample_fn(params, rng, first=0) -> float32 [num, H, W, C]; num defaults to sampling.num.
 
@@ -121,6 +150,7 @@ def sample_fn(config: ConfigDict, num: int | None = None):
         sigma(config),
         (num or config.sampling.num, *image_shape(config)),
         clip=(-1.0, 1.0) if config.sampling.clip else None,
+        chain=chain(config),
     )
 
 
@@ -137,7 +167,6 @@ def check(config: ConfigDict, reference: ConfigDict) -> None:
         ("sampling.sigma", _SIGMAS),
         ("train.loss", ("simple", *_STEP_LOSSES)),
         ("model.prediction", _PREDICTIONS),
-        ("model.dtype", _DTYPES),
     ):
         _one_of(config, key, names)
     _one_of(config, "data.channels", (1, 3))
@@ -154,6 +183,7 @@ def check(config: ConfigDict, reference: ConfigDict) -> None:
     for key in ("model.multipliers", "model.attention_resolutions"):
         _need(config, key, lambda value: all(isinstance(n, int) and n >= 1 for n in value), "integers >= 1")
     _need(config, "model.multipliers", lambda value: len(value) >= 1, "one multiplier a level, e.g. (1, 2, 2)")
+    check_sampling(config)
     _check_image_size(config)
 
 

@@ -10,24 +10,47 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.state import abstract_state
 
 
-def load(workdir, num: int | None = None):
+def load(
+    workdir,
+    num: int | None = None,
+    *,
+    sampler: str | None = None,
+    steps: int | None = None,
+    eta: float | None = None,
+    clip: bool | None = None,
+    dtype: str | None = None,
+):
     """A sampler and the parameters of the last checkpoint, for a notebook:
 
-        sample_fn, params = diffusion_jax.load("runs/digits")
+        sample_fn, params = diffusion_jax.load("runs/digits", sampler="ddim", steps=50)
         x = sample_fn(params, jax.random.key(0))  # float32 [num, H, W, C] in about [-1, 1]
+        more = sample_fn(params, jax.random.key(0), num)  # images num .. 2 num - 1 of the same key
 
-    Args:
+    The first call compiles; all steps are one XLA program, on all devices of this process.
+
+    Args (None: as the run's config has it):
       workdir: of a training run.
-      num: images per call; the config's sampling.num by default. Image i is the same for any.
+      num: images per call. Image i depends on (params, rng, i) alone, so it is the same for any.
+      sampler: "ancestral", Ho et al.'s chain with the config's sigma over all T steps; "ddim";
+        or "dpmpp_2m", best for few steps (10 to 20).
+      steps: of ddim and dpmpp_2m, 1..T; 0 is T.
+      eta: noise of ddim: 0 (none, the same latent gives the same image for any number of
+        steps, nearly) to 1 (as much as the ancestral sampler's posterior).
+      clip: bound the predicted x_0 to [-1, 1] inside the chain.
+      dtype: of the network's computation, "float32" or "bfloat16".
 
     Returns:
       (sample_fn, params): see `sampling.make_sample_fn`; params are the averaged (EMA)
-      parameters, NumPy arrays.
+      parameters, float32 NumPy arrays.
 
     Raises:
-      UserError: no run, or no checkpoint, in `workdir`.
+      UserError: no run, or no checkpoint, in `workdir`; a value that cannot be used.
     """
-    config = _config(workdir)
+    config = _config(workdir).copy_and_resolve_references()
+    given = {"sampler": sampler, "steps": steps, "eta": eta, "clip": clip}
+    config.sampling.update({key: value for key, value in given.items() if value is not None})
+    config.model.dtype = dtype or config.model.dtype
+    from_config.check_sampling(config)
     return from_config.sample_fn(config, num), _ema_params(config, workdir)
 
 
@@ -45,10 +68,11 @@ def load_network(workdir):
     return from_config.network(config), _ema_params(config, workdir), from_config.schedule(config)
 
 
-def sample(workdir, num: int, seed: int, out: str) -> None:
+def sample(workdir, num: int, seed: int, out: str, **how) -> None:
     """Writes `num` images: a grid if `out` ends in .png, uint8 [num, H, W, C] if in .npz.
 
     The .npz has one array, "arr_0", as evaluation suites read it. Image i is the same for any `num`.
+    `how` is sampler, steps and eta as of `load`.
 
     Raises:
       UserError: nothing to sample from, or `out` ends in something else.
@@ -59,7 +83,7 @@ def sample(workdir, num: int, seed: int, out: str) -> None:
     if num < 1:
         raise UserError(f"--num={num} must be at least 1")
     per_call = min(num, _config(workdir).sampling.num)
-    sample_fn, params = load(workdir, per_call)
+    sample_fn, params = load(workdir, per_call, **how)
     params = jax.device_put(params)
     chunks = []
     for first in tqdm.trange(0, num, per_call, desc=f"sampling {per_call} at a time", unit="call"):

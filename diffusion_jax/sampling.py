@@ -175,7 +175,7 @@ def _check_grid(s, ts):
     return jnp.asarray(ts, jnp.int32)
 
 
-def make_sample_fn(apply_fn: Callable, s: Schedule, sigma, shape, clip=None) -> Callable:
+def make_sample_fn(apply_fn: Callable, s: Schedule, sigma, shape, clip=None, chain: Callable | None = None) -> Callable:
     """The sampler: sample_fn(params, rng, first=0) -> float32 [N, H, W, C].
 
     All T steps are one XLA program, pmapped over this process's devices. Image i
@@ -187,18 +187,20 @@ def make_sample_fn(apply_fn: Callable, s: Schedule, sigma, shape, clip=None) -> 
       sigma: [T + 1], see `reverse_chain`.
       shape: (N, H, W, C).
       clip: see `reverse_chain`.
+      chain: (eps_bar_fn, s, sigma, x_T, keys, clip=clip) -> x_0; default `reverse_chain`.
     """
+    chain = chain or reverse_chain
     num, *image_shape = shape
     devices = jax.local_devices()[:num]
     per_device = -(-num // len(devices))
 
-    def chain(params, rng, s, sigma, indices):
+    def sample(params, rng, s, sigma, indices):
         keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, indices)
         x = normal(keys, LATENT, tuple(image_shape))
-        return reverse_chain(lambda x, t: apply_fn({"params": params}, x, t), s, sigma, x, keys, clip=clip)
+        return chain(lambda x, t: apply_fn({"params": params}, x, t), s, sigma, x, keys, clip=clip)
 
     # The schedule is an argument, not a constant: the program is then the same for every T.
-    pmapped = jax.pmap(chain, in_axes=(None, None, None, None, 0), devices=devices)
+    pmapped = jax.pmap(sample, in_axes=(None, None, None, None, 0), devices=devices)
 
     def sample_fn(params, rng, first=0):
         indices = first + np.arange(per_device * len(devices)).reshape(len(devices), per_device)

@@ -10,8 +10,9 @@ import pytest
 from conftest import tiny_config
 from tensorboardX.proto import event_pb2
 
-from diffusion_jax import from_config, losses, sample, train
+from diffusion_jax import from_config, losses, process, sample, sampling, train
 from diffusion_jax import state as states
+from diffusion_jax.errors import UserError
 
 
 def run(workdir, **overrides):
@@ -323,6 +324,69 @@ def test_load(uninterrupted):
     assert float(abs(x).max()) <= 1  # clipped, and no noise at t = 1
     few, _ = sample.load(workdir)
     np.testing.assert_allclose(few(params, jax.random.key(0)), x[:4], atol=1e-4)
+
+
+def test_load_another_sampler(uninterrupted):
+    """Each is its chain, from the latent of the same keys."""
+    workdir, _ = uninterrupted
+    apply_fn, params, s = sample.load_network(workdir)
+    rng = jax.random.key(0)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(4))
+    latent = sampling.normal(keys, sampling.LATENT, (8, 8, 1))
+
+    def eps_bar_fn(x, t):
+        return apply_fn({"params": params}, x, t)
+
+    ddim, _ = sample.load(workdir, sampler="ddim", steps=5, eta=0.5, clip=False)
+    expected = sampling.ddim_chain(eps_bar_fn, s, sampling.grid_uniform(s, 5), latent, keys, 0.5)
+    np.testing.assert_allclose(ddim(params, rng), expected, rtol=1e-4, atol=1e-4)
+    solver, _ = sample.load(workdir, sampler="dpmpp_2m", steps=4)
+    expected = sampling.dpmpp_2m_chain(eps_bar_fn, s, sampling.grid_log_snr(s, 4), latent, clip=(-1.0, 1.0))
+    np.testing.assert_allclose(solver(params, rng), expected, rtol=1e-4, atol=1e-4)
+    half, _ = sample.load(workdir, dtype="bfloat16")
+    whole, _ = sample.load(workdir)
+    assert 0 < float(jnp.abs(half(params, rng) - whole(params, rng)).max()) < 0.5
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"sampler": "euler"}, "sampler='euler' must be one of ancestral, ddim, dpmpp_2m"),
+        ({"sampler": "ddim", "steps": 21}, r"steps=21 must be in 1\.\.20"),
+        ({"steps": 5}, "steps=5 does not fit .*ancestral"),
+        ({"sampler": "ddim", "eta": -1.0}, r"eta=-1\.0 must be a number >= 0"),
+        ({"dtype": "float64"}, "dtype='float64' must be one of"),
+    ],
+)
+def test_load_what_cannot_be(uninterrupted, given, message):
+    with pytest.raises(UserError, match=message):
+        sample.load(uninterrupted[0], **given)
+
+
+@pytest.mark.parametrize("loss", ["simple", "step"])
+@pytest.mark.parametrize("prediction", ["x_0", "velocity"])
+def test_other_predictions_reach_loss_and_sampler(prediction, loss):
+    """A network whose output is wired by hand: training and sampling see it as what it predicts."""
+    config = tiny_config(model__prediction=prediction, train__loss=loss)
+    s = from_config.schedule(config)
+    x_0, keys = np.full((3, 8, 8, 1), 0.3, np.float32), jax.random.split(jax.random.key(1), 3)
+    t = np.array([2, 9, 20])
+
+    def knows_x_0(x, t):  # the right output for x_0 = 0.3
+        if prediction == "x_0":
+            return jnp.full_like(x, 0.3)
+        eps_bar = jax.vmap(lambda x, t: process.predict_eps_bar(s, x, t, 0.3))(x, t)
+        return jax.vmap(lambda t, eps_bar: process.velocity(s, 0.3, t, eps_bar))(t, eps_bar)
+
+    value = from_config.loss(config)(knows_x_0, s, x_0, t, keys)
+    if loss == "simple":
+        np.testing.assert_allclose(value, 0, atol=1e-9)
+    else:  # what ε̄ says of ε alone remains: α_t² β̄_{t−1}²/β̄_t², about
+        rest = (s.alpha[t] * s.beta_bar[t - 1] / s.beta_bar[t]) ** 2
+        np.testing.assert_allclose(value, rest, rtol=0.6)
+    eps_bar_fn = from_config._eps_bar_fn(config, knows_x_0, s)
+    ts, x_t = sampling.grid_uniform(s, 20), jnp.ones((3, 8, 8, 1))
+    np.testing.assert_allclose(sampling.ddim_chain(eps_bar_fn, s, ts, x_t, keys), x_0, atol=1e-4)
 
 
 def test_samples_do_not_depend_on_the_devices(uninterrupted, monkeypatch):
