@@ -27,7 +27,9 @@ SEED = flags.DEFINE_integer("seed", 0, "of the samples")
 SAMPLER = flags.DEFINE_enum("sampler", None, ["ancestral", "ddim", "dpmpp_2m"], "default: the config's")
 STEPS = flags.DEFINE_integer("steps", None, "of the sampler; default: the config's")
 ETA = flags.DEFINE_float("eta", None, "noise of ddim; default: the config's")
-OUT = flags.DEFINE_string("out", "samples.png", "where the samples go: .png (a grid) or .npz (an array)")
+OUT = flags.DEFINE_string(
+    "out", "samples.png", "where the samples go: .png (a grid), .npz (an array) or folder/ (arrays)"
+)
 PLATFORM = flags.DEFINE_enum("platform", "", ["", "tpu", "gpu", "cpu"], "where to compute; default: the best there is")
 COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of process 0; Cloud TPU pods and Slurm know it")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", 1, "with --coordinator: how many processes")

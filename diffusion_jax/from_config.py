@@ -112,17 +112,15 @@ def optimizer(config: ConfigDict) -> optax.GradientTransformation:
 
 
 def chain(config: ConfigDict):
-    """The sampler, sampling.sampler over sampling.steps: (eps_bar_fn, s, sigma, x_T, keys, clip=None) -> x_0."""
+    """The sampler, sampling.sampler over sampling.steps, for the `chain` of `sampling.make_sample_fn`."""
     s, name, num_steps = schedule(config), config.sampling.sampler, config.sampling.steps or config.schedule.num_steps
     if name == "ancestral":
         return sampling.reverse_chain
     if name == "ddim":
         ts, eta = sampling.grid_uniform(s, num_steps), config.sampling.eta
-        return lambda eps_bar_fn, s, sigma, x, keys, clip=None: sampling.ddim_chain(
-            eps_bar_fn, s, ts, x, keys, eta, clip
-        )
+        return lambda eps_bar_fn, s, _, x, keys, **how: sampling.ddim_chain(eps_bar_fn, s, ts, x, keys, eta, **how)
     ts = sampling.grid_log_snr(s, num_steps)
-    return lambda eps_bar_fn, s, sigma, x, keys, clip=None: sampling.dpmpp_2m_chain(eps_bar_fn, s, ts, x, clip)
+    return lambda eps_bar_fn, s, _, x, keys, **how: sampling.dpmpp_2m_chain(eps_bar_fn, s, ts, x, **how)
 
 
 def check_sampling(config: ConfigDict) -> None:
@@ -139,7 +137,7 @@ def check_sampling(config: ConfigDict) -> None:
         )
 
 
-def sample_fn(config: ConfigDict, num: int | None = None):
+def sample_fn(config: ConfigDict, num: int | None = None, window: sampling.Window | None = None):
     """sample_fn(params, rng, first=0) -> float32 [num, H, W, C]; num defaults to sampling.num.
 
     See `sampling.make_sample_fn`.
@@ -151,6 +149,7 @@ def sample_fn(config: ConfigDict, num: int | None = None):
         (num or config.sampling.num, *image_shape(config)),
         clip=(-1.0, 1.0) if config.sampling.clip else None,
         chain=chain(config),
+        window=window,
     )
 
 

@@ -1,13 +1,19 @@
 """Samples from a workdir: for a notebook (`load`) and for the command line (`sample`)."""
 
+import itertools
+import json
+
 import jax
 import numpy as np
 import tqdm
 from etils import epath
+from jax.experimental import multihost_utils
 
-from diffusion_jax import checkpoint, from_config, images
+from diffusion_jax import checkpoint, from_config, images, sampling
 from diffusion_jax.errors import UserError
 from diffusion_jax.state import abstract_state
+
+SHARD = 1024  # images of one file
 
 
 def load(
@@ -19,6 +25,7 @@ def load(
     eta: float | None = None,
     clip: bool | None = None,
     dtype: str | None = None,
+    progress: bool = False,
 ):
     """A sampler and the parameters of the last checkpoint, for a notebook:
 
@@ -38,6 +45,7 @@ def load(
         steps, nearly) to 1 (as much as the ancestral sampler's posterior).
       clip: bound the predicted x_0 to [-1, 1] inside the chain.
       dtype: of the network's computation, "float32" or "bfloat16".
+      progress: show a bar of the steps with speed and time left; the images stay the same.
 
     Returns:
       (sample_fn, params): see `sampling.make_sample_fn`; params are the averaged (EMA)
@@ -51,7 +59,29 @@ def load(
     config.sampling.update({key: value for key, value in given.items() if value is not None})
     config.model.dtype = dtype or config.model.dtype
     from_config.check_sampling(config)
-    return from_config.sample_fn(config, num), _ema_params(config, workdir)
+    window = _progress(config, num) if progress else None
+    return from_config.sample_fn(config, num, window), _ema_params(config, workdir)
+
+
+def _progress(config, num):
+    """A window that draws a bar, from inside the program; the sampler's next call begins it anew."""
+    steps = config.sampling.steps or config.schedule.num_steps
+    every = max(1, steps // 100)
+    reports = steps // every * len(jax.local_devices()[: num or config.sampling.num])  # each device reports
+    bar = tqdm.tqdm(total=reports, desc="sampling", bar_format="{desc}: {percentage:.0f}%|{bar}| {elapsed}<{remaining}")
+
+    calls = itertools.count()  # the devices' threads report side by side
+
+    def report(_):
+        done = next(calls) % reports + 1
+        if done == 1:
+            bar.reset()
+        bar.n = done
+        bar.update(0)
+        if done == reports:
+            bar.refresh()
+
+    return sampling.Window(report, every)
 
 
 def load_network(workdir):
@@ -69,33 +99,88 @@ def load_network(workdir):
 
 
 def sample(workdir, num: int, seed: int, out: str, **how) -> None:
-    """Writes `num` images: a grid if `out` ends in .png, uint8 [num, H, W, C] if in .npz.
+    """Writes `num` images: a grid if `out` ends in .png, uint8 [num, H, W, C] if in .npz, shards if in "/".
 
-    The .npz has one array, "arr_0", as evaluation suites read it. Image i is the same for any `num`.
-    `how` is sampler, steps and eta as of `load`.
+    An .npz has one array, "arr_0", as evaluation suites read it. Shards are .npz files of SHARD
+    images named by the first; those that are there already are not made again. Image i is the
+    same for any `num`, and any number of devices or processes, which share the work; process
+    0 writes.
+
+    Args:
+      how: sampler, steps and eta as of `load`.
 
     Raises:
-      UserError: nothing to sample from, or `out` ends in something else.
+      UserError: nothing to sample from, `out` ends in something else, or holds other samples.
     """
-    out = epath.Path(out)
-    if out.suffix not in (".png", ".npz"):
-        raise UserError(f"--out={out} must end in .png (a grid) or .npz (an array)")
+    if not (out.endswith((".png", ".npz", "/"))):
+        raise UserError(f"--out={out} must end in .png (a grid), .npz (an array) or / (a folder of arrays)")
     if num < 1:
         raise UserError(f"--num={num} must be at least 1")
-    per_call = min(num, _config(workdir).sampling.num)
+    config = _config(workdir)
+    per_call = -(-min(num, config.sampling.num) // jax.process_count())
     sample_fn, params = load(workdir, per_call, **how)
     params = jax.device_put(params)
-    chunks = []
-    for first in tqdm.trange(0, num, per_call, desc=f"sampling {per_call} at a time", unit="call"):
-        chunks.append(images.to_uint8(sample_fn(params, jax.random.key(seed), first)))
-    samples = np.concatenate(chunks)[:num]
-    if out.suffix == ".png":
-        images.save_png(out, images.grid(samples))
-    else:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with out.open("wb") as file:
-            np.savez(file, samples)
-    print(f"{num} samples: {out}")
+    with tqdm.tqdm(total=num, unit="image", desc="sampling", disable=jax.process_index() != 0) as bar:
+
+        def make(first, num):
+            return _share(sample_fn, params, seed, first, num, per_call, bar)
+
+        if out.endswith("/"):
+            identity = {"workdir": str(workdir), "seed": seed, "checksums": checkpoint.checksums(params), **how}
+            _write_shards(epath.Path(out), num, make, bar, identity)
+        elif out.endswith(".png"):
+            samples = make(0, num)
+            if jax.process_index() == 0:
+                images.save_png(out, images.grid(samples))
+        else:
+            _save_npz(epath.Path(out), make(0, num))
+    if jax.process_index() == 0:
+        print(f"{num} samples: {out}")
+
+
+def _share(sample_fn, params, seed, first, num, per_call, bar):
+    """Images first .. first + num - 1, uint8, in every process; each makes its share of every round."""
+    processes, made = jax.process_count(), []
+    for done in range(0, num, per_call * processes):
+        own = first + done + per_call * jax.process_index()
+        x = images.to_uint8(sample_fn(params, jax.random.key(seed), own))
+        made.append(multihost_utils.process_allgather(x, tiled=True) if processes > 1 else x)
+        bar.update(min(per_call * processes, num - done))
+    return np.concatenate(made)[:num]
+
+
+def _write_shards(folder, num, make, bar, identity):
+    """The shards that are missing, of `num` images in all."""
+    manifest = folder / "samples.json"
+    text = json.dumps(identity, indent=2) + "\n"
+    if manifest.exists() and manifest.read_text() != text:
+        raise UserError(
+            f"--out={folder}/ holds samples of another run, checkpoint, seed or sampler: give another folder"
+        )
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        manifest.write_text(text)
+    for first in range(0, num, SHARD):
+        count = min(SHARD, num - first)
+        shard = folder / f"{first:08d}-{first + count - 1:08d}.npz"
+        there = shard.exists()
+        if jax.process_count() > 1:  # what process 0 sees is what all do
+            there = bool(multihost_utils.broadcast_one_to_all(np.array(there)))
+        if there:
+            bar.update(count)
+        else:
+            _save_npz(shard, make(first, count))
+
+
+def _save_npz(path, samples):
+    """Process 0 writes beside and renames."""
+    if jax.process_index() != 0:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as file:
+        np.savez(file, samples)
+    partial.replace(path)
 
 
 def _config(workdir):

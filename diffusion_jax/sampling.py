@@ -1,11 +1,13 @@
 """From noise to data: the reverse chain as one `lax.scan`, and `sample_fn` around it."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import io_callback
 
 from diffusion_jax import process
 from diffusion_jax.schedule import Schedule
@@ -18,7 +20,20 @@ def normal(keys, t, shape):
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, t), shape))(keys)
 
 
-def reverse_chain(eps_bar_fn, s: Schedule, sigma, x, keys, start=None, stop=0, clip=None):
+class Window(NamedTuple):
+    """A look into a chain while it runs, from inside its one program; the samples stay the same, bit for bit.
+
+    After every `every` steps the host is called: report(t, look(x_t, x_0)), t the step that is
+    reached and x_0 the prediction that led there; report(t) if look is None. If it returns
+    something true, the chain stops and what it has reached is its result.
+    """
+
+    report: Callable
+    every: int = 1
+    look: Callable | None = None
+
+
+def reverse_chain(eps_bar_fn, s: Schedule, sigma, x, keys, start=None, stop=0, clip=None, window=None):
     """(17) for t = start, ..., stop + 1 in one `lax.scan`: from x_start to x_stop.
 
     With sigma = 0 it is the greedy chain (16). No noise is added at t = 1 (Ho et al.,
@@ -33,9 +48,11 @@ def reverse_chain(eps_bar_fn, s: Schedule, sigma, x, keys, start=None, stop=0, c
       start, stop: Python ints, T >= start >= stop >= 0; start defaults to T.
       clip: (lo, hi) bounds the prediction of x_0 inside the chain, as Ho et al. do and
         Su does not; None leaves it free.
+      window: a `Window`, or None.
 
     Returns:
-      [B, ...] x_stop.
+      [B, ...] x_stop; with a window, (x_t, t), where t > stop if it has stopped the chain:
+      start=t goes on, bit for bit.
 
     Raises:
       ValueError: start or stop out of range.
@@ -46,17 +63,21 @@ def reverse_chain(eps_bar_fn, s: Schedule, sigma, x, keys, start=None, stop=0, c
 
     s, sigma = jax.tree.map(jnp.asarray, (s, sigma))
 
-    def step(x, t):
+    def step(x, t_u):
+        t, _ = t_u
         x_0, eps_bar = _predict(eps_bar_fn, s, x, t, clip)
         noise = jnp.where(t > 1, sigma[t], 0.0) * normal(keys, t, x.shape[1:])
         if clip is None:
-            return process.reverse_step(s, x, t, process.step_noise(s, eps_bar, t), noise), None
-        return process.posterior_mean(s, x_0, x, t) + noise, None
+            x = process.reverse_step(s, x, t, process.step_noise(s, eps_bar, t), noise)
+        else:
+            x = process.posterior_mean(s, x_0, x, t) + noise
+        return x, (x, x_0)
 
-    return lax.scan(step, x, jnp.arange(start, stop, -1))[0]
+    ts = jnp.arange(start, stop, -1)
+    return _scan(step, x, ts, ts - 1, start, window)
 
 
-def ddim_chain(eps_bar_fn, s: Schedule, ts, x, keys, eta=0.0, clip=None):
+def ddim_chain(eps_bar_fn, s: Schedule, ts, x, keys, eta=0.0, clip=None, window=None):
     """Song et al. (2021), (12), along the steps of a grid, in one `lax.scan`: from x_{ts[0]} to x_{ts[-1]}.
 
     eta = 0 is deterministic; eta = 1 over all steps is the chain with the posterior sigma.
@@ -71,9 +92,10 @@ def ddim_chain(eps_bar_fn, s: Schedule, ts, x, keys, eta=0.0, clip=None):
         it gets that.
       clip: (lo, hi) bounds the prediction of x_0, from which ε̄ is then derived again
         (improved-diffusion does so, diffusers does not).
+      window: as of `reverse_chain`; the rest of the grid goes on.
 
     Returns:
-      [B, ...] x_{ts[-1]}.
+      [B, ...] x_{ts[-1]}; with a window, (x_t, t).
 
     Raises:
       ValueError: ts is no such grid.
@@ -88,19 +110,21 @@ def ddim_chain(eps_bar_fn, s: Schedule, ts, x, keys, eta=0.0, clip=None):
         deviation = eta * share * jnp.sqrt(process.variance_between(s, t, u))
         deviation = jnp.minimum(deviation, s.beta_bar[u])
         direction = jnp.sqrt((s.beta_bar[u] - deviation) * (s.beta_bar[u] + deviation))
-        return s.alpha_bar[u] * x_0 + direction * eps_bar + deviation * normal(keys, t, x.shape[1:]), None
+        x = s.alpha_bar[u] * x_0 + direction * eps_bar + deviation * normal(keys, t, x.shape[1:])
+        return x, (x, x_0)
 
-    return lax.scan(step, x, (ts[:-1], ts[1:]))[0]
+    return _scan(step, x, ts[:-1], ts[1:], ts[0], window)
 
 
-def dpmpp_2m_chain(eps_bar_fn, s: Schedule, ts, x, clip=None):
+def dpmpp_2m_chain(eps_bar_fn, s: Schedule, ts, x, clip=None, window=None):
     """DPM-Solver++(2M), Lu et al. (2022), algorithm 2, in one `lax.scan`: from x_{ts[0]} to x_{ts[-1]}.
 
     Deterministic, of second order in λ = log(ᾱ/β̄). The first step is of first order, and so is
     a last step to t = 0, where λ is infinite: it returns the prediction of x_0.
 
     Args:
-      eps_bar_fn, x, clip: as of `ddim_chain`.
+      eps_bar_fn, x, clip, window: as of `ddim_chain`; a chain that is cut has one more step of
+        first order.
       ts: int [n + 1], descending; best `grid_log_snr`.
 
     Raises:
@@ -118,9 +142,37 @@ def dpmpp_2m_chain(eps_bar_fn, s: Schedule, ts, x, clip=None):
         weight = jnp.where((h_before > 0) & (u > 0), 0.5 * h / jnp.where(h_before > 0, h_before, 1.0), 0.0)
         blend = x_0 + weight * (x_0 - x_0_before)
         share = s.beta_bar[u] / s.beta_bar[t]
-        return (share * x + (s.alpha_bar[u] - s.alpha_bar[t] * share) * blend, x_0, h), None
+        x = share * x + (s.alpha_bar[u] - s.alpha_bar[t] * share) * blend
+        return (x, x_0, h), (x, x_0)
 
-    return lax.scan(step, (x, jnp.zeros_like(x), jnp.zeros(())), (ts[:-1], ts[1:]))[0][0]
+    result = _scan(step, (x, jnp.zeros_like(x), jnp.zeros(())), ts[:-1], ts[1:], ts[0], window)
+    return result[0] if window is None else (result[0][0], result[1])
+
+
+def _scan(step, carry, ts, us, start, window):
+    """`step` along the pairs (t, u) of steps: the last carry, with a window also the step that is reached."""
+    if window is None:
+        return lax.scan(lambda carry, t_u: (step(carry, t_u)[0], None), carry, (ts, us))[0]
+
+    def call(u, x, x_0):
+        looked = () if window.look is None else (window.look(x, x_0),)
+        flag = jax.ShapeDtypeStruct((), jnp.bool_)
+        return io_callback(lambda *args: np.bool_(bool(window.report(*args))), flag, u, *looked)
+
+    def watched(state, i_t_u):
+        carry, _, stopped = state
+        i, t, u = i_t_u
+
+        def go():
+            new, (x, x_0) = step(carry, (t, u))
+            due = (i + 1) % window.every == 0
+            return new, u, lax.cond(due, lambda: call(u, x, x_0), lambda: jnp.zeros((), jnp.bool_))
+
+        return lax.cond(stopped, lambda: state, go), None
+
+    first = (carry, jnp.asarray(start, us.dtype), jnp.zeros((), jnp.bool_))
+    (carry, reached, _), _ = lax.scan(watched, first, (jnp.arange(len(ts)), ts, us))
+    return carry, reached
 
 
 def _predict(eps_bar_fn, s, x, t, clip):
@@ -175,7 +227,15 @@ def _check_grid(s, ts):
     return jnp.asarray(ts, jnp.int32)
 
 
-def make_sample_fn(apply_fn: Callable, s: Schedule, sigma, shape, clip=None, chain: Callable | None = None) -> Callable:
+def make_sample_fn(
+    apply_fn: Callable,
+    s: Schedule,
+    sigma,
+    shape,
+    clip=None,
+    chain: Callable | None = None,
+    window: Window | None = None,
+) -> Callable:
     """The sampler: sample_fn(params, rng, first=0) -> float32 [N, H, W, C].
 
     All T steps are one XLA program, pmapped over this process's devices. Image i
@@ -187,7 +247,8 @@ def make_sample_fn(apply_fn: Callable, s: Schedule, sigma, shape, clip=None, cha
       sigma: [T + 1], see `reverse_chain`.
       shape: (N, H, W, C).
       clip: see `reverse_chain`.
-      chain: (eps_bar_fn, s, sigma, x_T, keys, clip=clip) -> x_0; default `reverse_chain`.
+      chain: (eps_bar_fn, s, sigma, x_T, keys, clip=clip, window=window) -> as `reverse_chain`; default `reverse_chain`.
+      window: handed to the chain; it reports once for each device, and is not to stop the chain.
     """
     chain = chain or reverse_chain
     num, *image_shape = shape
@@ -197,7 +258,8 @@ def make_sample_fn(apply_fn: Callable, s: Schedule, sigma, shape, clip=None, cha
     def sample(params, rng, s, sigma, indices):
         keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, indices)
         x = normal(keys, LATENT, tuple(image_shape))
-        return chain(lambda x, t: apply_fn({"params": params}, x, t), s, sigma, x, keys, clip=clip)
+        x = chain(lambda x, t: apply_fn({"params": params}, x, t), s, sigma, x, keys, clip=clip, window=window)
+        return x if window is None else x[0]
 
     # The schedule is an argument, not a constant: the program is then the same for every T.
     pmapped = jax.pmap(sample, in_axes=(None, None, None, None, 0), devices=devices)

@@ -194,3 +194,57 @@ def test_variance_between():
     exact = 1 - np.prod(1 - beta_squared[100:300])
     assert process.variance_between(s, 300, 100) == pytest.approx(exact, rel=1e-5)
     assert process.variance_between(s, 1000, 0) == pytest.approx(1 - np.prod(1 - beta_squared), rel=1e-5)
+
+
+# ---------------------------------------------------------------- a window into the chain
+
+
+def chains(s):
+    """Each chain from its first to its last step, and from a step it was stopped at."""
+    sigma, ts = schedule.sigma_beta(s), sampling.grid_uniform(s, 10)
+
+    def rest(t):
+        return ts[list(ts).index(t) :]
+
+    return {
+        "ancestral": lambda x, t, window=None: sampling.reverse_chain(
+            network, s, sigma, x, KEYS, t, clip=(-1.0, 1.0), window=window
+        ),
+        "ddim": lambda x, t, window=None: sampling.ddim_chain(network, s, rest(t), x, KEYS, 0.5, window=window),
+        "dpmpp_2m": lambda x, t, window=None: sampling.dpmpp_2m_chain(network, s, rest(t), x, window=window),
+    }
+
+
+S = schedule.ho_linear(20)
+
+
+@pytest.mark.parametrize("name", ["ancestral", "ddim", "dpmpp_2m"])
+def test_a_window_sees_every_kth_step_and_changes_nothing(name):
+    chain, seen = chains(S)[name], []
+
+    def report(t, looked):
+        seen.append((int(t), *map(np.asarray, looked)))
+
+    window = sampling.Window(report, every=4, look=lambda x, x_0: (x, x_0))
+    x, reached = jax.jit(lambda x: chain(x, 20, window))(X)
+    jax.effects_barrier()
+    np.testing.assert_array_equal(x, jax.jit(lambda x: chain(x, 20))(X))
+    assert int(reached) == 0
+    stops = [16, 12, 8, 4, 0] if name == "ancestral" else [12, 4]
+    assert [t for t, *_ in seen] == stops
+    if name == "ancestral":  # the states on the way are those of the chain cut there
+        for t, state, _ in seen:
+            cut = sampling.reverse_chain(network, S, schedule.sigma_beta(S), X, KEYS, 20, t, clip=(-1.0, 1.0))
+            np.testing.assert_array_equal(state, cut)
+            assert abs(seen[0][2]).max() <= 1
+
+
+@pytest.mark.parametrize("name", ["ancestral", "ddim", "dpmpp_2m"])
+def test_a_stopped_chain_goes_on_from_where_it_is(name):
+    chain = chains(S)[name]
+    window = sampling.Window(lambda t: t <= 8, every=2)
+    x, t = jax.jit(lambda x: chain(x, 20, window))(X)
+    assert int(t) == 8
+    rest = jax.jit(lambda x: chain(x, 8))(x)
+    if name != "dpmpp_2m":  # which forgets the step before
+        np.testing.assert_array_equal(rest, jax.jit(lambda x: chain(x, 20))(X))

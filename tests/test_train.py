@@ -363,6 +363,34 @@ def test_load_what_cannot_be(uninterrupted, given, message):
         sample.load(uninterrupted[0], **given)
 
 
+def test_a_progress_bar_changes_no_bit(uninterrupted, capsys):
+    plain, params = sample.load(uninterrupted[0], sampler="ddim", steps=10)
+    watched, _ = sample.load(uninterrupted[0], sampler="ddim", steps=10, progress=True)
+    for _ in range(2):
+        np.testing.assert_array_equal(watched(params, jax.random.key(0)), plain(params, jax.random.key(0)))
+    jax.effects_barrier()
+    assert capsys.readouterr().err.count("sampling: 100%") >= 2
+
+
+def test_samples_in_shards(uninterrupted, tmp_path, monkeypatch):
+    """As in one file; only what is missing is made; other samples are not mixed in."""
+    workdir, _ = uninterrupted
+    monkeypatch.setattr(sample, "SHARD", 3)
+    sample.sample(workdir, 8, 1, str(tmp_path / "all.npz"))
+    sample.sample(workdir, 8, 1, f"{tmp_path}/shards/")
+    names = ["00000000-00000002.npz", "00000003-00000005.npz", "00000006-00000007.npz"]
+    assert sorted(path.name for path in (tmp_path / "shards").iterdir()) == [*names, "samples.json"]
+    (tmp_path / "shards" / names[1]).unlink()
+    before = (tmp_path / "shards" / names[0]).stat().st_mtime_ns
+    sample.sample(workdir, 8, 1, f"{tmp_path}/shards/")
+    assert (tmp_path / "shards" / names[0]).stat().st_mtime_ns == before
+    shards = np.concatenate([np.load(tmp_path / "shards" / name)["arr_0"] for name in names])
+    whole = np.load(tmp_path / "all.npz")["arr_0"]
+    assert abs(shards.astype(int) - whole).max() <= 1  # 1e-6 may round to the next grey level
+    with pytest.raises(UserError, match="holds samples of another run"):
+        sample.sample(workdir, 8, 2, f"{tmp_path}/shards/")
+
+
 @pytest.mark.parametrize("loss", ["simple", "step"])
 @pytest.mark.parametrize("prediction", ["x_0", "velocity"])
 def test_other_predictions_reach_loss_and_sampler(prediction, loss):

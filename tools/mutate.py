@@ -86,7 +86,7 @@ MUTANTS = [
     ("sampling", "0.5 * h / jnp", "h / jnp"),
     ("sampling", "weight * (x_0 - x_0_before)", "weight * (x_0_before - x_0)"),
     ("sampling", "(s.alpha_bar[u] - s.alpha_bar[t] * share) * blend", "(s.alpha_bar[u] - s.alpha_bar[t]) * blend"),
-    ("sampling", "* blend, x_0, h), None", "* blend, blend, h), None"),
+    ("sampling", "return (x, x_0, h), (x, x_0)", "return (x, blend, h), (x, x_0)"),
 ]
 
 

@@ -349,12 +349,12 @@ def disk(failures):
 # ---------------------------------------------------------------- devices and processes
 
 
-def together(workdir, processes, devices, **overrides):
+def together(workdir, processes, devices, extra=(), **overrides):
     """Starts the processes of one run; `workdir` may be a list, one for each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    args = [f"--coordinator={address}", f"--num_processes={processes}"] if processes > 1 else []
+    args = [f"--coordinator={address}", f"--num_processes={processes}", *extra] if processes > 1 else [*extra]
     workdirs = workdir if isinstance(workdir, list) else [workdir] * processes
     return [start(workdirs[i], devices, args=[*args, f"--process_id={i}"], **overrides) for i in range(processes)]
 
@@ -377,7 +377,25 @@ def devices(failures):
         largest = max(largest, *(abs(found[step]["loss"] - expected[step]["loss"]) for step in expected))
     if largest > 1e-6:
         failures.append(f"devices: losses differ by {largest}")
-    return {"largest difference of a loss": largest}
+    grey = _samples_of_processes(workdir, failures)
+    return {"largest difference of a loss": largest, "of a sample of 2 processes to 1, in grey levels": grey}
+
+
+def _samples_of_processes(workdir, failures):
+    """The same command in one and in two processes: the largest difference, in levels of 0..255."""
+    found = []
+    for processes in (1, 2):
+        out = pathlib.Path(WORKDIR.value) / f"samples-{processes}.npz"
+        for process in together(workdir, processes, 2, extra=["--mode=sample", "--num=21", f"--out={out}"]):
+            code, output = finish(process)
+            if code != 0:
+                failures.append(f"devices: sampling in {processes}: exit code {code}, {output[-500:]}")
+                return None
+        found.append(np.load(out)["arr_0"].astype(int))
+    difference = int(abs(found[0] - found[1]).max())
+    if difference > 1 or found[0].shape != found[1].shape:
+        failures.append(f"devices: samples differ by {difference}")
+    return difference
 
 
 def peers(failures):
