@@ -64,17 +64,20 @@ def reverse_chain(eps_bar_fn, s: Schedule, sigma, x, keys, start=None, stop=0, c
     s, sigma = jax.tree.map(jnp.asarray, (s, sigma))
 
     def step(x, t_u):
-        t, _ = t_u
-        x_0, eps_bar = _predict(eps_bar_fn, s, x, t, clip)
-        noise = jnp.where(t > 1, sigma[t], 0.0) * normal(keys, t, x.shape[1:])
-        if clip is None:
-            x = process.reverse_step(s, x, t, process.step_noise(s, eps_bar, t), noise)
-        else:
-            x = process.posterior_mean(s, x_0, x, t) + noise
+        x, x_0 = ancestral_step(eps_bar_fn, s, sigma, x, keys, t_u[0], clip)
         return x, (x, x_0)
 
     ts = jnp.arange(start, stop, -1)
     return _scan(step, x, ts, ts - 1, start, window)
+
+
+def ancestral_step(eps_bar_fn, s: Schedule, sigma, x, keys, t, clip=None):
+    """(17): x_{t−1} from x_t, and the prediction of x_0 on the way. Arguments of `reverse_chain`; t int []."""
+    x_0, eps_bar = _predict(eps_bar_fn, s, x, t, clip)
+    noise = jnp.where(t > 1, sigma[t], 0.0) * normal(keys, t, x.shape[1:])
+    if clip is None:
+        return process.reverse_step(s, x, t, process.step_noise(s, eps_bar, t), noise), x_0
+    return process.posterior_mean(s, x_0, x, t) + noise, x_0
 
 
 def ddim_chain(eps_bar_fn, s: Schedule, ts, x, keys, eta=0.0, clip=None, window=None):
