@@ -16,19 +16,21 @@ from configs import default
 from diffusion_jax import from_config, hosts
 from diffusion_jax.errors import UserError
 from diffusion_jax.prepare import prepare
-from diffusion_jax.sample import sample
+from diffusion_jax.sample import export_sampler, sample
 from diffusion_jax.train import train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "config file, see configs/ (to train or to prepare)")
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: config, checkpoints, metrics, samples")
-MODE = flags.DEFINE_enum("mode", "train", ["train", "prepare", "sample"], "what to do")
+MODE = flags.DEFINE_enum("mode", "train", ["train", "prepare", "sample", "export"], "what to do")
 NUM = flags.DEFINE_integer("num", 64, "images to sample")
 SEED = flags.DEFINE_integer("seed", 0, "of the samples")
 SAMPLER = flags.DEFINE_enum("sampler", None, ["ancestral", "ddim", "dpmpp_2m"], "default: the config's")
 STEPS = flags.DEFINE_integer("steps", None, "of the sampler; default: the config's")
 ETA = flags.DEFINE_float("eta", None, "noise of ddim; default: the config's")
 OUT = flags.DEFINE_string(
-    "out", "samples.png", "where the samples go: .png (a grid), .npz (an array) or folder/ (arrays)"
+    "out",
+    "samples.png",
+    "where the samples go: .png (a grid), .npz (an array) or folder/ (arrays); of --mode=export: .npz",
 )
 PLATFORM = flags.DEFINE_enum("platform", "", ["", "tpu", "gpu", "cpu"], "where to compute; default: the best there is")
 COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of process 0; Cloud TPU pods and Slurm know it")
@@ -60,7 +62,7 @@ def run(argv: list[str]) -> None:
     mode = MODE.value
     if WORKDIR.value is None and mode != "prepare":
         raise UserError("--workdir is missing: give the folder of the run")
-    if mode != "sample":
+    if mode in ("train", "prepare"):
         if CONFIG.value is None:
             raise UserError("--config is missing: give a config file, e.g. --config=configs/digits.py")
         from_config.check(CONFIG.value, default.get_config())
@@ -68,8 +70,10 @@ def run(argv: list[str]) -> None:
         prepare(CONFIG.value)
         return
     hosts.initialize(PLATFORM.value, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-    if mode == "sample":
-        how = {"sampler": SAMPLER.value, "steps": STEPS.value, "eta": ETA.value}
+    how = {"sampler": SAMPLER.value, "steps": STEPS.value, "eta": ETA.value}
+    if mode == "export":
+        export_sampler(WORKDIR.value, OUT.value, **how)
+    elif mode == "sample":
         sample(WORKDIR.value, NUM.value, SEED.value, OUT.value, **how)
     else:
         train(CONFIG.value, WORKDIR.value)

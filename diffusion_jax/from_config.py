@@ -142,15 +142,21 @@ def sample_fn(config: ConfigDict, num: int | None = None, window: sampling.Windo
 
     See `sampling.make_sample_fn`.
     """
-    return sampling.make_sample_fn(
-        network(config),
-        schedule(config),
-        sigma(config),
-        (num or config.sampling.num, *image_shape(config)),
-        clip=(-1.0, 1.0) if config.sampling.clip else None,
-        chain=chain(config),
-        window=window,
-    )
+    shape = (num or config.sampling.num, *image_shape(config))
+    return sampling.make_sample_fn(*_network_and_schedule(config), shape, **_how(config), window=window)
+
+
+def sample(config: ConfigDict):
+    """sample(params, rng, indices [n]) -> float32 [n, H, W, C] of any n, see `sampling.make_sample`."""
+    return sampling.make_sample(*_network_and_schedule(config), image_shape(config), **_how(config))
+
+
+def _network_and_schedule(config):
+    return network(config), schedule(config), sigma(config)
+
+
+def _how(config):
+    return {"clip": (-1.0, 1.0) if config.sampling.clip else None, "chain": chain(config)}
 
 
 def check(config: ConfigDict, reference: ConfigDict) -> None:

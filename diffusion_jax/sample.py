@@ -9,7 +9,7 @@ import tqdm
 from etils import epath
 from jax.experimental import multihost_utils
 
-from diffusion_jax import checkpoint, from_config, images, sampling
+from diffusion_jax import checkpoint, export, from_config, images, sampling
 from diffusion_jax.errors import UserError
 from diffusion_jax.state import abstract_state
 
@@ -54,13 +54,9 @@ def load(
     Raises:
       UserError: no run, or no checkpoint, in `workdir`; a value that cannot be used.
     """
-    config = _config(workdir).copy_and_resolve_references()
-    given = {"sampler": sampler, "steps": steps, "eta": eta, "clip": clip}
-    config.sampling.update({key: value for key, value in given.items() if value is not None})
-    config.model.dtype = dtype or config.model.dtype
-    from_config.check_sampling(config)
+    config = _with(_config(workdir), sampler, steps, eta, clip, dtype)
     window = _progress(config, num) if progress else None
-    return from_config.sample_fn(config, num, window), _ema_params(config, workdir)
+    return from_config.sample_fn(config, num, window), _ema_params(config, workdir)[1]
 
 
 def _progress(config, num):
@@ -95,7 +91,7 @@ def load_network(workdir):
       UserError: no run, or no checkpoint, in `workdir`.
     """
     config = _config(workdir)
-    return from_config.network(config), _ema_params(config, workdir), from_config.schedule(config)
+    return from_config.network(config), _ema_params(config, workdir)[1], from_config.schedule(config)
 
 
 def sample(workdir, num: int, seed: int, out: str, **how) -> None:
@@ -183,6 +179,29 @@ def _save_npz(path, samples):
     partial.replace(path)
 
 
+def export_sampler(workdir, out: str, **how) -> None:
+    """Writes the sampler of the last checkpoint as one file, see `export.export`; `how` as of `load`.
+
+    Raises:
+      UserError: see `load` and `export.export`.
+    """
+    config = _with(_config(workdir), **how)
+    step, params = _ema_params(config, workdir)
+    export.export(config.to_dict(), params, step, from_config.sample(config), out)
+    if jax.process_index() == 0:
+        print(f"sampler of step {step}, {epath.Path(out).stat().length / 1e6:.1f} MB: {out}")
+
+
+def _with(config, sampler=None, steps=None, eta=None, clip=None, dtype=None):
+    """The config with what is given, not None, in place of its own."""
+    config = config.copy_and_resolve_references()
+    given = {"sampler": sampler, "steps": steps, "eta": eta, "clip": clip}
+    config.sampling.update({key: value for key, value in given.items() if value is not None})
+    config.model.dtype = dtype or config.model.dtype
+    from_config.check_sampling(config)
+    return config
+
+
 def _config(workdir):
     config = checkpoint.read_config(workdir)
     if config is None:
@@ -195,4 +214,4 @@ def _ema_params(config, workdir):
         state = checkpoint.restore(manager, abstract_state(config))
     if state is None:
         raise UserError(f"--workdir={workdir} holds no checkpoint yet: train first")
-    return state.ema_params
+    return int(state.step), state.ema_params

@@ -230,6 +230,24 @@ def _check_grid(s, ts):
     return jnp.asarray(ts, jnp.int32)
 
 
+def make_sample(
+    apply_fn: Callable, s: Schedule, sigma, image_shape, clip=None, chain: Callable | None = None, window=None
+) -> Callable:
+    """sample(params, rng, indices [n], s=s, sigma=sigma) -> float32 [n, H, W, C]: images `indices` on one device.
+
+    Image i depends on (params, rng, i) alone. Arguments as of `make_sample_fn`.
+    """
+    chain = chain or reverse_chain
+
+    def sample(params, rng, indices, s=s, sigma=sigma):
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, indices)
+        x = normal(keys, LATENT, tuple(image_shape))
+        x = chain(lambda x, t: apply_fn({"params": params}, x, t), s, sigma, x, keys, clip=clip, window=window)
+        return x if window is None else x[0]
+
+    return sample
+
+
 def make_sample_fn(
     apply_fn: Callable,
     s: Schedule,
@@ -253,23 +271,16 @@ def make_sample_fn(
       chain: (eps_bar_fn, s, sigma, x_T, keys, clip=clip, window=window) -> as `reverse_chain`; default `reverse_chain`.
       window: handed to the chain; it reports once for each device, and is not to stop the chain.
     """
-    chain = chain or reverse_chain
     num, *image_shape = shape
     devices = jax.local_devices()[:num]
     per_device = -(-num // len(devices))
-
-    def sample(params, rng, s, sigma, indices):
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, indices)
-        x = normal(keys, LATENT, tuple(image_shape))
-        x = chain(lambda x, t: apply_fn({"params": params}, x, t), s, sigma, x, keys, clip=clip, window=window)
-        return x if window is None else x[0]
-
+    sample = make_sample(apply_fn, s, sigma, image_shape, clip, chain, window)
     # The schedule is an argument, not a constant: the program is then the same for every T.
-    pmapped = jax.pmap(sample, in_axes=(None, None, None, None, 0), devices=devices)
+    pmapped = jax.pmap(sample, in_axes=(None, None, 0, None, None), devices=devices)
 
     def sample_fn(params, rng, first=0):
         indices = first + np.arange(per_device * len(devices)).reshape(len(devices), per_device)
-        images = pmapped(params, rng, s, sigma, indices)
+        images = pmapped(params, rng, indices, s, sigma)
         return images.reshape(-1, *image_shape)[:num]
 
     return sample_fn

@@ -1,0 +1,122 @@
+import hashlib
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import tiny_config
+
+import diffusion_jax
+from diffusion_jax import export, from_config, sample, train
+from diffusion_jax.errors import UserError
+
+RNG = jax.random.key(3)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    train.train(tiny_config(train__num_steps=3), str(workdir))
+    sample.export_sampler(workdir, str(workdir / "sampler.npz"))
+    return workdir
+
+
+def on_one_device(workdir, num, **how):
+    params = sample.load(workdir)[1]
+    live = from_config.sample(sample._with(sample._config(workdir), **how))
+    return np.asarray(jax.jit(live)(params, RNG, np.arange(num, dtype=np.int32)))
+
+
+def test_the_same_images_bit_for_bit(run):
+    sample_fn, params = diffusion_jax.load_exported(run / "sampler.npz")
+    np.testing.assert_array_equal(sample_fn(params, RNG, 5), on_one_device(run, 5))
+    pmapped, live_params = sample.load(run, num=4)
+    np.testing.assert_allclose(sample_fn(params, RNG, 4), pmapped(live_params, RNG), atol=1e-4)
+
+
+def test_image_i_is_the_same_for_any_number(run):
+    sample_fn, params = diffusion_jax.load_exported(run / "sampler.npz")
+    many = sample_fn(params, RNG, 6)
+    assert many.shape == (6, 8, 8, 1)
+    np.testing.assert_allclose(sample_fn(params, RNG, 2), many[:2], atol=1e-4)
+    np.testing.assert_allclose(sample_fn(params, RNG, 2, first=3), many[3:5], atol=1e-4)
+
+
+def test_another_sampler(run):
+    sample.export_sampler(run, str(run / "ddim.npz"), sampler="ddim", steps=5)
+    sample_fn, params = diffusion_jax.load_exported(run / "ddim.npz")
+    live = on_one_device(run, 3, sampler="ddim", steps=5)
+    np.testing.assert_allclose(sample_fn(params, RNG, 3), live, atol=1e-5)  # bit for bit only the ancestral one
+
+
+def test_parameters_are_beside_the_program(run):
+    sample_fn, params = diffusion_jax.load_exported(run / "sampler.npz")
+    live = sample.load(run)[1]
+    assert jax.tree.structure(params) == jax.tree.structure(live)
+    jax.tree.map(np.testing.assert_array_equal, params, live)
+    other = jax.tree.map(lambda leaf: leaf + 0.1, params)
+    assert not np.allclose(sample_fn(params, RNG, 2), sample_fn(other, RNG, 2))
+
+
+def test_what_the_file_says_of_itself(run):
+    with np.load(run / "sampler.npz", allow_pickle=False) as content:
+        assert {"program", "about", "checksum"} < set(content.files)
+        assert '"platforms": ["cpu", "cuda", "tpu"]' in str(content["about"])
+        assert '"step": 3' in str(content["about"])
+        assert len(str(content["checksum"])) == hashlib.sha256().digest_size * 2
+
+
+def test_the_lines_of_the_readme(run, monkeypatch, capsys):
+    """They need this package as little as they say."""
+    text = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(import json[^`]*sampler\.npz[^`]*)```", text)
+    assert "diffusion_jax" not in code
+    monkeypatch.chdir(run)
+    names = {}
+    exec(code.replace("jax.random.key(0)", "jax.random.key(3)"), names)
+    np.testing.assert_array_equal(names["x"], on_one_device(run, len(names["x"])))
+
+
+def test_what_cannot_be_opened(run, tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        export.load_exported(tmp_path / "nothing.npz")
+    raw = bytearray((run / "sampler.npz").read_bytes())
+    (tmp_path / "cut.npz").write_bytes(raw[: len(raw) // 2])
+    (tmp_path / "text.npz").write_text("nothing of the kind")
+    np.savez(tmp_path / "other.npz", a=np.zeros(3))
+    for name in ("cut", "text", "other"):
+        with pytest.raises(UserError, match=rf"{name}\.npz is no exported sampler, or is damaged"):
+            export.load_exported(tmp_path / f"{name}.npz")
+    with np.load(run / "sampler.npz") as content:
+        arrays = {name: content[name] for name in content.files}
+    name = next(name for name in arrays if name.startswith("params/"))
+    np.savez(tmp_path / "changed.npz", **arrays | {name: arrays[name] + 1})
+    with pytest.raises(UserError, match="checksum is wrong"):
+        export.load_exported(tmp_path / "changed.npz")
+    del arrays["checksum"]
+    arrays["program"] = arrays["program"][:100]
+    np.savez(tmp_path / "newer.npz", checksum=np.array(export._checksum(arrays)), **arrays)
+    with pytest.raises(UserError, match=r"was written by jax .*cannot read it .*export again"):
+        export.load_exported(tmp_path / "newer.npz")
+
+
+def test_what_cannot_be_written(run):
+    with pytest.raises(UserError, match=r"--out=x\.bin must end in \.npz"):
+        sample.export_sampler(run, "x.bin")
+    with pytest.raises(UserError, match=r"cannot be written"):
+        sample.export_sampler(run, str(run / "config.json" / "x.npz"))
+
+
+def test_the_schedule_is_in_the_program(run):
+    """Whatever the number of steps: the parameters are the file's only large part."""
+    sizes = []
+    for num_steps in (20, 400):
+        config = tiny_config(schedule__num_steps=num_steps)
+        params = sample.load(run)[1]
+        out = run / f"{num_steps}.npz"
+        export.export(config.to_dict(), params, 0, from_config.sample(config), str(out))
+        sizes.append(out.stat().st_size)
+    assert sizes[1] - sizes[0] < 400 * 4 * 8
+    assert jnp.isfinite(export.load_exported(out)[0](params, RNG, 1)).all()
