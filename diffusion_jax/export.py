@@ -76,7 +76,9 @@ def load_exported(path):
     arrays = _read(epath.Path(path))
     about = json.loads(str(arrays["about"]))
     try:
-        call = jax.jit(jax.export.deserialize(bytearray(arrays["program"].tobytes())).call)
+        exported = jax.export.deserialize(bytearray(arrays["program"].tobytes()))
+        exported.mlir_module()  # a newer StableHLO would fail only when it is called
+        call = jax.jit(exported.call)
     except Exception as error:  # flatbuffers' and MLIR's own
         reason = " ".join(str(error).split())[:200]
         raise UserError(

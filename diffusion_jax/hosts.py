@@ -85,7 +85,7 @@ def _check_devices(platform):
         found = jax.default_backend()
     except (RuntimeError, AssertionError) as error:  # the latter where no plugin of the platform is installed
         line = _line(error) or "no support for it is installed"
-        mend = f"install jax with its support, e.g. jax[{'tpu' if platform == 'tpu' else 'cuda12'}]"
+        mend = f"check that this machine has one, and install jax[{'tpu' if platform == 'tpu' else 'cuda12'}]"
         if "already in use" in line or "lockfile" in line:
             mend = "end the process that holds it, or remove /tmp/libtpu_lockfile if there is none"
         raise UserError(f"--platform={platform}: no device can be used ({line}): {mend}") from None

@@ -81,7 +81,7 @@ BAD = {
     "no dashes": (["resume"], "'resume' is no flag"),
     "workdir is a file": ([f"--workdir={ROOT / 'main.py'}"], "main.py is a file"),
     "nothing to sample": (["--mode=sample"], "holds no run"),
-    "no such format": (["--mode=sample", "--out=x.gif"], "--out=x.gif must end in .png .* or .npz"),
+    "no such format": (["--mode=sample", "--out=x.gif"], "--out=x.gif must end in .png .* .npz"),
 }
 
 
