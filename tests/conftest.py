@@ -1,5 +1,6 @@
 """Every test runs on 4 CPU devices; silent broadcasting between ranks is an error."""
 
+import os
 import tempfile
 
 import jax
@@ -12,7 +13,8 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Most tests compile the same few programs: once is enough.
-jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="diffusion_jax_tests_"))
+CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR") or tempfile.mkdtemp(prefix="diffusion_jax_tests_")
+jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 TINY = {

@@ -90,8 +90,8 @@ MUTANTS = [
 ]
 
 
-def run(mutant) -> bool:
-    """Whether the tests pass on the project with one mutant planted (None: as it is)."""
+def run(mutant, cache: str) -> bool:
+    """Whether the tests pass with one mutant planted (None: none); `cache` is a folder for compiled programs."""
     with tempfile.TemporaryDirectory() as copy:
         for folder in ("diffusion_jax", "configs", "tests"):
             shutil.copytree(ROOT / folder, f"{copy}/{folder}", ignore=shutil.ignore_patterns("__pycache__"))
@@ -103,7 +103,8 @@ def run(mutant) -> bool:
         # The module's own tests first: most mutants go no further.
         tests = sorted(TESTS, key=lambda name: not mutant or name != f"tests/test_{mutant[0]}.py")
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-p", "no:cacheprovider", *tests]
-        return subprocess.run(command, cwd=copy, capture_output=True, check=False).returncode == 0
+        env = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}
+        return subprocess.run(command, cwd=copy, env=env, capture_output=True, check=False).returncode == 0
 
 
 def main():
@@ -111,11 +112,12 @@ def main():
         count = (ROOT / "diffusion_jax" / f"{module}.py").read_text().count(before)
         if count != 1:
             sys.exit(f"{module}.py holds {before!r} {count} times, not once: mend MUTANTS")
-    if not run(None):
-        sys.exit("the tests fail without any mutant")
     survivors = 0
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        for mutant, survived in zip(MUTANTS, pool.map(run, MUTANTS), strict=True):
+    with tempfile.TemporaryDirectory() as cache, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        if not run(None, cache):
+            sys.exit("the tests fail without any mutant")
+        results = pool.map(lambda mutant: run(mutant, cache), MUTANTS)
+        for mutant, survived in zip(MUTANTS, results, strict=True):
             survivors += survived
             print("SURVIVED" if survived else "caught", *mutant, sep=" | ", flush=True)
     print(f"{len(MUTANTS) - survivors} of {len(MUTANTS)} mutants caught")
