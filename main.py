@@ -3,6 +3,7 @@
 python main.py --config=configs/digits.py --workdir=runs/digits
 python main.py --mode=prepare --config=configs/celeba.py   (the images alone: needs no accelerator)
 python main.py --mode=sample --workdir=runs/digits --num=64 --seed=0 --out=samples.png
+python main.py --mode=export --workdir=runs/digits --out=sampler.npz
 """
 
 import logging as stdlib_logging
@@ -14,7 +15,7 @@ from ml_collections import config_flags
 
 from configs import default
 from diffusion_jax import from_config, hosts
-from diffusion_jax.errors import UserError
+from diffusion_jax.errors import UserError, one_line
 from diffusion_jax.prepare import prepare
 from diffusion_jax.sample import export_sampler, sample
 from diffusion_jax.train import train
@@ -50,7 +51,7 @@ def parse(argv: list[str]) -> list[str]:
             CONFIG.value.keys()  # a config file that cannot be loaded says so only when it is used
         return rest
     except Exception as error:  # whatever the config file, which is the user's program, raises
-        raise UserError(f"--config: {' '.join(str(error).split())}") from error
+        raise UserError(f"--config: {one_line(error)}") from error
 
 
 def run(argv: list[str]) -> None:
@@ -101,7 +102,7 @@ def main() -> None:
     except (UserError, FloatingPointError, OSError, jax.errors.JaxRuntimeError) as error:
         if "--debug" in sys.argv:
             raise
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        sys.exit(f"error: {one_line(error)}")
 
 
 if __name__ == "__main__":

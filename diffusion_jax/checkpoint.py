@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict  # noqa: TID251 (config.json)
 from orbax.checkpoint.checkpoint_managers import LatestN  # noqa: TID251
 
-from diffusion_jax.errors import UserError
+from diffusion_jax.errors import UserError, one_line
 
 
 def write_config(workdir, config: ConfigDict) -> None:
@@ -125,7 +125,7 @@ def restore(manager: ocp.CheckpointManager, like, set_aside: bool = False):
         try:
             state = _read(manager, step, like)
         except Exception as error:  # whatever Orbax and tensorstore make of a damaged file
-            damaged[step] = " ".join(str(error).split())[:200] or type(error).__name__
+            damaged[step] = one_line(error, 200) or type(error).__name__
             continue
         for bad, reason in damaged.items():
             print(f"checkpoint {bad} is damaged ({reason}): going on from checkpoint {step}")
@@ -195,7 +195,7 @@ def _saving(manager):
     try:
         yield
     except Exception as error:  # Orbax raises its own, tensorstore's and the system's
-        reason = " ".join(str(error).split())[:500]
+        reason = one_line(error, 500)
         raise UserError(
             f"a checkpoint cannot be written in {manager.directory} ({reason}): make room or mend the rights, and run "
             f"again; {_last(manager)}"

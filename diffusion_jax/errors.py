@@ -1,4 +1,4 @@
-"""The one exception that means: what the user gave cannot be used."""
+"""The one exception that means: what the user gave cannot be used; and other errors as one line."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,8 @@ class UserError(ValueError):
     Its message is one line that names the key or file, the value, and the mend;
     main.py prints it without a traceback.
     """
+
+
+def one_line(error: Exception, limit: int | None = None) -> str:
+    """What an error of a library says, on one line of at most `limit` characters."""
+    return " ".join(str(error).split())[:limit]

@@ -17,7 +17,7 @@ import jax.export
 import numpy as np
 from etils import epath
 
-from diffusion_jax.errors import UserError
+from diffusion_jax.errors import UserError, one_line
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -80,7 +80,7 @@ def load_exported(path):
         exported.mlir_module()  # a newer StableHLO would fail only when it is called
         call = jax.jit(exported.call)
     except Exception as error:  # flatbuffers' and MLIR's own
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise UserError(
             f"{path} was written by jax {about['jax']}, and jax {jax.__version__} cannot read it ({reason}): use "
             "that version, or export again with this one"

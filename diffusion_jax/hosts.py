@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from diffusion_jax.errors import UserError
+from diffusion_jax.errors import UserError, one_line
 
 # A dead peer is noticed after this time, and the others end.
 _HEARTBEAT_SECONDS = 20
@@ -56,8 +56,8 @@ def initialize(platform: str = "", coordinator: str = "", num_processes: int = 1
         except (RuntimeError, ValueError) as error:
             if coordinator or _in_cluster():
                 raise UserError(
-                    f"the processes do not find each other ({_line(error)}): check --coordinator={coordinator!r} and "
-                    "that every process is started"
+                    f"the processes do not find each other ({one_line(error, 300)}): check "
+                    f"--coordinator={coordinator!r} and that every process is started"
                 ) from None  # else a TPU that belongs to no pod
     _check_devices(platform)
     if jax.process_count() > 1:  # Gloo waits 30 s for its peers, less than they may need to compile
@@ -84,7 +84,7 @@ def _check_devices(platform):
     try:
         found = jax.default_backend()
     except (RuntimeError, AssertionError) as error:  # the latter where no plugin of the platform is installed
-        line = _line(error) or "no support for it is installed"
+        line = one_line(error, 300) or "no support for it is installed"
         mend = f"check that this machine has one, and install jax[{'tpu' if platform == 'tpu' else 'cuda12'}]"
         if "already in use" in line or "lockfile" in line:
             mend = "end the process that holds it, or remove /tmp/libtpu_lockfile if there is none"
@@ -158,7 +158,3 @@ class StopSignals:
             self.signum = signum
         else:
             os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _line(error):
-    return " ".join(str(error).split())[:300]

@@ -20,7 +20,7 @@ import numpy as np
 import sklearn.datasets
 from PIL import Image, ImageOps  # noqa: TID251 (decodes the images)
 
-from diffusion_jax.errors import UserError
+from diffusion_jax.errors import UserError, one_line
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 MAX_PIXELS = 50_000_000  # of one image: a PNG of 200 kB can unpack to gigabytes
@@ -312,7 +312,7 @@ def _prepare(builder, name, manual_dir):
     try:
         builder.download_and_prepare(download_config=config, file_format="array_record")
     except Exception as error:  # no network, a quota page of Google Drive, a checksum, files to fetch by hand, ...
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         raise UserError(
             f"config.data.source='tfds:{name}' cannot be prepared ({type(error).__name__}: {reason}): put the files "
             f"where config.data.manual_dir={manual_dir!r} says, or {own_files}"

@@ -38,7 +38,7 @@ def make_train_step(
 
     Args:
       apply_fn: the UNet's `apply`.
-      loss_fn: (eps_bar_fn, s, x_0, t, keys [B]) -> [B].
+      loss_fn: (output_fn, s, x_0, t, keys [B]) -> [B], output_fn(x, t) the network's output.
 
     The step's arguments: images uint8 [D, B, H, W, C] and indices int [D, B] over the D
     local devices; the state has no device axis (`state.replicate`). Its metrics are arrays [D],
@@ -48,10 +48,10 @@ def make_train_step(
     """
 
     def mean_loss(params, x_0, t, noise_keys, dropout_keys):
-        def eps_bar_fn(x, t):
+        def output_fn(x, t):
             return apply_fn({"params": params}, x, t, train=True, dropout_keys=dropout_keys)
 
-        losses = loss_fn(eps_bar_fn, s, x_0, t, noise_keys)
+        losses = loss_fn(output_fn, s, x_0, t, noise_keys)
         return jnp.mean(losses), losses
 
     def step(state, batch):
@@ -122,7 +122,7 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
 
     # ------------------------------------------------------------ state and step
     s = from_config.schedule(config)
-    if s.alpha_bar[-1] > 0.05:
+    if main and s.alpha_bar[-1] > 0.05:
         print(
             f"warning: alpha_bar_T = {s.alpha_bar[-1]:.3f}: x_T still holds that share of the image, sampling starts "
             "without it; choose another config.schedule.name or a larger config.schedule.num_steps"

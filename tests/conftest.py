@@ -6,7 +6,7 @@ import tempfile
 import jax
 import pytest
 
-from configs import digits
+from configs import tiny
 from diffusion_jax import schedule
 
 jax.config.update("jax_platforms", "cpu")
@@ -17,26 +17,11 @@ CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR") or tempfile.mkdtemp(prefix="
 jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
-TINY = {
-    "schedule.num_steps": 20,
-    "model.channels": 8,
-    "model.multipliers": (1,),
-    "model.attention_resolutions": (),
-    "model.num_groups": 4,
-    "model.dropout": 0.1,
-    "train.batch_size": 8,
-    "train.num_steps": 6,
-    "train.warmup_steps": 2,
-    "train.log_every": 1,
-    "train.checkpoint_every": 3,
-    "sampling.num": 4,
-}
-
 
 def tiny_config(**overrides):
-    """The digits with a network that compiles in seconds; keys with "__" for "."."""
-    config = digits.get_config()
-    config.update_from_flattened_dict(TINY | {key.replace("__", "."): value for key, value in overrides.items()})
+    """configs/tiny.py with other values; keys with "__" for "."."""
+    config = tiny.get_config()
+    config.update_from_flattened_dict({key.replace("__", "."): value for key, value in overrides.items()})
     return config
 
 

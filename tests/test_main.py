@@ -11,11 +11,9 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import TINY
 from PIL import Image
 
 ROOT = pathlib.Path(__file__).parent.parent
-OVERRIDES = [f"--config.{key}={value}" for key, value in TINY.items()]
 
 
 def main(*args, devices=4):
@@ -31,7 +29,7 @@ def main(*args, devices=4):
 
 
 def train(workdir, *args, devices=4):
-    return main("--config=configs/digits.py", f"--workdir={workdir}", *OVERRIDES, *args, devices=devices)
+    return main("--config=configs/tiny.py", f"--workdir={workdir}", *args, devices=devices)
 
 
 @pytest.fixture(scope="module")

@@ -13,21 +13,28 @@ def cases(folder, run):
 
     Args:
       folder: a path that does not exist yet.
-      run: the workdir of a finished run of configs/digits.py.
+      run: the workdir of a finished run of configs/tiny.py.
     """
     files = _files(folder, run)
-    new = f"--workdir={folder / 'new'}"
-    digits = ["--config=configs/digits.py", new]
+    command, new = "--config=configs/digits.py", f"--workdir={folder / 'new'}"
     cache = f"--config.data.cache_dir={folder / 'cache'}"
 
     def config(key, value):
-        return [*digits, f"--config.{key}={value}"]
+        return [command, new, f"--config.{key}={value}"]
 
     def data(name, *more):
-        return [*digits, f"--config.data.path={files / name}", cache, *more]
+        return [command, new, f"--config.data.path={files / name}", cache, *more]
 
+    return (
+        _of_config(config, new, files)
+        | _of_command_line([command, new], files)
+        | _of_data(config, data, files)
+        | _of_workdir(command, run, files)
+    )
+
+
+def _of_config(config, new, files):
     return {
-        # ------------------------------------------------------------ config
         "unknown key": (config("train.nmu_steps", 3), r"train\.nmu_steps .*nearest is config\.train\.num_steps"),
         "unknown section": (config("trian.num_steps", 3), r"trian\.num_steps .*nearest is config\.train\.num_steps"),
         "text for a number": (config("train.num_steps", "many"), r"train\.num_steps=many"),
@@ -62,7 +69,11 @@ def cases(folder, run):
         "no config": ([new], r"--config is missing"),
         "missing config": (["--config=configs/nothing.py", new], r"--config: .*configs/nothing\.py"),
         "broken config": ([f"--config={files / 'broken.py'}", new], r"--config: .*broken\.py"),
-        # ------------------------------------------------------------ command line
+    }
+
+
+def _of_command_line(digits, files):
+    return {
         "unknown flag": ([*digits, "--wrkdir=x"], r"Unknown command line flag 'wrkdir'.*workdir"),
         "no dashes": ([*digits, "resume"], r"'resume' is no flag"),
         "unknown mode": ([*digits, "--mode=test"], r"--mode=test"),
@@ -78,7 +89,11 @@ def cases(folder, run):
             [*digits, "--coordinator=127.0.0.1:1", "--num_processes=2", "--process_id=2"],
             r"--process_id=2 must be one of 0 to --num_processes=2 - 1",
         ),
-        # ------------------------------------------------------------ data
+    }
+
+
+def _of_data(config, data, files):
+    return {
         "no such path": (data("nowhere"), r"data\.path='.*nowhere' does not exist"),
         "empty folder": (data("empty"), r"data\.path='.*empty' holds no images"),
         "no archive": (data("text.txt"), r"text\.txt' is no folder, zip or idx file"),
@@ -107,12 +122,16 @@ def cases(folder, run):
             data("small", f"--config.data.cache_dir={files / 'text.txt'}"),
             r"cache_dir: .*cannot be written",
         ),
-        # ------------------------------------------------------------ workdir
+    }
+
+
+def _of_workdir(command, run, files):
+    return {
         "another model": (
-            [digits[0], f"--workdir={run}"],
+            [command, f"--workdir={run}"],
             r"holds another run \(config\.model\.attention_resolutions: ",
         ),
-        "config.json is cut": ([digits[0], f"--workdir={files / 'cut-config'}"], r"config\.json is not JSON"),
+        "config.json is cut": ([command, f"--workdir={files / 'cut-config'}"], r"config\.json is not JSON"),
         "all checkpoints damaged": (
             ["--mode=sample", f"--workdir={files / 'damaged'}"],
             r"none of the checkpoints in .* can be read",
