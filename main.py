@@ -3,6 +3,7 @@
 python main.py --config=configs/digits.py --workdir=runs/digits
 python main.py --mode=prepare --config=configs/celeba.py   (the images alone: needs no accelerator)
 python main.py --mode=sample --workdir=runs/digits --num=64 --seed=0 --out=samples.png
+python main.py --mode=sample --workdir=runs/digits --show=interpolation
 python main.py --mode=export --workdir=runs/digits --out=sampler.npz
 """
 
@@ -18,19 +19,22 @@ from diffusion_jax import from_config, hosts
 from diffusion_jax.errors import UserError, one_line
 from diffusion_jax.prepare import prepare
 from diffusion_jax.sample import export_sampler, sample
+from diffusion_jax.show import SHOWS, show
 from diffusion_jax.train import train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "config file, see configs/ (to train or to prepare)")
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: config, checkpoints, metrics, samples")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "prepare", "sample", "export"], "what to do")
-NUM = flags.DEFINE_integer("num", 64, "images to sample")
+NUM = flags.DEFINE_integer("num", None, "images to sample, default 64; rows of a --show")
 SEED = flags.DEFINE_integer("seed", 0, "of the samples")
 SAMPLER = flags.DEFINE_enum("sampler", None, ["ancestral", "ddim", "dpmpp_2m"], "default: the config's")
 STEPS = flags.DEFINE_integer("steps", None, "of the sampler; default: the config's")
 ETA = flags.DEFINE_float("eta", None, "noise of ddim; default: the config's")
+SHOW = flags.DEFINE_enum("show", None, list(SHOWS), "with --mode=sample: a picture of what the model can do")
+IMAGES = flags.DEFINE_string("images", "", "of --show=interpolation or inpainting: a folder or zip; default: the run's")
 OUT = flags.DEFINE_string(
     "out",
-    "samples.png",
+    None,
     "where the samples go: .png (a grid), .npz (an array) or folder/ (arrays); of --mode=export: .npz",
 )
 PLATFORM = flags.DEFINE_enum("platform", "", ["", "tpu", "gpu", "cpu"], "where to compute; default: the best there is")
@@ -73,9 +77,14 @@ def run(argv: list[str]) -> None:
     hosts.initialize(PLATFORM.value, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     how = {"sampler": SAMPLER.value, "steps": STEPS.value, "eta": ETA.value}
     if mode == "export":
-        export_sampler(WORKDIR.value, OUT.value, **how)
+        export_sampler(WORKDIR.value, OUT.value or "sampler.npz", **how)
+    elif mode == "sample" and SHOW.value:
+        if given := [f"--{name}" for name, value in how.items() if value is not None]:
+            raise UserError(f"{given[0]} does not go with --show, which takes all steps of the ancestral sampler")
+        out = OUT.value or f"{SHOW.value}.{'gif' if SHOW.value == 'animation' else 'png'}"
+        show(WORKDIR.value, SHOW.value, SEED.value, out, NUM.value, IMAGES.value)
     elif mode == "sample":
-        sample(WORKDIR.value, NUM.value, SEED.value, OUT.value, **how)
+        sample(WORKDIR.value, 64 if NUM.value is None else NUM.value, SEED.value, OUT.value or "samples.png", **how)
     else:
         train(CONFIG.value, WORKDIR.value)
 

@@ -111,6 +111,11 @@ def optimizer(config: ConfigDict) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(config.train.grad_clip), optax.adam(learning_rate(config)))
 
 
+def clip(config: ConfigDict) -> tuple[float, float] | None:
+    """The bounds of the predicted x_0 inside the chain, sampling.clip."""
+    return (-1.0, 1.0) if config.sampling.clip else None
+
+
 def chain(config: ConfigDict):
     """The sampler, sampling.sampler over sampling.steps, for the `chain` of `sampling.make_sample_fn`."""
     s, name, num_steps = schedule(config), config.sampling.sampler, config.sampling.steps or config.schedule.num_steps
@@ -156,7 +161,7 @@ def _network_and_schedule(config):
 
 
 def _how(config):
-    return {"clip": (-1.0, 1.0) if config.sampling.clip else None, "chain": chain(config)}
+    return {"clip": clip(config), "chain": chain(config)}
 
 
 def check(config: ConfigDict, reference: ConfigDict) -> None:

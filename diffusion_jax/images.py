@@ -4,9 +4,10 @@ import math
 
 import numpy as np
 from etils import epath
-from PIL import Image  # noqa: TID251 (Pillow writes the pictures)
+from PIL import Image, ImageDraw, ImageFont  # noqa: TID251 (Pillow writes the pictures)
 
 MIN_TILE = 64  # pixels: smaller images are enlarged to about this size in a grid
+LABEL = 14  # pixels: height of the letters beside it
 
 
 def to_uint8(x) -> np.ndarray:
@@ -33,6 +34,45 @@ def grid(x, columns=None) -> np.ndarray:
         tile = np.asarray(large).reshape(height * scale, width * scale, channels)
         sheet[top : top + height * scale, left : left + width * scale] = tile
     return sheet
+
+
+def labelled(x, row_labels, column_labels) -> np.ndarray:
+    """`grid` of uint8 [rows · columns, H, W, C] with a name at the left of each row and above each column.
+
+    Returns:
+      uint8 [height, width, C].
+    """
+    sheet = grid(x, columns=len(column_labels))
+    font = ImageFont.load_default(LABEL)
+    left = math.ceil(max(font.getlength(label) for label in row_labels)) + LABEL
+    top = LABEL * 2
+    picture = Image.new("L" if x.shape[-1] == 1 else "RGB", (sheet.shape[1] + left, sheet.shape[0] + top), "white")
+    picture.paste(to_pillow(sheet), (left, top))
+    draw = ImageDraw.Draw(picture)
+    height, width = sheet.shape[0] / len(row_labels), sheet.shape[1] / len(column_labels)
+    for i, label in enumerate(row_labels):
+        draw.text((left - LABEL / 2, top + (i + 0.5) * height), label, fill="black", font=font, anchor="rm")
+    for i, label in enumerate(column_labels):
+        draw.text((left + (i + 0.5) * width, top / 2), label, fill="black", font=font, anchor="mm")
+    return np.asarray(picture).reshape(picture.height, picture.width, -1)
+
+
+def save_animation(path, frames, milliseconds=80) -> None:
+    """Writes uint8 [H, W, 1 or 3] frames as an endless GIF or WebP, by the ending of `path`; the last stays longer."""
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    first, *rest = map(to_pillow, frames)
+    durations = [milliseconds] * len(rest) + [2000]
+    with path.open("wb") as file:
+        first.save(
+            file,
+            format=path.suffix[1:],
+            save_all=True,
+            append_images=rest,
+            duration=durations,
+            loop=0,
+            minimize_size=True,
+        )
 
 
 def to_pillow(x) -> Image.Image:

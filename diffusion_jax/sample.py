@@ -54,9 +54,9 @@ def load(
     Raises:
       UserError: no run, or no checkpoint, in `workdir`; a value that cannot be used.
     """
-    config = _with(_config(workdir), sampler, steps, eta, clip, dtype)
+    config = _with(read_config(workdir), sampler, steps, eta, clip, dtype)
     window = _progress(config, num) if progress else None
-    return from_config.sample_fn(config, num, window), _ema_params(config, workdir)[1]
+    return from_config.sample_fn(config, num, window), ema_params(config, workdir)[1]
 
 
 def _progress(config, num):
@@ -90,8 +90,8 @@ def load_network(workdir):
     Raises:
       UserError: no run, or no checkpoint, in `workdir`.
     """
-    config = _config(workdir)
-    return from_config.network(config), _ema_params(config, workdir)[1], from_config.schedule(config)
+    config = read_config(workdir)
+    return from_config.network(config), ema_params(config, workdir)[1], from_config.schedule(config)
 
 
 def sample(workdir, num: int, seed: int, out: str, **how) -> None:
@@ -112,7 +112,7 @@ def sample(workdir, num: int, seed: int, out: str, **how) -> None:
         raise UserError(f"--out={out} must end in .png (a grid), .npz (an array) or / (a folder of arrays)")
     if num < 1:
         raise UserError(f"--num={num} must be at least 1")
-    config = _config(workdir)
+    config = read_config(workdir)
     per_call = -(-min(num, config.sampling.num) // jax.process_count())
     sample_fn, params = load(workdir, per_call, **how)
     params = jax.device_put(params)
@@ -166,6 +166,9 @@ def _write_shards(folder, num, make, bar, identity):
             bar.update(count)
         else:
             _save_npz(shard, make(first, count))
+            if jax.process_index() == 0:  # what an earlier, smaller --num has left of this one
+                for shorter in set(folder.glob(f"{first:08d}-*.npz")) - {shard}:
+                    shorter.unlink()
 
 
 def _save_npz(path, samples):
@@ -185,8 +188,8 @@ def export_sampler(workdir, out: str, **how) -> None:
     Raises:
       UserError: see `load` and `export.export`.
     """
-    config = _with(_config(workdir), **how)
-    step, params = _ema_params(config, workdir)
+    config = _with(read_config(workdir), **how)
+    step, params = ema_params(config, workdir)
     export.export(config.to_dict(), params, step, from_config.sample(config), out)
     if jax.process_index() == 0:
         print(f"sampler of step {step}, {epath.Path(out).stat().length / 1e6:.1f} MB: {out}")
@@ -202,14 +205,16 @@ def _with(config, sampler=None, steps=None, eta=None, clip=None, dtype=None):
     return config
 
 
-def _config(workdir):
+def read_config(workdir):
+    """The config of a run. UserError if there is none."""
     config = checkpoint.read_config(workdir)
     if config is None:
         raise UserError(f"--workdir={workdir} holds no run (no config.json): give the workdir of a training run")
     return config
 
 
-def _ema_params(config, workdir):
+def ema_params(config, workdir):
+    """(step, averaged parameters) of the last checkpoint. UserError if there is none."""
     with checkpoint.open_manager(workdir, read_only=True) as manager:
         state = checkpoint.restore(manager, abstract_state(config))
     if state is None:

@@ -180,6 +180,9 @@ def _scan(step, carry, ts, us, start, window):
 
 def _predict(eps_bar_fn, s, x, t, clip):
     """(x_0, ε̄) that the network predicts at the scalar step t; ε̄ is that of the clipped x_0."""
+    # XLA rounds differently where it can see that the schedule is constant. Behind the barrier it
+    # cannot, so that an exported chain, in which it never is, gives the same bits.
+    s = lax.optimization_barrier(s)
     eps_bar = eps_bar_fn(x, jnp.full(x.shape[:1], t))
     x_0 = process.predict_x_0(s, x, t, eps_bar)
     if clip is None:

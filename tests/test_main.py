@@ -79,6 +79,8 @@ BAD = {
     "no dashes": (["resume"], "'resume' is no flag"),
     "workdir is a file": ([f"--workdir={ROOT / 'main.py'}"], "main.py is a file"),
     "nothing to sample": (["--mode=sample"], "holds no run"),
+    "no such show": (["--mode=sample", "--show=dance"], "--show=dance.*interpolation"),
+    "sampler of a show": (["--mode=sample", "--show=variations", "--steps=5"], "--steps does not go with --show"),
     "no such format": (["--mode=sample", "--out=x.gif"], "--out=x.gif must end in .png .* .npz"),
 }
 

@@ -387,6 +387,9 @@ def test_samples_in_shards(uninterrupted, tmp_path, monkeypatch):
     shards = np.concatenate([np.load(tmp_path / "shards" / name)["arr_0"] for name in names])
     whole = np.load(tmp_path / "all.npz")["arr_0"]
     assert abs(shards.astype(int) - whole).max() <= 1  # 1e-6 may round to the next grey level
+    sample.sample(workdir, 9, 1, f"{tmp_path}/shards/")  # one more: the last shard grows
+    names[2] = "00000006-00000008.npz"
+    assert sorted(path.name for path in (tmp_path / "shards").iterdir()) == [*names, "samples.json"]
     with pytest.raises(UserError, match="holds samples of another run"):
         sample.sample(workdir, 8, 2, f"{tmp_path}/shards/")
 

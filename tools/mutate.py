@@ -16,7 +16,7 @@ import sys
 import tempfile
 
 ROOT = pathlib.Path(__file__).parent.parent
-TESTS = [f"tests/test_{name}.py" for name in ("schedule", "process", "losses", "sampling", "fast_sampling")]
+TESTS = [f"tests/test_{name}.py" for name in ("schedule", "process", "losses", "sampling", "fast_sampling", "figures")]
 
 # (module, text that stands in it exactly once, what replaces it)
 MUTANTS = [
@@ -87,6 +87,14 @@ MUTANTS = [
     ("sampling", "weight * (x_0 - x_0_before)", "weight * (x_0_before - x_0)"),
     ("sampling", "(s.alpha_bar[u] - s.alpha_bar[t] * share) * blend", "(s.alpha_bar[u] - s.alpha_bar[t]) * blend"),
     ("sampling", "return (x, x_0, h), (x, x_0)", "return (x, blend, h), (x, x_0)"),
+    ("figures", "(1 - weight) * x_t + weight * y_t", "weight * x_t + (1 - weight) * y_t"),
+    ("figures", "process.forward(s, image, t, eps_bar)", "process.forward(s, image, t - 1, eps_bar)"),
+    ("figures", "jnp.where(due == t, x_0[None], seen)", "jnp.where(due == t, x[None], seen)"),
+    ("figures", "jnp.where(due == t, x_0[None], seen)", "jnp.where(due == t - 1, x_0[None], seen)"),
+    ("figures", "s.num_steps + t, x.shape", "t, x.shape"),
+    ("figures", "process.forward(s, x_0, t, noise)", "process.forward(s, x_0, t - 1, noise)"),
+    ("figures", "jnp.where(known, process.forward", "jnp.where(~known, process.forward"),
+    ("figures", "return jnp.where(known, x_0, x)", "return x"),
 ]
 
 

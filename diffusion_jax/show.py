@@ -1,0 +1,153 @@
+"""Pictures of what a trained model can do: `figures` on the images and the checkpoint of a run."""
+
+import functools
+
+import jax
+import numpy as np
+
+from diffusion_jax import data, figures, from_config, images, sample, sampling
+from diffusion_jax.errors import UserError
+
+FRAMES = 50  # of an animation
+
+
+def show(workdir, name: str, seed: int, out: str, num: int | None = None, path: str = "") -> None:
+    """Writes one of SHOWS, a labelled picture; an animation if `name` is "animation".
+
+    Args:
+      num: rows of the picture; images of a row of "variations", and of an animation.
+      out: a .png; a .gif or .webp for an animation.
+      path: images to interpolate between or to inpaint, as config.data.path; "": the run's own.
+
+    Raises:
+      UserError: nothing to show, no images, or `out` ends in something else.
+    """
+    endings = (".gif", ".webp") if name == "animation" else (".png",)
+    if not out.endswith(endings):
+        raise UserError(f"--out={out} must end in {' or '.join(endings)} for --show={name}")
+    if num is not None and num < 1:
+        raise UserError(f"--num={num} must be at least 1")
+    run = _Run(workdir, seed, path)
+    SHOWS[name](run, out, *() if num is None else (num,))
+    if jax.process_index() == 0:
+        print(f"{name} of step {run.step}: {out}")
+
+
+class _Run:
+    """The network, schedule and images of a run, for functions of `figures` and `sampling`."""
+
+    def __init__(self, workdir, seed, path):
+        self.config = sample.read_config(workdir)
+        self.step, self._params = sample.ema_params(self.config, workdir)
+        self.s, self._sigma = from_config.schedule(self.config), from_config.sigma(self.config)
+        self._apply, self._clip = from_config.network(self.config), from_config.clip(self.config)
+        self.shape, self.key, self._path = from_config.image_shape(self.config), jax.random.key(seed), path
+        self._seed = seed
+
+    def compiled(self, formula, **static):
+        """formula(eps_bar_fn, s, sigma, …, clip=clip, **static) as one program of arrays, returned in NumPy."""
+
+        def program(params, *arrays, **named):
+            eps_bar_fn = functools.partial(self._apply, {"params": params})
+            return formula(eps_bar_fn, self.s, self._sigma, *arrays, clip=self._clip, **static, **named)
+
+        program = functools.partial(jax.jit(program), jax.device_put(self._params))
+        return lambda *arrays, **named: jax.device_get(program(*arrays, **named))
+
+    def keys(self, num, of=0):
+        return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(self.key, of), np.arange(num))
+
+    def latents(self, keys):
+        return sampling.normal(keys, sampling.LATENT, self.shape)
+
+    def images(self, num):
+        """`num` of the data set's, chosen by the seed: float32 [num, H, W, C] in [-1, 1]."""
+        config = self.config
+        if self._path:
+            config.data.source, config.data.path = "files", self._path
+        dataset = from_config.images(config)
+        if num > len(dataset):
+            raise UserError(f"{num} images are wanted and there are {len(dataset)}: give more, or a smaller --num")
+        chosen = data.batches(dataset, seed=self._seed, batch_size=num, flip=False)[0]
+        return chosen.astype(np.float32) / 127.5 - 1
+
+
+def interpolation(run, out, num=6):
+    """Pairs of images, each mixed at three steps t, one a row: the later, the coarser."""
+    weights, steps = np.linspace(0, 1, 11, dtype=np.float32), _evenly(run.s.num_steps // 2, 3)
+    mixes = [run.compiled(figures.interpolate, t=t, weights=weights) for t in steps]
+    pairs = -(-num // len(steps))
+    real, keys = run.images(2 * pairs).reshape(pairs, 2, *run.shape), run.keys(pairs)
+    rows = [[x, *mix(x, y, key=key), y] for (x, y), key in zip(real, keys, strict=True) for mix in mixes]
+    labels = [f"t = {t}" for t in steps] * pairs
+    _save(out, rows[:num], labels[:num], ["image", *(f"{weight:.1f}" for weight in weights), "image"])
+
+
+def progressive(run, out, num=8):
+    """What the chain expects of x_0 as it goes, one image a row."""
+    at = _evenly(run.s.num_steps, 10)
+    keys = run.keys(num)
+    seen = run.compiled(figures.progressive, at=at)(run.latents(keys), keys)
+    _save(out, np.swapaxes(seen, 0, 1), [""] * num, [f"t = {t}" for t in at])
+
+
+def variations(run, out, num=8):
+    """Chains that part at t, one t a row: the earlier they part, the more they differ."""
+    num_steps, keys = run.s.num_steps, run.keys(num, of=1)
+    first, rows, parts = run.keys(1), [], _evenly(num_steps, 4)
+    x = run.latents(first)
+    for before, t in zip([num_steps, *parts], parts, strict=False):
+        x = run.compiled(sampling.reverse_chain, start=before, stop=t)(x, first)
+        rows.append([x[0], *run.compiled(figures.variations, t=t)(x[0], keys=keys)])
+    _save(out, rows, [f"t = {t}" for t in parts], ["x_t", *map(str, range(1, num + 1))])
+
+
+def inpainting(run, out, num=6, completions=5):
+    """The lower half or the centre of images made anew, one image a row."""
+    height, width, _ = run.shape
+    row, column = np.ogrid[:height, :width]
+    lower = row >= height // 2
+    centre = (abs(row + 0.5 - height / 2) < height / 4) & (abs(column + 0.5 - width / 2) < width / 4)
+    known = ~np.stack([np.broadcast_to([lower, centre][i % 2], (height, width))[..., None] for i in range(num)])
+    real, fill, columns = run.images(num), run.compiled(figures.inpaint), []
+    for completion in range(completions):
+        keys = run.keys(num, of=completion)
+        columns.append(fill(real, known, run.latents(keys), keys))
+    rows = np.stack([real, np.where(known, real, 0), *columns], axis=1)
+    _save(
+        out,
+        rows,
+        [["lower half", "centre"][i % 2] for i in range(num)],
+        ["image", "known", *map(str, range(1, completions + 1))],
+    )
+
+
+def animation(run, out, num=16):
+    """The states x_t of `num` chains on their way from noise to images."""
+    frames, every = [], max(1, run.s.num_steps // FRAMES)
+
+    def report(t, x):
+        frames.append((int(t), np.asarray(x)))
+
+    window = sampling.Window(report, every, look=lambda x_t, _: x_t)
+    keys = run.keys(num)
+    noise = run.latents(keys)
+    last, _ = run.compiled(sampling.reverse_chain, window=window)(noise, keys)
+    jax.effects_barrier()
+    states = [np.asarray(noise), *(x for t, x in frames if t > 0), last]
+    if jax.process_index() == 0:
+        images.save_animation(out, [images.grid(images.to_uint8(x)) for x in states])
+
+
+SHOWS = {show.__name__: show for show in (interpolation, progressive, variations, inpainting, animation)}
+
+
+def _evenly(num_steps, num):
+    """Up to `num` steps from T to above 0."""
+    return sorted({max(1, round(num_steps * i / num)) for i in range(1, num + 1)}, reverse=True)
+
+
+def _save(out, rows, row_labels, column_labels):
+    if jax.process_index() == 0:
+        tiles = images.to_uint8(rows).reshape(-1, *np.shape(rows)[2:])
+        images.save_png(out, images.labelled(tiles, row_labels, column_labels))

@@ -1,0 +1,87 @@
+"""Interpolation, progressive generation, variations, inpainting: identities on four rough steps."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax import figures, process, sampling, schedule
+
+KEYS = jax.random.split(jax.random.key(0), 3)
+X = np.random.default_rng(1).standard_normal((3, 2, 2, 1)).astype(np.float32)
+IMAGES = np.random.default_rng(2).uniform(-1, 1, (3, 2, 2, 1)).astype(np.float32)
+CLIPS = pytest.mark.parametrize("clip", [None, (-0.5, 0.75)])
+
+
+def network(x, t):
+    """Any function, different at each t and for each pixel, which sees no other pixel."""
+    return jnp.tanh(x) * t[:, None, None, None] / 4 - 0.1
+
+
+@CLIPS
+def test_interpolation_is_a_chain_from_the_mixed_latents(rough, clip):
+    sigma, t, key, weights = schedule.sigma_beta(rough), 3, KEYS[0], np.array([0.0, 0.25, 1.0], np.float32)
+    eps_bar = np.asarray(jax.random.normal(jax.random.fold_in(key, 0), (2, 2, 1)))
+    mixed = [(1 - w) * IMAGES[0] + w * IMAGES[1] for w in weights]
+    x_t = np.stack([rough.alpha_bar[t] * x + rough.beta_bar[t] * eps_bar for x in mixed])
+    expected = sampling.reverse_chain(network, rough, sigma, x_t, jnp.stack([key] * 3), start=t, clip=clip)
+    actual = figures.interpolate(network, rough, sigma, IMAGES[0], IMAGES[1], t, weights, key, clip)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_an_image_between_itself_and_itself(rough):
+    """Every weight gives the same; from t = 1 with the network that knows the noise, the image."""
+    key = KEYS[1]
+    eps_bar = jax.random.normal(jax.random.fold_in(key, 0), (2, 2, 1))
+    perfect = lambda x, t: jnp.broadcast_to(eps_bar, x.shape)  # noqa: E731
+    actual = figures.interpolate(
+        perfect, rough, np.zeros(5), IMAGES[0], IMAGES[0], 1, np.array([0.0, 0.5, 1.0], np.float32), key
+    )
+    np.testing.assert_allclose(actual, np.stack([IMAGES[0]] * 3), atol=1e-6)
+
+
+@CLIPS
+def test_progressive_are_the_predictions_of_the_chain_cut_there(rough, clip):
+    sigma, at = schedule.sigma_beta(rough), [4, 3, 1]
+    actual = figures.progressive(network, rough, sigma, X, KEYS, at, clip)
+    assert actual.shape == (3, *X.shape)
+    for t, x_0 in zip(at, actual, strict=True):
+        x_t = sampling.reverse_chain(network, rough, sigma, X, KEYS, stop=t, clip=clip)
+        expected = process.predict_x_0(rough, x_t, t, network(x_t, np.full(3, t)))
+        np.testing.assert_allclose(x_0, expected if clip is None else np.clip(expected, *clip), rtol=1e-5, atol=1e-6)
+
+
+@CLIPS
+def test_variations_share_the_latent_and_nothing_else(rough, clip):
+    sigma = schedule.sigma_beta(rough)
+    actual = figures.variations(network, rough, sigma, X[0], 3, KEYS, clip)
+    expected = sampling.reverse_chain(network, rough, sigma, np.stack([X[0]] * 3), KEYS, start=3, clip=clip)
+    np.testing.assert_array_equal(actual, expected)
+    assert (np.ptp(actual, axis=0) > 0).any()
+
+
+@CLIPS
+def test_inpainting_is_a_loop_over_its_steps(rough, clip):
+    sigma = schedule.sigma_beta(rough)
+    known = np.array([[True, False], [False, True]])[None, :, :, None]
+
+    def mix_pixels(x, t):  # else the known pixels would not matter to the others
+        return network(x, t) + 0.2 * x.mean(axis=(1, 2), keepdims=True)
+
+    x = X
+    for t in (4, 3, 2, 1):
+        noise = np.asarray(sampling.normal(KEYS, 4 + t, (2, 2, 1)))
+        x = np.where(known, rough.alpha_bar[t] * IMAGES + rough.beta_bar[t] * noise, x)
+        x = sampling.reverse_chain(mix_pixels, rough, sigma, x, KEYS, start=t, stop=t - 1, clip=clip)
+    actual = figures.inpaint(mix_pixels, rough, sigma, IMAGES, known, X, KEYS, clip)
+    np.testing.assert_allclose(actual, np.where(known, IMAGES, x), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(np.where(known, actual, 0), np.where(known, IMAGES, 0))
+
+
+def test_inpainting_where_pixels_know_nothing_of_each_other(rough):
+    """The unknown ones are those of the plain chain, whatever the image is."""
+    sigma, known = schedule.sigma_beta(rough), np.arange(4).reshape(1, 2, 2, 1) < 2
+    plain = sampling.reverse_chain(network, rough, sigma, X, KEYS)
+    images = np.where(known, IMAGES, np.nan)  # what is not known is not used
+    actual = figures.inpaint(network, rough, sigma, images, known, X, KEYS)
+    np.testing.assert_allclose(actual, np.where(known, IMAGES, plain), rtol=1e-5, atol=1e-6)
