@@ -1,7 +1,9 @@
+import os
 import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -38,9 +40,11 @@ def test_frechet_distance_does_not_depend_on_the_axes():
 def test_a_short_torture(tmp_path):
     """A few kills, a restore that forgets, 2 processes with 2 devices: the long one is run by hand."""
     sections = "--only=kills,mutants,devices"
-    command = [sys.executable, "-m", "tools.torture", f"--workdir={tmp_path}", sections, "--kills=3", "--terms=1"]
+    short = ["--kills=3", "--terms=1", "--steps=200"]
+    command = [sys.executable, "-m", "tools.torture", f"--workdir={tmp_path}", sections, *short]
+    env = os.environ | {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
     done = subprocess.run(
-        command, cwd=pathlib.Path(__file__).parent.parent, text=True, capture_output=True, check=False
+        command, cwd=pathlib.Path(__file__).parent.parent, env=env, text=True, capture_output=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "'caught': ['data position', 'optimiser', 'ema', 'step'], 'of': 4" in done.stdout

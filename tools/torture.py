@@ -33,11 +33,12 @@ WORKDIR = flags.DEFINE_string("workdir", None, "folder for the runs; what is in 
 ONLY = flags.DEFINE_list("only", list(SECTIONS), "sections")
 KILLS = flags.DEFINE_integer("kills", 50, "kill -9")
 TERMS = flags.DEFINE_integer("terms", 10, "SIGTERM")
+STEPS = flags.DEFINE_integer("steps", 1000, "of the run that is killed")
 FLIPS = flags.DEFINE_integer("flips", 100, "single bits")
 SEED = flags.DEFINE_integer("seed", 0, "of the moments and places")
 
 # On top of configs/tiny.py: long enough to be killed many times.
-CONFIG = {"train.num_steps": 1000, "train.warmup_steps": 10, "train.checkpoint_every": 10, "sampling.num": 8}
+CONFIG = {"train.warmup_steps": 10, "train.checkpoint_every": 10, "sampling.num": 8}
 
 
 # ---------------------------------------------------------------- runs
@@ -48,10 +49,10 @@ def start(workdir, devices=1, code=None, args=(), **overrides):
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_COMPILATION_CACHE_DIR": str(pathlib.Path(WORKDIR.value) / "compiled"),
+        "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", f"{WORKDIR.value}/compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    settings = CONFIG | {key.replace("__", "."): value for key, value in overrides.items()}
+    settings = {"train.num_steps": STEPS.value} | CONFIG | {key.replace("__", "."): value for key, value in overrides.items()}
     program = ["-c", f"import sys; {code}; import main; main.main()"] if code else ["main.py"]
     command = [sys.executable, *program, "--config=configs/tiny.py", f"--workdir={workdir}"]
     command += [f"--config.{key}={value}" for key, value in settings.items()]
@@ -134,7 +135,7 @@ def kills(failures):
         first = max(committed(workdir), default=0)
         counts["lost"] += first < newest
         # Spread over the run: each life may do its share of the steps, and a little more.
-        goal = max(first, CONFIG["train.num_steps"] * i // len(moments)) + rng.randrange(1, 10)
+        goal = max(first, STEPS.value * i // len(moments)) + rng.randrange(1, 10)
         while process.poll() is None and max(losses(workdir), default=0) < goal:
             time.sleep(0.005)
         if moment == "kill in flight":
