@@ -52,7 +52,8 @@ def start(workdir, devices=1, code=None, args=(), **overrides):
         "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", f"{WORKDIR.value}/compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    settings = {"train.num_steps": STEPS.value} | CONFIG | {key.replace("__", "."): value for key, value in overrides.items()}
+    settings = {"train.num_steps": STEPS.value} | CONFIG
+    settings |= {key.replace("__", "."): value for key, value in overrides.items()}
     program = ["-c", f"import sys; {code}; import main; main.main()"] if code else ["main.py"]
     command = [sys.executable, *program, "--config=configs/tiny.py", f"--workdir={workdir}"]
     command += [f"--config.{key}={value}" for key, value in settings.items()]
