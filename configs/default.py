@@ -39,7 +39,8 @@ def get_config() -> ConfigDict:
     model.dtype = "float32"  # of the computation, float32 or bfloat16; parameters are float32
 
     config.train = train = ConfigDict()
-    train.loss = "simple"  # simple (15), step (11) or weighted_step (9)
+    train.loss = "simple"  # simple (15), step (11), weighted_step (9) or vlb (the bound on the likelihood)
+    train.t_sampling = "uniform"  # or importance: t of large terms more often, at less weight; for vlb
     train.num_steps = 800_000  # optimiser steps in all
     train.batch_size = 128  # images per step over all devices
     train.learning_rate = 2e-4  # Adam's, after the warm-up

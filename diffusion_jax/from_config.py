@@ -46,8 +46,19 @@ def loss(config: ConfigDict):
     _, simple = _PREDICTIONS[config.model.prediction]
     if config.train.loss == "simple":
         return losses.with_noise(simple, 1)
-    step_loss = losses.with_noise(_STEP_LOSSES[config.train.loss], 2)
-    return lambda output_fn, s, *args: step_loss(_eps_bar_fn(config, output_fn, s), s, *args)
+    if config.train.loss == "vlb":
+        deviations = sigma(config)
+        of_eps_bar = losses.with_noise(lambda fn, s, *args: losses.vlb_loss(fn, s, deviations, *args), 1)
+    else:
+        of_eps_bar = losses.with_noise(_STEP_LOSSES[config.train.loss], 2)
+    return lambda output_fn, s, *args: of_eps_bar(_eps_bar_fn(config, output_fn, s), s, *args)
+
+
+def t_probabilities(config: ConfigDict):
+    """How often training draws each t, float64 [T + 1], train.t_sampling; None: uniformly in 1..T."""
+    if config.train.t_sampling == "uniform":
+        return None
+    return losses.importance(schedule(config), sigma(config))
 
 
 def network(config: ConfigDict):
@@ -175,7 +186,8 @@ def check(config: ConfigDict, reference: ConfigDict) -> None:
     for key, names in (
         ("schedule.name", _SCHEDULES),
         ("sampling.sigma", _SIGMAS),
-        ("train.loss", ("simple", *_STEP_LOSSES)),
+        ("train.loss", ("simple", "vlb", *_STEP_LOSSES)),
+        ("train.t_sampling", ("uniform", "importance")),
         ("model.prediction", _PREDICTIONS),
     ):
         _one_of(config, key, names)
@@ -194,6 +206,7 @@ def check(config: ConfigDict, reference: ConfigDict) -> None:
         _need(config, key, lambda value: all(isinstance(n, int) and n >= 1 for n in value), "integers >= 1")
     _need(config, "model.multipliers", lambda value: len(value) >= 1, "one multiplier a level, e.g. (1, 2, 2)")
     check_sampling(config)
+    _check_vlb(config)
     _check_image_size(config)
 
 
@@ -272,6 +285,17 @@ def _check_types(config, reference):
             raise UserError(f"config.{key}={value!r} must be of type {kind.__name__}")
     for key in wanted.keys() - given.keys():
         raise UserError(f"config.{key} is missing: start from configs/default.py")
+
+
+def _check_vlb(config):
+    if config.train.loss != "vlb":
+        _need(config, "train.t_sampling", lambda value: value == "uniform", "'uniform' unless config.train.loss='vlb'")
+    elif config.schedule.num_steps < 2 or config.sampling.sigma == "zero":
+        raise UserError(
+            f"config.train.loss='vlb' needs a deviation > 0 at each step: config.sampling.sigma="
+            f"{config.sampling.sigma!r} must be beta or posterior, config.schedule.num_steps="
+            f"{config.schedule.num_steps} at least 2"
+        )
 
 
 def _check_image_size(config):

@@ -1,4 +1,4 @@
-"""The three training losses of Su (2022), per example.
+"""The training losses of Su (2022) and Ho et al. (2020), per example.
 
 `eps_bar_fn(x [B, ...], t [B]) -> [B, ...]` is the network, which predicts ε̄_t; t [B]
 holds steps in 1..T. Squared norms are means over the entries of an example (Su sums).
@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from diffusion_jax import process
+from diffusion_jax import likelihood, process
 from diffusion_jax.schedule import Schedule
 
 
@@ -53,6 +54,33 @@ def velocity_loss(velocity_fn, s: Schedule, x_0, t, eps_bar):
     """‖v − v̂(x_t, t)‖² for a network that predicts v: (15) divided by ᾱ_t², Salimans & Ho (2022). -> [B]"""
     x_t = _each(process.forward, s)(x_0, t, eps_bar)
     return mean_square(_each(process.velocity, s)(x_0, t, eps_bar) - velocity_fn(x_t, t))
+
+
+def vlb_loss(eps_bar_fn, s: Schedule, sigma, x_0, t, eps_bar):
+    """T times the term t of the variational bound, Ho et al.'s L (table 2): [B] bits/dim.
+
+    Its mean over t uniform in 1..T is the bound less the prior's share, which no network changes.
+
+    Args:
+      sigma: as of `likelihood.vlb_term`, > 0 from t = 2 on.
+    """
+    return s.num_steps * likelihood.vlb_term(eps_bar_fn, s, sigma, x_0, t, eps_bar)
+
+
+def importance(s: Schedule, sigma, deviation=0.5) -> np.ndarray:
+    """How often to draw each t so that `vlb_loss`, divided by T times it, varies less: float64 [T + 1], sum 1.
+
+    Proportional to the terms that the best network has on data N(0, deviation²), where they are known: unlike
+    Nichol & Dhariwal's (2021) averages of past losses it is a function of t alone. Entry 0 is 0.
+    """
+    alpha_bar, beta, beta_bar, sigma = (np.asarray(x, np.float64) for x in (s.alpha_bar, s.beta, s.beta_bar, sigma))
+    error = deviation**2 * beta_bar**2 / (alpha_bar**2 * deviation**2 + beta_bar**2)  # of x_0, squared
+    std, p = float(likelihood.default_decoder_std(s)), np.zeros(s.num_steps + 1)
+    p[1] = 0.5 * error[1] / std**2 + max(0.0, np.log(std * np.sqrt(2 * np.pi) * 127.5))
+    log_ratio = 2 * np.log(beta[2:] * beta_bar[1:-1] / (beta_bar[2:] * sigma[2:]))
+    shift = alpha_bar[1:-1] * (beta[2:] / beta_bar[2:]) ** 2 / sigma[2:]
+    p[2:] = 0.5 * (np.expm1(log_ratio) - log_ratio) + 0.5 * shift**2 * error[2:]
+    return p / p.sum()
 
 
 def with_noise(loss: Callable, num_noises: int) -> Callable:

@@ -29,7 +29,13 @@ _TRAIN = 2**32 - 2
 
 
 def make_train_step(
-    apply_fn: Callable, loss_fn: Callable, s: Schedule, optimizer: optax.GradientTransformation, ema_decay, seed: int
+    apply_fn: Callable,
+    loss_fn: Callable,
+    s: Schedule,
+    optimizer: optax.GradientTransformation,
+    ema_decay,
+    seed: int,
+    t_probabilities=None,
 ) -> Callable:
     """The pmapped step: (state, (images, indices)) -> (state, metrics). Gives the old state's memory away.
 
@@ -39,6 +45,8 @@ def make_train_step(
     Args:
       apply_fn: the UNet's `apply`.
       loss_fn: (output_fn, s, x_0, t, keys [B]) -> [B], output_fn(x, t) the network's output.
+      t_probabilities: [T + 1] of the steps t; losses are weighted by 1 / (T p_t), which leaves their
+        mean as it is. None: uniform in 1..T.
 
     The step's arguments: images uint8 [D, B, H, W, C] and indices int [D, B] over the D
     local devices; the state has no device axis (`state.replicate`). Its metrics are arrays [D],
@@ -52,14 +60,15 @@ def make_train_step(
             return apply_fn({"params": params}, x, t, train=True, dropout_keys=dropout_keys)
 
         losses = loss_fn(output_fn, s, x_0, t, noise_keys)
-        return jnp.mean(losses), losses
+        weights = 1.0 if t_probabilities is None else 1 / (s.num_steps * jnp.asarray(t_probabilities, jnp.float32)[t])
+        return jnp.mean(weights * losses), losses
 
     def step(state, batch):
         pixels, indices = batch
         x_0 = pixels.astype(jnp.float32) / 127.5 - 1
         step_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _TRAIN), state.step)
         keys = jax.vmap(lambda index: jax.random.split(jax.random.fold_in(step_key, index), 3))(indices)
-        t = jax.vmap(lambda key: jax.random.randint(key, (), 1, s.num_steps + 1))(keys[:, 0])
+        t = jax.vmap(lambda key: _draw_t(key, s.num_steps, t_probabilities))(keys[:, 0])
 
         gradient = jax.value_and_grad(mean_loss, has_aux=True)
         (loss, losses), grads = gradient(state.params, x_0, t, keys[:, 1], keys[:, 2])
@@ -77,6 +86,13 @@ def make_train_step(
         return new, metrics
 
     return jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=(None, 0), donate_argnums=0)
+
+
+def _draw_t(key, num_steps, probabilities):
+    if probabilities is None:
+        return jax.random.randint(key, (), 1, num_steps + 1)
+    below = np.cumsum(probabilities)[1:-1]  # P(t <= 1), …, P(t <= T − 1)
+    return 1 + jnp.searchsorted(jnp.asarray(below, jnp.float32), jax.random.uniform(key), side="right")
 
 
 def _loss_by_quarter(losses, t, num_steps):
@@ -134,6 +150,7 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
         from_config.optimizer(config),
         config.train.ema_decay,
         config.seed,
+        from_config.t_probabilities(config),
     )
     sample_fn = from_config.sample_fn(config)
     learning_rate = from_config.learning_rate(config)

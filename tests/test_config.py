@@ -97,7 +97,7 @@ def test_optimizer():
         ("schedule.num_steps", 0, "schedule.num_steps=0 must be an integer >= 1"),
         ("schedule.name", "linear", "'linear' must be one of su_linear, ho_linear, cosine"),
         ("sampling.sigma", "large", "must be one of zero, beta, posterior"),
-        ("train.loss", "l2", "must be one of simple, step, weighted_step"),
+        ("train.loss", "l2", "must be one of simple, vlb, step, weighted_step"),
         ("model.dtype", "float16", "must be one of float32, bfloat16"),
         ("data.channels", 2, "data.channels=2 must be one of 1, 3"),
         ("data.image_size", 9, "image_size=9 does not fit .* multiples of 2"),
@@ -111,12 +111,22 @@ def test_optimizer():
         ("model.multipliers", (), "one multiplier a level"),
         ("model.multipliers", (1, 0), "must be integers >= 1"),
         ("train.warmup_steps", -1, "must be an integer >= 0"),
+        ("train.t_sampling", "importance", "'importance' must be 'uniform' unless config.train.loss='vlb'"),
     ],
 )
 def test_values_out_of_range(key, value, message):
     config = config_of("digits")
     config.update_from_flattened_dict({key: value})
     with pytest.raises(UserError, match=message):
+        from_config.check(config, default.get_config())
+
+
+def test_the_bound_needs_a_deviation_at_each_step():
+    config = config_of("digits")
+    config.update_from_flattened_dict({"train.loss": "vlb", "train.t_sampling": "importance"})
+    from_config.check(config, default.get_config())
+    config.sampling.sigma = "zero"
+    with pytest.raises(UserError, match=r"config\.sampling\.sigma='zero' must be beta or posterior"):
         from_config.check(config, default.get_config())
 
 

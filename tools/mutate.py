@@ -16,7 +16,10 @@ import sys
 import tempfile
 
 ROOT = pathlib.Path(__file__).parent.parent
-TESTS = [f"tests/test_{name}.py" for name in ("schedule", "process", "losses", "sampling", "fast_sampling", "figures")]
+TESTS = [
+    f"tests/test_{name}.py"
+    for name in ("schedule", "process", "losses", "sampling", "fast_sampling", "figures", "likelihood")
+]
 
 # (module, text that stands in it exactly once, what replaces it)
 MUTANTS = [
@@ -87,6 +90,37 @@ MUTANTS = [
     ("sampling", "weight * (x_0 - x_0_before)", "weight * (x_0_before - x_0)"),
     ("sampling", "(s.alpha_bar[u] - s.alpha_bar[t] * share) * blend", "(s.alpha_bar[u] - s.alpha_bar[t]) * blend"),
     ("sampling", "return (x, x_0, h), (x, x_0)", "return (x, blend, h), (x, x_0)"),
+    ("likelihood", "(x_0 - mean + offset)", "(x_0 - mean - 2 * offset)"),
+    ("likelihood", "_HALF_BIN = 1 / 255", "_HALF_BIN = 1 / 256"),
+    ("likelihood", "jnp.exp(-log_std)", "jnp.exp(log_std)"),
+    ("likelihood", "jnp.where(flip, -upper, lower)", "jnp.where(flip, upper, lower)"),
+    ("likelihood", "flip = lower + upper > 0", "flip = lower + upper > 1e9"),
+    ("likelihood", "jnp.where(darkest, log_ndtr(upper)", "jnp.where(brightest, log_ndtr(upper)"),
+    ("likelihood", "0.044715 * x**3", "0.044715 * x**2"),
+    ("likelihood", "jnp.where(darkest, above,", "jnp.where(darkest, 1 - above,"),
+    ("likelihood", "jnp.log1p(-square)", "jnp.log1p(square)"),
+    ("likelihood", "square * (x_0**2 - 1)", "square * x_0**2"),
+    ("likelihood", "s.beta[t] * s.beta_bar[t - 1] / s.beta_bar[t]", "s.beta[t] * s.beta_bar[t] / s.beta_bar[t - 1]"),
+    (
+        "likelihood",
+        "s.alpha_bar[t - 1] * (s.beta[t] / s.beta_bar[t]) ** 2",
+        "s.alpha_bar[t] * (s.beta[t] / s.beta_bar[t]) ** 2",
+    ),
+    ("likelihood", "(jnp.expm1(log_ratio) - log_ratio) + 0.5", "(jnp.exp(log_ratio) - log_ratio) + 0.5"),
+    ("likelihood", "0.5 * (shift / sigma[t]) ** 2", "(shift / sigma[t]) ** 2"),
+    ("likelihood", "0.5 * (shift / sigma[t]) ** 2", "0.5 * (shift / sigma[t - 1]) ** 2"),
+    ("likelihood", "sigma_posterior(s)[2]", "sigma_posterior(s)[3]"),
+    ("likelihood", "jnp.mean(nats) / math.log(2)", "jnp.mean(nats)"),
+    ("likelihood", "jnp.where(t == 1, decoder", "jnp.where(t <= 2, decoder"),
+    ("likelihood", "(eps_bar - predicted) ** 2", "(eps_bar + predicted) ** 2"),
+    ("likelihood", "jax.random.fold_in(key, t)", "jax.random.fold_in(key, t - 1)"),
+    ("likelihood", "rate = prior + terms[1:].sum()", "rate = prior + terms.sum()"),
+    ("likelihood", "127.5 * squared_error**0.5", "255 * squared_error**0.5"),
+    ("likelihood", "[::-1])[::-1] - terms", "[::-1])[::-1]"),
+    ("losses", "s.num_steps * likelihood", "likelihood"),
+    ("losses", "error = deviation**2 * beta_bar**2 /", "error = deviation**2 * beta_bar /"),
+    ("losses", "p[1] = 0.5 * error[1] / std**2", "p[1] = error[1] / std**2"),
+    ("losses", "alpha_bar[1:-1] * (beta[2:] / beta_bar[2:]) ** 2", "alpha_bar[2:] * (beta[2:] / beta_bar[2:]) ** 2"),
     ("figures", "(1 - weight) * x_t + weight * y_t", "weight * x_t + (1 - weight) * y_t"),
     ("figures", "process.forward(s, image, t, eps_bar)", "process.forward(s, image, t - 1, eps_bar)"),
     ("figures", "jnp.where(due == t, x_0[None], seen)", "jnp.where(due == t, x[None], seen)"),
