@@ -4,6 +4,7 @@ python main.py --config=configs/digits.py --workdir=runs/digits
 python main.py --mode=prepare --config=configs/celeba.py   (the images alone: needs no accelerator)
 python main.py --mode=sample --workdir=runs/digits --num=64 --seed=0 --out=samples.png
 python main.py --mode=sample --workdir=runs/digits --show=interpolation
+python main.py --mode=evaluate --workdir=runs/digits --samples=samples.npz
 python main.py --mode=export --workdir=runs/digits --out=sampler.npz
 """
 
@@ -17,6 +18,7 @@ from ml_collections import config_flags
 from configs import default
 from diffusion_jax import from_config, hosts
 from diffusion_jax.errors import UserError, one_line
+from diffusion_jax.evaluate import evaluate
 from diffusion_jax.prepare import prepare
 from diffusion_jax.sample import export_sampler, sample
 from diffusion_jax.show import SHOWS, show
@@ -24,7 +26,7 @@ from diffusion_jax.train import train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "config file, see configs/ (to train or to prepare)")
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: config, checkpoints, metrics, samples")
-MODE = flags.DEFINE_enum("mode", "train", ["train", "prepare", "sample", "export"], "what to do")
+MODE = flags.DEFINE_enum("mode", "train", ["train", "prepare", "sample", "export", "evaluate"], "what to do")
 NUM = flags.DEFINE_integer("num", None, "images to sample, default 64; rows of a --show")
 SEED = flags.DEFINE_integer("seed", 0, "of the samples")
 SAMPLER = flags.DEFINE_enum("sampler", None, ["ancestral", "ddim", "dpmpp_2m"], "default: the config's")
@@ -32,6 +34,12 @@ STEPS = flags.DEFINE_integer("steps", None, "of the sampler; default: the config
 ETA = flags.DEFINE_float("eta", None, "noise of ddim; default: the config's")
 SHOW = flags.DEFINE_enum("show", None, list(SHOWS), "with --mode=sample: a picture of what the model can do")
 IMAGES = flags.DEFINE_string("images", "", "of --show=interpolation or inpainting: a folder or zip; default: the run's")
+SPLITS = flags.DEFINE_list("splits", [], "to evaluate; default: config.data.split and config.data.test_split")
+SAMPLES = flags.DEFINE_string("samples", "", "of --mode=evaluate: what --mode=sample has written, to be judged too")
+INCEPTION = flags.DEFINE_string(
+    "inception", "", "of --mode=evaluate: weights of Inception v3 (tools.convert_inception)"
+)
+REFERENCE = flags.DEFINE_string("reference", "", "of --mode=evaluate: statistics-….npz of another evaluation")
 OUT = flags.DEFINE_string(
     "out",
     None,
@@ -78,6 +86,9 @@ def run(argv: list[str]) -> None:
     how = {"sampler": SAMPLER.value, "steps": STEPS.value, "eta": ETA.value}
     if mode == "export":
         export_sampler(WORKDIR.value, OUT.value or "sampler.npz", **how)
+    elif mode == "evaluate":
+        what = {"samples": SAMPLES.value, "inception_path": INCEPTION.value, "reference": REFERENCE.value}
+        evaluate(WORKDIR.value, seed=SEED.value, num=NUM.value, splits=tuple(SPLITS.value), **what)
     elif mode == "sample" and SHOW.value:
         if given := [f"--{name}" for name, value in how.items() if value is not None]:
             raise UserError(f"{given[0]} does not go with --show, which takes all steps of the ancestral sampler")

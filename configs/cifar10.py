@@ -13,5 +13,6 @@ from configs import default
 
 def get_config():
     config = default.get_config()
+    config.data.test_split = "test"
     config.data.source = "tfds:cifar10"
     return config

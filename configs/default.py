@@ -15,6 +15,7 @@ def get_config() -> ConfigDict:
     data.source = "files"  # digits (ships with scikit-learn), tfds:<name>, or files (at data.path)
     data.path = ""  # own images, before any source: a folder, a zip, an idx file; or where TFDS keeps its data sets
     data.split = "train"  # of TFDS, e.g. train, test, train+test; or the folder of that name within data.path
+    data.test_split = ""  # held out: what --mode=evaluate adds to data.split, as that is written; "": nothing
     data.manual_dir = ""  # files that TFDS need not download, when it prepares a data set
     data.image_size = 32  # pixels, height = width
     data.channels = 3  # 1 (grey) or 3 (RGB)

@@ -12,6 +12,7 @@ from configs import default
 
 def get_config():
     config = default.get_config()
+    config.data.test_split = "test"
     config.data.source = "tfds:fashion_mnist"
     config.data.image_size = 28
     config.data.channels = 1

@@ -3,6 +3,7 @@
 Reading gives the pictures as a person sees them: upright, grey or RGB, on white, of any size.
 """
 
+import dataclasses
 import functools
 import gzip
 import hashlib
@@ -13,7 +14,6 @@ import os
 import re
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -27,7 +27,7 @@ MAX_PIXELS = 50_000_000  # of one image: a PNG of 200 kB can unpack to gigabytes
 MAX_BYTES = 500_000_000  # of one file in a zip, unpacked
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Source:
     """Images by number: len(source), source[i] -> uint8 [H, W, 1 or 3], of any H and W.
 
@@ -56,7 +56,9 @@ def open_source(source: str, path: str, *, split: str = "train", manual_dir: str
       source: "digits"; "tfds:<name>"; or "files", those at `path`; or the path itself.
       path: own files, which go before any `source`: see `files`. For a TFDS data set also the
         folder where TFDS keeps it, i.e. one that has a folder <name>, or is empty.
-      split, manual_dir: see `tfds` and `files`.
+      split: of TFDS, or "train", "test", … of `files`, all with a part of it in brackets if wanted, as
+        TFDS writes it: "train[:1500]", "train[90%:]".
+      manual_dir: see `tfds`.
 
     Raises:
       UserError: no such source, or nothing in it.
@@ -64,16 +66,49 @@ def open_source(source: str, path: str, *, split: str = "train", manual_dir: str
     name = source.removeprefix("tfds:")
     if source.startswith("tfds:") and (not path or _keeps_tfds(Path(path).expanduser(), name)):
         return tfds(name, data_dir=path, manual_dir=manual_dir, split=split)
+    split, part = _parsed(split)
     if source == "digits" and not path:
-        return digits(split)
+        return _part(digits(split), part)
     if source == "files" and not path:
         raise UserError("config.data.path is empty: give the folder, zip or idx file, --config.data.path=…")
     file = Path(path or source).expanduser().absolute()
     if file.exists():
-        return files(file, split)
+        return _part(files(file, split), part)
     if path:
         raise UserError(f"config.data.path={path!r} does not exist: give a folder, a zip or an idx file")
     raise UserError(f"config.data.source={source!r} must be 'digits', 'tfds:<name>', 'files' or an existing path")
+
+
+def _parsed(split):
+    """(name, (start, stop) or None) of "train" or "train[10%:500]"."""
+    found = re.fullmatch(r"([^\[\]]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split)
+    if not found:
+        raise UserError(f"config.data.split={split!r} must be a name, or a part of it as in 'train[:90%]'")
+    name, start, stop = found.groups()
+    return name, (start, stop) if "[" in split else None
+
+
+def _part(source, part):
+    """The images of a source from start to stop, numbers or percentages as TFDS counts them."""
+    if part is None:
+        return source
+
+    def number(text, default):
+        if text is None:
+            return default
+        return round(int(text[:-1]) * source.num / 100) if text.endswith("%") else int(text)
+
+    taken = range(source.num)[number(part[0], 0) : number(part[1], source.num)]
+    if not taken:
+        raise UserError(f"config.data.split: [{part[0] or ''}:{part[1] or ''}] of {source.num} images holds none")
+    return dataclasses.replace(
+        source,
+        version=f"{source.version}[{taken.start}:{taken.stop}]",
+        num=len(taken),
+        name=lambda i: source.name(taken[i]),
+        read=lambda i: source.read(taken[i]),
+        label=source.label and (lambda i: source.label(taken[i])),
+    )
 
 
 # ---------------------------------------------------------------- files

@@ -214,5 +214,23 @@ def test_nothing_there(tmp_path):
             read(path)
     with pytest.raises(UserError, match="source='dogs' must be"):
         sources.open_source("dogs", "")
+    whole = sources.open_source("digits", "")
+    for split, first, last in (
+        ("train[:1500]", 0, 1499),
+        ("train[1500:]", 1500, 1796),
+        ("train[-3:]", 1794, 1796),
+        ("train[50%:]", 898, 1796),
+    ):
+        part = sources.open_source("digits", "", split=split)
+        assert len(part) == last - first + 1
+        assert part.version != whole.version
+        for i, k in ((0, first), (-1, last)):
+            i %= len(part)
+            np.testing.assert_array_equal(part[i], whole[k])
+            assert (part.label(i), part.name(i)) == (whole.label(k), whole.name(k))
+    with pytest.raises(UserError, match=r"\[5:3\] of 1797 images holds none"):
+        sources.open_source("digits", "", split="train[5:3]")
+    with pytest.raises(UserError, match=r"split='train\[5\]' must be a name, or a part"):
+        sources.open_source("digits", "", split="train[5]")
     with pytest.raises(UserError, match="split='test': the digits"):
         sources.open_source("digits", "", split="test")

@@ -1,0 +1,179 @@
+"""How good samples are: `metrics` of features of images, with the protocol that makes two numbers comparable.
+
+A feature extractor is features(images uint8 [n, H, W, C]) -> float [n, d], any function; `pixels` is one.
+"""
+
+import json
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from diffusion_jax import metrics
+from diffusion_jax.errors import UserError
+
+MAX_FEATURES = 4096  # of a covariance: 134 MB
+_BATCH = 256  # images whose features are computed at once
+_COMPARABLE = ("features", "checksum", "image_size", "channels", "resize")  # where protocols must agree
+
+
+def pixels(images) -> np.ndarray:
+    """The values in [−1, 1], flat: float32 [n, H · W · C]."""
+    return images.reshape(len(images), -1).astype(np.float32) / 127.5 - 1
+
+
+def protocol(images, name: str, checksum: str, resize: str, origin: str) -> dict:
+    """What was measured and how.
+
+    Args:
+      images: uint8 [n, H, W, C], or what has its shape.
+      name, checksum: of the feature extractor.
+      resize: how the images came to their size.
+      origin: where they are from.
+    """
+    n, height, _, channels = images.shape
+    return {
+        **{"features": name, "checksum": checksum, "image_size": height, "channels": channels, "resize": resize},
+        **{"origin": origin, "n": n},
+    }
+
+
+def extracted(images, features: Callable) -> np.ndarray:
+    """Features of all images, every one and no more: float32 [n, d]. Batches are padded to one size."""
+    return np.concatenate(list(_batches(images, features)))
+
+
+def _batches(images, features):
+    for first in range(0, len(images), _BATCH):
+        batch = np.asarray(images[first : first + _BATCH])
+        whole = np.concatenate([batch, np.repeat(batch[:1], _BATCH - len(batch), axis=0)])
+        yield np.asarray(features(whole), np.float32)[: len(batch)]
+
+
+def moments(images, features: Callable) -> metrics.Moments:
+    """Streamed over the images, which the processes share, with an exact count."""
+    total = None
+    share = np.array_split(np.arange(len(images)), jax.process_count())[jax.process_index()]
+    for batch in _batches(_Chosen(images, share), features):
+        total = metrics.Moments.of(batch) if total is None else total.add(batch)
+    if jax.process_count() == 1:
+        return total
+    # In float64 whatever JAX is set to: as bytes.
+    raw = np.concatenate([[total.count], total.mean, total.scatter.ravel()]).view(np.uint8)
+    parts = [part.view(np.float64) for part in np.asarray(multihost_utils.process_allgather(raw))]
+    d = len(total.mean)
+    every = [metrics.Moments(int(p[0]), p[1 : d + 1], p[d + 1 :].reshape(d, d)) for p in parts]
+    return sum(every[1:], every[0])
+
+
+class _Chosen:
+    """Some of the images."""
+
+    def __init__(self, images, chosen):
+        self._images, self._chosen = images, chosen
+
+    def __len__(self):
+        return len(self._chosen)
+
+    def __getitem__(self, index):
+        return self._images[self._chosen[index]]
+
+
+def save_statistics(path, found: metrics.Moments, how: dict) -> None:
+    """Writes the moments of a set of images with their protocol, .npz."""
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        np.savez(file, count=found.count, mean=found.mean, scatter=found.scatter, protocol=np.array(json.dumps(how)))
+
+
+def load_statistics(path) -> tuple[metrics.Moments, dict]:
+    """What `save_statistics` has written. UserError if it is not that."""
+    path = epath.Path(path)
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
+            found = metrics.Moments(int(content["count"]), content["mean"], content["scatter"])
+            return found, json.loads(str(content["protocol"]))
+    except Exception as error:  # zipfile's, NumPy's
+        raise UserError(
+            f"--reference={path} holds no statistics ({error}): give a file that evaluation wrote"
+        ) from None
+
+
+def check_comparable(how: dict, other: dict) -> None:
+    """Raises UserError, naming the keys, if two protocols measure different things."""
+    differing = [f"{key}: {how[key]} and {other[key]}" for key in _COMPARABLE if how[key] != other[key]]
+    if differing:
+        raise UserError(f"numbers of different protocols cannot be compared ({', '.join(differing)}): make both alike")
+
+
+def frechet_to_statistics(samples, features: Callable, how: dict, reference, reference_how: dict) -> dict:
+    """The Fréchet distance of samples to saved statistics. UserError if the protocols differ."""
+    check_comparable(how, reference_how)
+    found = moments(samples, features)
+    _check_dimension(len(found.mean), 0)
+    distance = metrics.frechet(found.mean, found.covariance, reference.mean, reference.covariance)
+    return {"protocol": {"samples": how, "reference": reference_how}, "frechet": distance}
+
+
+def compare(samples, reference, features: Callable, seed: int = 0) -> dict:
+    """All of `metrics` between two sets of images, and the noise that is in them.
+
+    Args:
+      samples, reference: uint8 [n, H, W, C]; whole data sets, not moments.
+      features: see above.
+      seed: of subsets, directions and draws.
+
+    Returns:
+      {"frechet": …, "frechet_95": [low, high], "frechet_extrapolated": [value, standard error] or None where
+      there are too few images, "frechet_floor": of one half of the reference to the other,
+      "kernel_distance": [mean, standard error], "precision", "recall", "density", "coverage",
+      "sliced_wasserstein": …}
+    """
+    x, y = (extracted(images, features).astype(np.float64) for images in (samples, reference))
+    _check_dimension(x.shape[1], min(len(x), len(y)))
+    rng = np.random.default_rng(seed)
+    half = rng.permutation(len(y))
+    result = {"frechet": metrics.frechet_of_features(x, y)}
+    result["frechet_95"] = list(metrics.frechet_interval(x, y, rng, num=20 if x.shape[1] > 1000 else 200))
+    enough = len(x) >= 4 * x.shape[1]
+    result["frechet_extrapolated"] = list(metrics.frechet_extrapolated(x, y, rng)) if enough else None
+    result["frechet_floor"] = metrics.frechet_of_features(y[half[::2]], y[half[1::2]])
+    size = min(1000, len(x), len(y))
+    result["kernel_distance"] = list(metrics.kernel_distance(x, y, rng, subset_size=size))
+    result |= metrics.precision_recall(y, x)._asdict()
+    result["sliced_wasserstein"] = metrics.sliced_wasserstein(x, y, rng)
+    return result
+
+
+def _check_dimension(d, n):
+    if d > MAX_FEATURES and not 0 < n <= d:
+        raise UserError(
+            f"{d} features are more than the {MAX_FEATURES} of which a covariance is made: give --inception, which has "
+            "2048, for images of this size"
+        )
+
+
+def read_samples(path) -> np.ndarray:
+    """The images that `--mode=sample` has written as an .npz or as shards in a folder: uint8 [n, H, W, C].
+
+    Raises:
+      UserError: no such file, or no images in it.
+    """
+    path = epath.Path(path)
+    files = sorted(path.glob("*-*.npz")) if path.is_dir() else [path]
+    try:
+        parts = []
+        for file in files:
+            with file.open("rb") as opened, np.load(opened, allow_pickle=False) as content:
+                parts.append(content["arr_0"])
+        found = np.concatenate(parts)
+    except Exception as error:  # NumPy's, zipfile's, no file
+        raise UserError(
+            f"--samples={path} holds no samples ({error}): give an .npz or a folder that --mode=sample wrote"
+        ) from None
+    if found.ndim != 4 or found.dtype != np.uint8 or not len(found):
+        raise UserError(f"--samples={path} holds {found.dtype} {found.shape}, not images uint8 [n, H, W, C]")
+    return found
