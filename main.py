@@ -5,6 +5,7 @@ python main.py --mode=prepare --config=configs/celeba.py   (the images alone: ne
 python main.py --mode=sample --workdir=runs/digits --num=64 --seed=0 --out=samples.png
 python main.py --mode=sample --workdir=runs/digits --show=interpolation
 python main.py --mode=evaluate --workdir=runs/digits --samples=samples.npz
+python main.py --mode=report --workdir=runs/digits
 python main.py --mode=export --workdir=runs/digits --out=sampler.npz
 """
 
@@ -20,13 +21,14 @@ from diffusion_jax import from_config, hosts
 from diffusion_jax.errors import UserError, one_line
 from diffusion_jax.evaluate import evaluate
 from diffusion_jax.prepare import prepare
+from diffusion_jax.report import report
 from diffusion_jax.sample import export_sampler, sample
 from diffusion_jax.show import SHOWS, show
 from diffusion_jax.train import train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "config file, see configs/ (to train or to prepare)")
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: config, checkpoints, metrics, samples")
-MODE = flags.DEFINE_enum("mode", "train", ["train", "prepare", "sample", "export", "evaluate"], "what to do")
+MODE = flags.DEFINE_enum("mode", "train", ["train", "prepare", "sample", "export", "evaluate", "report"], "what to do")
 NUM = flags.DEFINE_integer("num", None, "images to sample, default 64; rows of a --show")
 SEED = flags.DEFINE_integer("seed", 0, "of the samples")
 SAMPLER = flags.DEFINE_enum("sampler", None, ["ancestral", "ddim", "dpmpp_2m"], "default: the config's")
@@ -81,6 +83,9 @@ def run(argv: list[str]) -> None:
         from_config.check(CONFIG.value, default.get_config())
     if mode == "prepare":
         prepare(CONFIG.value)
+        return
+    if mode == "report":
+        report(WORKDIR.value, OUT.value)
         return
     hosts.initialize(PLATFORM.value, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     how = {"sampler": SAMPLER.value, "steps": STEPS.value, "eta": ETA.value}

@@ -52,6 +52,7 @@ def get_config() -> ConfigDict:
     train.log_every = 100  # steps between lines of metrics.jsonl
     train.checkpoint_every = 5000  # steps between checkpoints
     train.keep_checkpoints = 3  # how many of the latest to keep
+    train.evaluate_every = 0  # steps between looks at held-out loss, samples and copies (docs/evaluation.md); 0: never
     train.sample_every = 20_000  # steps between grids of samples; 0: only at the end
 
     config.sampling = sampling = ConfigDict()

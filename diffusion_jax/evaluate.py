@@ -16,10 +16,21 @@ import tqdm
 from jax.experimental import multihost_utils
 from scipy.special import gammaln
 
-from diffusion_jax import checkpoint, from_config, images, inception, likelihood, metrics, quality, sample, schedule
+from diffusion_jax import (
+    checkpoint,
+    from_config,
+    images,
+    inception,
+    likelihood,
+    metrics,
+    monitor,
+    quality,
+    sample,
+    schedule,
+)
 from diffusion_jax.errors import UserError
-
-NEAREST = 8  # pairs of the picture of nearest training images
+from diffusion_jax.report import report
+from diffusion_jax.show import show
 
 
 def evaluate(
@@ -71,6 +82,9 @@ def evaluate(
         (folder / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
         (folder / "evaluation.md").write_text(markdown(result))
         print(markdown(result) + f"\n{folder / 'evaluation.json'}")
+    show(workdir, "progressive", seed, str(folder / "progressive.png"))
+    if main:
+        report(workdir)
     return result
 
 
@@ -284,11 +298,8 @@ def _nearest(generated, datasets, folder):
         of_test, _ = metrics.nearest(others[0], train)
         found["nearest_training_image"]["median_of_held_out"] = float(np.median(of_test))
     if jax.process_index() == 0:
-        closest = np.argsort(distance)[:NEAREST]
-        first = next(iter(datasets.values()))
-        pairs = np.stack([generated[closest], first[index[closest]]]).reshape(-1, *generated.shape[1:])
-        labels = [f"{distance[i]:.2f}" for i in closest]
-        images.save_png(folder / "nearest.png", images.labelled(pairs, ["sample", "nearest"], labels))
+        neighbours = next(iter(datasets.values()))[index]
+        images.save_png(folder / "nearest.png", monitor.nearest_pairs(generated, neighbours, distance))
     return found
 
 

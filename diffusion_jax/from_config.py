@@ -227,7 +227,14 @@ _IDENTITY = (
     *("data.source", "data.path", "data.split", "data.image_size", "data.channels", "data.crop"),
     *("schedule.", "model."),
 )
-_AT_LEAST_0 = ("seed", "data.crop", "train.warmup_steps", "train.max_bad_steps", "train.sample_every")
+_AT_LEAST_0 = (
+    "seed",
+    "data.crop",
+    "train.warmup_steps",
+    "train.max_bad_steps",
+    "train.sample_every",
+    "train.evaluate_every",
+)
 
 
 def _need(config, key, holds, wanted):

@@ -23,6 +23,7 @@ class MetricsLog:
     def __init__(self, workdir: epath.Path, start: int, every: int):
         self._every = every
         self._steps = []
+        self._loss = np.nan  # the last
         self._path = workdir / "metrics.jsonl"
         self._lines = self._kept(start)
         # A bucket's files cannot grow: they are written anew, and the events by way of a local folder.
@@ -48,13 +49,23 @@ class MetricsLog:
           The line that was written, or None between the lines.
         """
         self._steps.append(metrics)
+        self._loss = metrics["loss"]
         if step % self._every:
             return None
         seconds = (time.monotonic() - self._time) / len(self._steps)
         line = {"step": step} | {name: _mean([m[name] for m in self._steps]) for name in metrics}
         line |= {"steps_per_second": 1 / seconds, "images_per_second": batch_size / seconds}
         self._steps.clear()
+        self._write_or_say(line)
         self._time = time.monotonic()
+        return line
+
+    def add_seen(self, step: int, seen: dict[str, float], seconds: float) -> None:
+        """Writes a line of its own of what was measured after `step`, in a time that does not count as training's."""
+        self._write_or_say({"step": step, "loss": _mean([self._loss])} | seen)
+        self._time += seconds
+
+    def _write_or_say(self, line):
         try:
             self._write(line)
         except OSError as error:
@@ -62,7 +73,6 @@ class MetricsLog:
                 f"{self._path} or the events beside it cannot be written ({error}): make room or mend the rights; the "
                 "same command goes on from the last checkpoint"
             ) from error
-        return line
 
     def _write(self, line):
         text = json.dumps(line) + "\n"

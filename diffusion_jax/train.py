@@ -4,6 +4,7 @@ import collections
 import contextlib
 import math
 import sys
+import time
 from collections.abc import Callable
 
 import jax
@@ -18,6 +19,7 @@ from ml_collections import ConfigDict
 from diffusion_jax import checkpoint, data, from_config, hosts, images
 from diffusion_jax.errors import UserError
 from diffusion_jax.log import MetricsLog
+from diffusion_jax.monitor import Monitor
 from diffusion_jax.schedule import Schedule
 from diffusion_jax.state import TrainState, abstract_state, init_state, replicate
 
@@ -153,6 +155,7 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
         from_config.t_probabilities(config),
     )
     sample_fn = from_config.sample_fn(config)
+    monitor = Monitor(config, dataset_images) if config.train.evaluate_every else None
     learning_rate = from_config.learning_rate(config)
     local = (jax.local_device_count(), config.train.batch_size // devices)
     indices = (jax.process_index() + processes * np.arange(math.prod(local))).reshape(local)
@@ -196,9 +199,16 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
                 checkpoint.check(manager)
 
                 draws = config.train.sample_every and step % config.train.sample_every == 0
+                looks = monitor and step % config.train.evaluate_every == 0
                 signum = signals.agreed(manager, step)
                 # Drawing takes a while: whoever is stopped meanwhile has lost nothing.
-                if step % config.train.checkpoint_every == 0 or step == config.train.num_steps or draws or signum:
+                if (
+                    step % config.train.checkpoint_every == 0
+                    or step == config.train.num_steps
+                    or draws
+                    or looks
+                    or signum
+                ):
                     while pending:
                         record()
                     checkpoint.save(manager, step, state)
@@ -207,6 +217,11 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
                     raise hosts.Stopped(
                         f"stopped by a signal after step {step}, which is saved: the same command goes on", signum
                     )
+                if looks:
+                    began = time.monotonic()
+                    seen = monitor(jax.device_get(state.ema_params), step, workdir, main)
+                    if main:
+                        log.add_seen(step, seen, time.monotonic() - began)
                 if draws:
                     _draw(sample_fn, state, config.seed, workdir, main)
 

@@ -176,6 +176,32 @@ def test_t_is_drawn_as_often_as_told():
     assert gradient(p) == pytest.approx(2.5, abs=0.05)
 
 
+def test_what_training_looks_at_every_so_often(tmp_path):
+    """Held-out loss, samples and copies, in lines of their own; the run is the same as without."""
+    split = {"data__split": "train[:200]", "data__test_split": "train[200:230]"}
+    quiet = run(tmp_path / "quiet", **split)
+    looked = run(tmp_path / "looked", train__evaluate_every=2, **split)
+    jax.tree.map(np.testing.assert_array_equal, looked, quiet)
+    own = [line for line in lines(tmp_path / "looked") if "frechet_pixels" in line]
+    assert [line["step"] for line in own] == [2, 4, 6]
+    others = [line["loss"] for line in lines(tmp_path / "looked") if "frechet_pixels" not in line]
+    assert others == [line["loss"] for line in lines(tmp_path / "quiet")]
+    assert own[-1]["loss"] == others[-1]
+    assert (tmp_path / "looked" / "samples" / "nearest-6.png").exists()
+
+    config = sample.read_config(tmp_path / "looked")
+    config.data.split = "train[200:230]"
+    x_0 = from_config.images(config)[:].astype(np.float32) / 127.5 - 1
+    t = 1 + np.arange(30) * 20 // 30
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), np.arange(30))
+    network = from_config.network(config)
+    loss = losses.with_noise(losses.simple_loss, 1)(
+        lambda x, t: network({"params": looked.ema_params}, x, t), from_config.schedule(config), x_0, t, keys
+    )
+    assert own[-1]["held_out_loss"] == pytest.approx(float(loss.mean()), rel=1e-5)
+    assert own[-1]["held_out_loss_t4"] == pytest.approx(float(loss[t > 15].mean()), rel=1e-5)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path):
     run(tmp_path, train__num_steps=3)
     with pytest.raises(FloatingPointError, match=r"param_norm is inf at step 4; .* of step 3"):
