@@ -1,6 +1,8 @@
 """Every test runs on 4 CPU devices; silent broadcasting between ranks is an error."""
 
+import atexit
 import os
+import shutil
 import tempfile
 
 import jax
@@ -12,9 +14,11 @@ from diffusion_jax import schedule
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Most tests compile the same few programs: once is enough.
-CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR") or tempfile.mkdtemp(prefix="diffusion_jax_tests_")
-jax.config.update("jax_compilation_cache_dir", CACHE)
+# Most tests compile the same few programs: once is enough, for all workers, which inherit the variable.
+if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="diffusion_jax_tests_")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 

@@ -367,8 +367,12 @@ def devices(failures):
         largest = max(largest, *(abs(found[step]["loss"] - expected[step]["loss"]) for step in expected))
     if largest > 1e-6:
         failures.append(f"devices: losses differ by {largest}")
-    grey = _samples_of_processes(workdir, failures)
-    return {"largest difference of a loss": largest, "of a sample of 2 processes to 1, in grey levels": grey}
+    grey, bits = _samples_of_processes(workdir, failures), _evaluation_of_processes(workdir, failures)
+    return {
+        "largest difference of a loss": largest,
+        "of a sample of 2 processes to 1, in grey levels": grey,
+        "of bits/dim of 2 processes to 1": bits,
+    }
 
 
 def _samples_of_processes(workdir, failures):
@@ -385,6 +389,26 @@ def _samples_of_processes(workdir, failures):
     difference = int(abs(found[0] - found[1]).max())
     if difference > 1 or found[0].shape != found[1].shape:
         failures.append(f"devices: samples differ by {difference}")
+    return difference
+
+
+def _evaluation_of_processes(workdir, failures):
+    """--mode=evaluate in one and in two processes: the largest difference of bits/dim and of a distance."""
+    found, samples = [], pathlib.Path(WORKDIR.value) / "samples-1.npz"
+    for processes in (1, 2):
+        extra = ["--mode=evaluate", "--num=21", f"--samples={samples}"]
+        for process in together(workdir, processes, 2, extra=extra):
+            code, output = finish(process)
+            if code != 0:
+                failures.append(f"devices: evaluating in {processes}: exit code {code}, {output[-500:]}")
+                return None
+        (folder,) = (workdir / "evaluation").iterdir()
+        result = json.loads((folder / "evaluation.json").read_text())
+        found.append((result["splits"]["train"]["bits_per_dim"], result["samples"]["frechet"]))
+        shutil.rmtree(workdir / "evaluation")
+    difference = max(abs(a - b) for a, b in zip(*found, strict=True))
+    if difference > 1e-5:
+        failures.append(f"devices: evaluations differ by {difference}")
     return difference
 
 
