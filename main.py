@@ -6,6 +6,7 @@ python main.py --mode=sample --workdir=runs/digits --num=64 --seed=0 --out=sampl
 python main.py --mode=sample --workdir=runs/digits --show=interpolation
 python main.py --mode=evaluate --workdir=runs/digits --samples=samples.npz
 python main.py --mode=report --workdir=runs/digits
+python main.py --mode=audit --config=configs/celeba.py   (departures from Ho et al.)
 python main.py --mode=export --workdir=runs/digits --out=sampler.npz
 """
 
@@ -18,6 +19,7 @@ from ml_collections import config_flags
 
 from configs import default
 from diffusion_jax import from_config, hosts
+from diffusion_jax.audit import audit
 from diffusion_jax.errors import UserError, one_line
 from diffusion_jax.evaluate import evaluate
 from diffusion_jax.prepare import prepare
@@ -28,7 +30,9 @@ from diffusion_jax.train import train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "config file, see configs/ (to train or to prepare)")
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: config, checkpoints, metrics, samples")
-MODE = flags.DEFINE_enum("mode", "train", ["train", "prepare", "sample", "export", "evaluate", "report"], "what to do")
+MODE = flags.DEFINE_enum(
+    "mode", "train", ["train", "prepare", "sample", "export", "evaluate", "report", "audit"], "what to do"
+)
 NUM = flags.DEFINE_integer("num", None, "images to sample, default 64; rows of a --show")
 SEED = flags.DEFINE_integer("seed", 0, "of the samples")
 SAMPLER = flags.DEFINE_enum("sampler", None, ["ancestral", "ddim", "dpmpp_2m"], "default: the config's")
@@ -75,14 +79,17 @@ def run(argv: list[str]) -> None:
     if argv[1:]:
         raise UserError(f"{argv[1]!r} is no flag: flags start with --")
     mode = MODE.value
-    if WORKDIR.value is None and mode != "prepare":
+    if WORKDIR.value is None and mode not in ("prepare", "audit"):
         raise UserError("--workdir is missing: give the folder of the run")
-    if mode in ("train", "prepare"):
+    if mode in ("train", "prepare", "audit"):
         if CONFIG.value is None:
             raise UserError("--config is missing: give a config file, e.g. --config=configs/digits.py")
         from_config.check(CONFIG.value, default.get_config())
     if mode == "prepare":
         prepare(CONFIG.value)
+        return
+    if mode == "audit":
+        audit(CONFIG.value, OUT.value)
         return
     if mode == "report":
         report(WORKDIR.value, OUT.value)

@@ -46,6 +46,10 @@ def _of_config(config, new, files):
         "unknown sigma": (config("sampling.sigma", "large"), r"sampling\.sigma='large' must be one of zero"),
         "unknown dtype": (config("model.dtype", "float16"), r"model\.dtype='float16' must be one of float32"),
         "two channels": (config("data.channels", 2), r"data\.channels=2 must be one of 1, 3"),
+        "importance without the bound": (
+            config("train.t_sampling", "importance"),
+            r"'importance' must be 'uniform' unless config\.train\.loss='vlb'",
+        ),
         "no batch": (config("train.batch_size", 0), r"train\.batch_size=0 must be"),
         "batch and devices": (
             config("train.batch_size", 6),
@@ -139,6 +143,25 @@ def _of_workdir(command, run, files):
         "no checkpoint yet": (["--mode=sample", f"--workdir={files / 'no-checkpoint'}"], r"holds no checkpoint yet"),
         "nothing to sample": (["--mode=sample", f"--workdir={files / 'empty'}"], r"holds no run"),
         "no such format": (["--mode=sample", f"--workdir={run}", "--out=x.gif"], r"--out=x\.gif must end in \.png"),
+        "nothing to evaluate": (["--mode=evaluate", f"--workdir={files / 'empty'}"], r"holds no run"),
+        "no report": (["--mode=report", f"--workdir={files / 'empty'}"], r"holds no run"),
+        "no such split": (
+            ["--mode=evaluate", f"--workdir={run}", "--splits=test"],
+            r"split='test': the digits have the split 'train' alone",
+        ),
+        "no samples to judge": (
+            ["--mode=evaluate", f"--workdir={run}", f"--samples={files / 'text.txt'}"],
+            r"--samples=.*text\.txt holds no samples",
+        ),
+        "no Inception": (
+            ["--mode=evaluate", f"--workdir={run}", f"--inception={files / 'text.txt'}"],
+            r"text\.txt holds no Inception weights",
+        ),
+        "no such show": (["--mode=sample", f"--workdir={run}", "--show=dance"], r"--show=dance"),
+        "a show's ending": (
+            ["--mode=sample", f"--workdir={run}", "--show=animation", "--out=x.png"],
+            r"--out=x\.png must end in \.gif or \.webp",
+        ),
         "no samples": (["--mode=sample", f"--workdir={run}", "--num=0"], r"--num=0 must be at least 1"),
     }
 

@@ -1,0 +1,157 @@
+"""How a configuration departs from Ho et al.'s (2020): every setting beside theirs."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from diffusion_jax import from_config
+from diffusion_jax.schedule import ho_linear
+from diffusion_jax.state import abstract_state
+
+# Appendix B and the published code: CIFAR-10, and CelebA-HQ and LSUN at 256×256. What is the same in both stands once.
+_BOTH = {
+    "channels": 128,
+    "residual blocks per level": 2,
+    "heights of the levels with attention": [16],
+    "attention blocks (down, middle, up)": [2, 1, 3],
+    "groups of GroupNorm": [32],
+    "step that the network sees for t": "t - 1",
+    "prediction": "eps_bar",
+    "initial weights of conv_out nearly 0": True,
+    "T": 1000,
+    "beta² of the first step": 1e-4,
+    "beta² of the last step": 0.02,
+    "alpha_bar of the last step": round(float(ho_linear().alpha_bar[-1]), 6),
+    "beta² linear in t": True,
+    "clip of the predicted x_0 when sampling": True,
+    "sampler": "ancestral, all steps",
+    "loss": "simple, t uniform",
+    "Adam's learning rate": 2e-4,
+    "warm-up, steps": 5000,
+    "EMA decay": 0.9999,
+    "largest norm of the gradient": 1.0,
+    "random flips": True,
+    "dtype of the computation": "float32",
+}
+_PAPER = {
+    32: _BOTH
+    | {
+        "parameters": 35_746_307,
+        "channels of the levels": [1, 2, 2, 2],
+        "dropout": 0.1,
+        "sigma": "beta",
+        "batch size": 128,
+        "training steps": [800_000],
+    },
+    256: _BOTH
+    | {
+        "parameters": 113_673_219,
+        "channels of the levels": [1, 1, 2, 2, 4, 4],
+        "dropout": 0.0,
+        "sigma": "posterior",
+        "Adam's learning rate": 2e-5,
+        "batch size": 64,
+        "training steps": [500_000, 1_200_000, 1_800_000, 2_400_000],  # CelebA-HQ, church, cat, bedroom
+    },
+}
+
+
+def audit(config, out: str | None = None) -> list[tuple[str, object, object, bool]]:
+    """Prints the settings of a config beside Ho et al.'s for the nearer of 32×32 and 256×256, departures marked.
+
+    Args:
+      out: a file for the table, Markdown; None: none.
+
+    Returns:
+      [(setting, ours, theirs, whether they agree)]. Of these, parameters, attention blocks, groups and the initial
+      scale are read off the network that the config makes, alpha_bar and beta off its schedule.
+    """
+    size = 32 if config.data.image_size <= 96 else 256
+    ours, theirs = settings(config), _PAPER[size]
+    rows = [(name, ours[name], theirs[name], _agree(name, ours[name], theirs[name])) for name in ours]
+    departures = sum(not agree for *_, agree in rows)
+    text = "\n".join(
+        [
+            f"| setting | this config | Ho et al. (2020), {size}×{size} | |",
+            "| --- | --- | --- | --- |",
+            *(f"| {name} | {_text(a)} | {_text(b)} | {'' if agree else '**departs**'} |" for name, a, b, agree in rows),
+            "",
+            f"{departures} of {len(rows)} settings depart from Ho et al.'s.",
+        ]
+    )
+    print(text)
+    if out:
+        epath.Path(out).write_text(text + "\n")
+    return rows
+
+
+def settings(config) -> dict:
+    """What `audit` compares, of a config."""
+    params = abstract_state(config).params
+    num_levels = len(config.model.multipliers)
+    heights = [config.data.image_size >> level for level in range(num_levels)]
+    widths = [config.model.channels * multiplier for multiplier in config.model.multipliers]
+    s = from_config.schedule(config)
+    beta_squared = np.asarray(s.beta[1:], np.float64) ** 2
+    steps = config.sampling.steps or config.schedule.num_steps
+    return {
+        "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(params)),
+        "channels": config.model.channels,
+        "channels of the levels": list(config.model.multipliers),
+        "residual blocks per level": config.model.num_res_blocks,
+        "heights of the levels with attention": [h for h in heights if h in tuple(config.model.attention_resolutions)],
+        "attention blocks (down, middle, up)": [
+            sum(bool(re.match(rf"{part}\w*_attn_\d+$", name)) for name in params) for part in ("down", "mid", "up")
+        ],
+        "groups of GroupNorm": sorted({math.gcd(config.model.num_groups, width) for width in widths}),
+        "dropout": config.model.dropout,
+        "step that the network sees for t": "t - 1",  # by the code of `unet`, for every config
+        "prediction": config.model.prediction,
+        "initial weights of conv_out nearly 0": _largest_of_conv_out(config) < 1e-4,
+        "T": config.schedule.num_steps,
+        "beta² of the first step": float(f"{beta_squared[0]:.6g}"),
+        "beta² of the last step": float(f"{beta_squared[-1]:.6g}"),
+        "alpha_bar of the last step": round(float(s.alpha_bar[-1]), 6),
+        "beta² linear in t": bool(np.ptp(np.diff(beta_squared)) < 1e-6) if len(beta_squared) > 2 else True,
+        "sigma": config.sampling.sigma,
+        "clip of the predicted x_0 when sampling": config.sampling.clip,
+        "sampler": f"{config.sampling.sampler}, {'all' if steps == config.schedule.num_steps else steps} steps",
+        "loss": f"{config.train.loss}, t {'uniform' if config.train.t_sampling == 'uniform' else 'by importance'}",
+        "Adam's learning rate": config.train.learning_rate,
+        "warm-up, steps": config.train.warmup_steps,
+        "EMA decay": config.train.ema_decay,
+        "largest norm of the gradient": config.train.grad_clip,
+        "batch size": config.train.batch_size,
+        "training steps": config.train.num_steps,
+        "random flips": config.data.flip,
+        "dtype of the computation": config.model.dtype,
+    }
+
+
+def _largest_of_conv_out(config) -> float:
+    """Of the initial kernel; XLA drops the rest of the network."""
+    model, x = from_config.model(config), jnp.zeros((1, *from_config.image_shape(config)))
+
+    def largest():
+        params = model.init(jax.random.key(config.seed), x, jnp.ones(1, jnp.int32))["params"]
+        return jnp.max(jnp.abs(params["conv_out"]["kernel"]))
+
+    return float(jax.jit(largest)())
+
+
+def _agree(name, ours, theirs):
+    if name == "training steps":
+        return ours in theirs
+    if name == "alpha_bar of the last step":
+        return abs(ours - theirs) < 1e-6
+    return ours == theirs
+
+
+def _text(value):
+    if isinstance(value, list):
+        return ", ".join(map(_text, value))
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
