@@ -19,26 +19,21 @@ from ml_collections import config_flags
 
 from configs import default
 from diffusion_jax import from_config, hosts
-from diffusion_jax.audit import audit
 from diffusion_jax.errors import UserError, one_line
-from diffusion_jax.evaluate import evaluate
-from diffusion_jax.prepare import prepare
-from diffusion_jax.report import report
-from diffusion_jax.sample import export_sampler, sample
-from diffusion_jax.show import SHOWS, show
-from diffusion_jax.train import train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "config file, see configs/ (to train or to prepare)")
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: config, checkpoints, metrics, samples")
-MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "prepare", "sample", "export", "evaluate", "report", "audit"], "what to do"
-)
 NUM = flags.DEFINE_integer("num", None, "images to sample, default 64; rows of a --show")
 SEED = flags.DEFINE_integer("seed", 0, "of the samples")
 SAMPLER = flags.DEFINE_enum("sampler", None, ["ancestral", "ddim", "dpmpp_2m"], "default: the config's")
 STEPS = flags.DEFINE_integer("steps", None, "of the sampler; default: the config's")
 ETA = flags.DEFINE_float("eta", None, "noise of ddim; default: the config's")
-SHOW = flags.DEFINE_enum("show", None, list(SHOWS), "with --mode=sample: a picture of what the model can do")
+SHOW = flags.DEFINE_enum(
+    "show",
+    None,
+    ["interpolation", "progressive", "variations", "inpainting", "animation"],
+    "with --mode=sample: a picture of what the model can do",
+)
 IMAGES = flags.DEFINE_string("images", "", "of --show=interpolation or inpainting: a folder or zip; default: the run's")
 SPLITS = flags.DEFINE_list("splits", [], "to evaluate; default: config.data.split and config.data.test_split")
 SAMPLES = flags.DEFINE_string("samples", "", "of --mode=evaluate: what --mode=sample has written, to be judged too")
@@ -56,6 +51,80 @@ COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of process 0; Cl
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", 1, "with --coordinator: how many processes")
 PROCESS_ID = flags.DEFINE_integer("process_id", 0, "with --coordinator: which of them this is")
 DEBUG = flags.DEFINE_bool("debug", False, "show the traceback of an error")
+
+
+# Each mode imports what it needs: a start without SciPy, scikit-learn and the like takes half the time.
+
+
+def _train():
+    from diffusion_jax.train import train
+
+    train(CONFIG.value, WORKDIR.value)
+
+
+def _prepare():
+    from diffusion_jax.prepare import prepare
+
+    prepare(CONFIG.value)
+
+
+def _sample():
+    from diffusion_jax.sample import sample
+
+    if SHOW.value:
+        _show()
+        return
+    sample(WORKDIR.value, 64 if NUM.value is None else NUM.value, SEED.value, OUT.value or "samples.png", **_how())
+
+
+def _show():
+    from diffusion_jax.show import show
+
+    if given := [f"--{name}" for name, value in _how().items() if value is not None]:
+        raise UserError(f"{given[0]} does not go with --show, which takes all steps of the ancestral sampler")
+    out = OUT.value or f"{SHOW.value}.{'gif' if SHOW.value == 'animation' else 'png'}"
+    show(WORKDIR.value, SHOW.value, SEED.value, out, NUM.value, IMAGES.value)
+
+
+def _export():
+    from diffusion_jax.sample import export_sampler
+
+    export_sampler(WORKDIR.value, OUT.value or "sampler.npz", **_how())
+
+
+def _evaluate():
+    from diffusion_jax.evaluate import evaluate
+
+    what = {"samples": SAMPLES.value, "inception_path": INCEPTION.value, "reference": REFERENCE.value}
+    evaluate(WORKDIR.value, seed=SEED.value, num=NUM.value, splits=tuple(SPLITS.value), **what)
+
+
+def _report():
+    from diffusion_jax.report import report
+
+    report(WORKDIR.value, OUT.value)
+
+
+def _audit():
+    from diffusion_jax.audit import audit
+
+    audit(CONFIG.value, OUT.value)
+
+
+def _how():
+    return {"sampler": SAMPLER.value, "steps": STEPS.value, "eta": ETA.value}
+
+
+_MODES = {
+    "train": _train,
+    "prepare": _prepare,
+    "sample": _sample,
+    "export": _export,
+    "evaluate": _evaluate,
+    "report": _report,
+    "audit": _audit,
+}
+MODE = flags.DEFINE_enum("mode", "train", list(_MODES), "what to do")
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -85,31 +154,9 @@ def run(argv: list[str]) -> None:
         if CONFIG.value is None:
             raise UserError("--config is missing: give a config file, e.g. --config=configs/digits.py")
         from_config.check(CONFIG.value, default.get_config())
-    if mode == "prepare":
-        prepare(CONFIG.value)
-        return
-    if mode == "audit":
-        audit(CONFIG.value, OUT.value)
-        return
-    if mode == "report":
-        report(WORKDIR.value, OUT.value)
-        return
-    hosts.initialize(PLATFORM.value, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-    how = {"sampler": SAMPLER.value, "steps": STEPS.value, "eta": ETA.value}
-    if mode == "export":
-        export_sampler(WORKDIR.value, OUT.value or "sampler.npz", **how)
-    elif mode == "evaluate":
-        what = {"samples": SAMPLES.value, "inception_path": INCEPTION.value, "reference": REFERENCE.value}
-        evaluate(WORKDIR.value, seed=SEED.value, num=NUM.value, splits=tuple(SPLITS.value), **what)
-    elif mode == "sample" and SHOW.value:
-        if given := [f"--{name}" for name, value in how.items() if value is not None]:
-            raise UserError(f"{given[0]} does not go with --show, which takes all steps of the ancestral sampler")
-        out = OUT.value or f"{SHOW.value}.{'gif' if SHOW.value == 'animation' else 'png'}"
-        show(WORKDIR.value, SHOW.value, SEED.value, out, NUM.value, IMAGES.value)
-    elif mode == "sample":
-        sample(WORKDIR.value, 64 if NUM.value is None else NUM.value, SEED.value, OUT.value or "samples.png", **how)
-    else:
-        train(CONFIG.value, WORKDIR.value)
+    if mode not in ("prepare", "audit", "report"):  # which need no device
+        hosts.initialize(PLATFORM.value, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    _MODES[mode]()
 
 
 def _silence_libraries():

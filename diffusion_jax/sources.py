@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-import sklearn.datasets
 from PIL import Image, ImageOps  # noqa: TID251 (decodes the images)
 
 from diffusion_jax.errors import UserError, one_line
@@ -118,11 +117,18 @@ def digits(split: str = "train") -> Source:
     """The 1,797 handwritten digits, 8×8, that scikit-learn ships."""
     if split != "train":
         raise UserError(f"config.data.split={split!r}: the digits have the split 'train' alone")
-    found = sklearn.datasets.load_digits()  # 0..16
-    images = np.rint(found.images * 255 / 16).astype(np.uint8)[..., None]
     return Source(
-        "digits", "scikit-learn", len(images), "digit {}".format, images.__getitem__, found.target.__getitem__
+        "digits", "scikit-learn", 1797, "digit {}".format, lambda i: _digits()[0][i], lambda i: _digits()[1][i]
     )
+
+
+@functools.cache
+def _digits():
+    """(uint8 [1797, 8, 8, 1], labels [1797]); only here is scikit-learn imported, which takes a second."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()  # 0..16
+    return np.rint(found.images * 255 / 16).astype(np.uint8)[..., None], found.target
 
 
 def files(file: Path, split: str = "train") -> Source:

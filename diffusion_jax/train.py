@@ -19,7 +19,6 @@ from ml_collections import ConfigDict
 from diffusion_jax import checkpoint, data, from_config, hosts, images
 from diffusion_jax.errors import UserError
 from diffusion_jax.log import MetricsLog
-from diffusion_jax.monitor import Monitor
 from diffusion_jax.schedule import Schedule
 from diffusion_jax.state import TrainState, abstract_state, init_state, replicate
 
@@ -155,7 +154,7 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
         from_config.t_probabilities(config),
     )
     sample_fn = from_config.sample_fn(config)
-    monitor = Monitor(config, dataset_images) if config.train.evaluate_every else None
+    monitor = _monitor(config, dataset_images) if config.train.evaluate_every else None
     learning_rate = from_config.learning_rate(config)
     local = (jax.local_device_count(), config.train.batch_size // devices)
     indices = (jax.process_index() + processes * np.arange(math.prod(local))).reshape(local)
@@ -251,6 +250,12 @@ def _draw(sample_fn, state, seed, workdir, main):
         if main:
             images.save_png(path, images.grid(images.to_uint8(x)))
     return path
+
+
+def _monitor(config, dataset_images):
+    from diffusion_jax.monitor import Monitor  # imports SciPy and scikit-learn, which takes a second
+
+    return Monitor(config, dataset_images)
 
 
 def _progress(config, start):
