@@ -32,6 +32,8 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.report import report
 from diffusion_jax.show import show
 
+MANY = 10_000  # images in memory at once, and, at most, coded by PNG and histograms
+
 
 def evaluate(
     workdir,
@@ -140,8 +142,8 @@ def _of_split(config, params, dataset, chosen, seed, partial):
         "decoder": decoder,
         "rate": total - decoder,
         "distortion": 127.5 * math.sqrt(squared_error),
-        "histogram_bits_per_dim": histogram_bits(dataset[chosen]),
-        "png_bits_per_dim": png_bits(dataset[chosen]),
+        "histogram_bits_per_dim": histogram_bits(dataset[chosen[:MANY]]),
+        "png_bits_per_dim": png_bits(dataset[chosen[:MANY]]),
         "loss": float(losses.mean()),
         "loss_by_t": {"t": ts, "loss": _short(losses)},
         "rate_distortion": {"t": ts, "rate": _short(rate), "distortion": _short(distortion)},
@@ -290,17 +292,25 @@ def _of_samples(config, generated, path, datasets, extractor, saved, seed, folde
 
 def _nearest(generated, datasets, folder):
     """How far samples are from their nearest training image; of a held-out split the same, as a yardstick."""
-    train, *others = (quality.pixels(dataset[:]) for dataset in datasets.values())
-    x = quality.pixels(generated)
-    distance, index = metrics.nearest(x, train)
+    train, *others = datasets.values()
+    distance, index = _nearest_in(train, quality.pixels(generated))
     found = {"nearest_training_image": {"median": float(np.median(distance)), "least": float(distance.min())}}
     if others:
-        of_test, _ = metrics.nearest(others[0], train)
-        found["nearest_training_image"]["median_of_held_out"] = float(np.median(of_test))
+        held_out, _ = _nearest_in(train, quality.pixels(others[0][:MANY]))
+        found["nearest_training_image"]["median_of_held_out"] = float(np.median(held_out))
     if jax.process_index() == 0:
-        neighbours = next(iter(datasets.values()))[index]
-        images.save_png(folder / "nearest.png", monitor.nearest_pairs(generated, neighbours, distance))
+        images.save_png(folder / "nearest.png", monitor.nearest_pairs(generated, train, index, distance))
     return found
+
+
+def _nearest_in(dataset, x):
+    """`metrics.nearest` of pixels, a part of the data set in memory at a time."""
+    distance, index = np.full(len(x), np.inf), np.zeros(len(x), int)
+    for first in range(0, len(dataset), MANY):
+        found, at = metrics.nearest(x, quality.pixels(dataset[first : first + MANY]))
+        index = np.where(found < distance, first + at, index)
+        distance = np.minimum(found, distance)
+    return distance, index
 
 
 # ---------------------------------------------------------------- for people

@@ -62,7 +62,7 @@ class Monitor:
         found["nearest_training_image"] = float(np.median(distance))
         if main:
             path = workdir / "samples" / f"nearest-{step}.png"
-            images.save_png(path, nearest_pairs(generated, self._train[index], distance))
+            images.save_png(path, nearest_pairs(generated, self._train, index, distance))
         return found
 
     def _loss_by_quarter(self, params):
@@ -76,15 +76,15 @@ class Monitor:
         return {"held_out_loss": float(each.mean())} | by_quarter
 
 
-def nearest_pairs(generated, neighbours, distance) -> np.ndarray:
-    """A labelled picture of the samples that are closest to an image of the training set, and these.
+def nearest_pairs(generated, train, index, distance) -> np.ndarray:
+    """A labelled picture of the samples that are closest to a training image, and these.
 
     Args:
-      generated, neighbours: uint8 [n, H, W, C], row i of the one nearest to row i of the other.
-      distance: [n] between them.
+      generated: uint8 [n, H, W, C].
+      train: the training images; index: int [n], of the one nearest to each sample; distance: [n].
     """
     closest = np.argsort(distance)[:SHOWN]
-    pairs = np.concatenate([generated[closest], neighbours[closest]])
+    pairs = np.concatenate([generated[closest], train[index[closest]]])
     return images.labelled(pairs, ["sample", "nearest"], [f"{distance[i]:.2f}" for i in closest])
 
 

@@ -15,6 +15,7 @@ from diffusion_jax import metrics
 from diffusion_jax.errors import UserError
 
 MAX_FEATURES = 4096  # of a covariance: 134 MB
+MANIFOLD = 10_000  # rows, at most, whose neighbours are looked for: the usual number, and already 10^8 pairs
 _BATCH = 256  # images whose features are computed at once
 _COMPARABLE = ("features", "checksum", "image_size", "channels", "resize")  # where protocols must agree
 
@@ -129,11 +130,11 @@ def compare(samples, reference, features: Callable, seed: int = 0) -> dict:
     Returns:
       {"frechet": …, "frechet_95": [low, high], "frechet_extrapolated": [value, standard error] or None where
       there are too few images, "frechet_floor": of one half of the reference to the other,
-      "kernel_distance": [mean, standard error], "precision", "recall", "density", "coverage",
-      "sliced_wasserstein": …}
+      "kernel_distance": [mean, standard error], "precision", "recall", "density", "coverage"
+      among "neighbours_among": [n of the reference, n of samples], "sliced_wasserstein": …}
     """
+    _check_dimension(next(_batches(samples, features)).shape[1], min(len(samples), len(reference)))
     x, y = (extracted(images, features).astype(np.float64) for images in (samples, reference))
-    _check_dimension(x.shape[1], min(len(x), len(y)))
     rng = np.random.default_rng(seed)
     half = rng.permutation(len(y))
     result = {"frechet": metrics.frechet_of_features(x, y)}
@@ -143,7 +144,8 @@ def compare(samples, reference, features: Callable, seed: int = 0) -> dict:
     result["frechet_floor"] = metrics.frechet_of_features(y[half[::2]], y[half[1::2]])
     size = min(1000, len(x), len(y))
     result["kernel_distance"] = list(metrics.kernel_distance(x, y, rng, subset_size=size))
-    result |= metrics.precision_recall(y, x)._asdict()
+    few = [rows[rng.permutation(len(rows))[:MANIFOLD]] for rows in (y, x)]
+    result |= metrics.precision_recall(*few)._asdict() | {"neighbours_among": [len(rows) for rows in few]}
     result["sliced_wasserstein"] = metrics.sliced_wasserstein(x, y, rng)
     return result
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import jax
+import pytest
 
 import diffusion_jax
 from tools import mutate
@@ -18,6 +19,7 @@ def test_every_mutant_can_be_planted():
         assert before != after
 
 
+@pytest.mark.slow
 def test_a_short_torture(tmp_path):
     """A few kills, a restore that forgets, 2 processes with 2 devices: the long one is run by hand."""
     sections = "--only=kills,mutants,devices"
