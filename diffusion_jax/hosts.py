@@ -13,6 +13,8 @@ from jax.experimental import multihost_utils
 
 from diffusion_jax.errors import UserError, one_line
 
+COMPILED = epath.Path("~/.cache/diffusion_jax/compiled")  # programs, for the next start
+
 # A dead peer is noticed after this time, and the others end.
 _HEARTBEAT_SECONDS = 20
 
@@ -26,7 +28,9 @@ class Stopped(Exception):
 
 
 def initialize(platform: str = "", coordinator: str = "", num_processes: int = 1, process_id: int = 0) -> None:
-    """Chooses the platform and joins the other processes. Call it before anything touches a device.
+    """Chooses the platform, keeps compiled programs in COMPILED, joins the other processes.
+
+    Call it before anything touches a device.
 
     Args:
       platform: "tpu", "gpu", "cpu", or "" for the best that there is.
@@ -37,6 +41,8 @@ def initialize(platform: str = "", coordinator: str = "", num_processes: int = 1
     Raises:
       UserError: no such device, or the processes do not find each other.
     """
+    if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR sets another
+        jax.config.update("jax_compilation_cache_dir", str(COMPILED.expanduser()))
     if platform:
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(platform, platform))
     if coordinator and not 0 <= process_id < num_processes:

@@ -113,6 +113,7 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
       FloatingPointError: too many losses or gradients in a row that are not finite.
       hosts.Stopped: told to by a signal, after saving.
     """
+    began = time.monotonic()
     # ------------------------------------------------------------ what can be refused is refused first
     devices, processes = jax.device_count(), jax.process_count()
     main = jax.process_index() == 0  # the process that writes and prints
@@ -181,6 +182,8 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
                 step, metrics = pending.popleft()
                 metrics = {name: float(value[0]) for name, value in jax.device_get(metrics).items()}
                 bad_steps = bad_steps + 1 if metrics["skipped"] else 0
+                if main and step == start + 1:
+                    bar.write(f"first step after {time.monotonic() - began:.1f} s, compiled", file=sys.stdout)
                 if bad_steps > config.train.max_bad_steps:
                     raise FloatingPointError(_not_finite(step, metrics, manager))
                 metrics["learning_rate"] = float(learning_rate(step - 1))
@@ -217,10 +220,10 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
                         f"stopped by a signal after step {step}, which is saved: the same command goes on", signum
                     )
                 if looks:
-                    began = time.monotonic()
+                    asked = time.monotonic()
                     seen = monitor(jax.device_get(state.ema_params), step, workdir, main)
                     if main:
-                        log.add_seen(step, seen, time.monotonic() - began)
+                        log.add_seen(step, seen, time.monotonic() - asked)
                 if draws:
                     _draw(sample_fn, state, config.seed, workdir, main)
 

@@ -38,6 +38,7 @@ def trained(tmp_path_factory):
     done = train(os.path.relpath(workdir, ROOT), "--config.train.num_steps=20")
     assert done.returncode == 0, done.stderr
     assert "samples: " in done.stdout
+    assert re.search(r"first step after \d+\.\d s, compiled", done.stdout)
     return workdir
 
 
