@@ -8,6 +8,8 @@ python main.py --mode=evaluate --workdir=runs/digits --samples=samples.npz
 python main.py --mode=report --workdir=runs/digits
 python main.py --mode=audit --config=configs/celeba.py   (departures from Ho et al.)
 python main.py --mode=export --workdir=runs/digits --out=sampler.npz
+python main.py --mode=export --format=diffusers --workdir=runs/digits --out=folder
+python main.py --mode=import --from=google/ddpm-celebahq-256 --workdir=runs/celebahq256
 """
 
 import logging as stdlib_logging
@@ -46,6 +48,10 @@ OUT = flags.DEFINE_string(
     None,
     "where the samples go: .png (a grid), .npz (an array) or folder/ (arrays); of --mode=export: .npz",
 )
+FORMAT = flags.DEFINE_enum(
+    "format", "jax", ["jax", "diffusers"], "of --mode=export: one file, or a folder of diffusers"
+)
+FROM = flags.DEFINE_string("from", "", "of --mode=import: diffusers' folder, .safetensors file or repository")
 PLATFORM = flags.DEFINE_enum("platform", "", ["", "tpu", "gpu", "cpu"], "where to compute; default: the best there is")
 COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of process 0; Cloud TPU pods and Slurm know it")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", 1, "with --coordinator: how many processes")
@@ -87,9 +93,22 @@ def _show():
 
 
 def _export():
+    if FORMAT.value == "diffusers":
+        from diffusion_jax.pretrained import export_diffusers
+
+        export_diffusers(WORKDIR.value, OUT.value or "diffusers")
+        return
     from diffusion_jax.sample import export_sampler
 
     export_sampler(WORKDIR.value, OUT.value or "sampler.npz", **_how())
+
+
+def _import():
+    from diffusion_jax.pretrained import import_diffusers
+
+    if not FROM.value:
+        raise UserError("--from is missing: give a folder of diffusers, a .safetensors file, or a repository's name")
+    import_diffusers(FROM.value, WORKDIR.value, CONFIG.value or default.get_config())
 
 
 def _evaluate():
@@ -120,6 +139,7 @@ _MODES = {
     "prepare": _prepare,
     "sample": _sample,
     "export": _export,
+    "import": _import,
     "evaluate": _evaluate,
     "report": _report,
     "audit": _audit,
@@ -150,9 +170,9 @@ def run(argv: list[str]) -> None:
     mode = MODE.value
     if WORKDIR.value is None and mode not in ("prepare", "audit"):
         raise UserError("--workdir is missing: give the folder of the run")
-    if mode in ("train", "prepare", "audit"):
-        if CONFIG.value is None:
-            raise UserError("--config is missing: give a config file, e.g. --config=configs/digits.py")
+    if CONFIG.value is None and mode in ("train", "prepare", "audit"):
+        raise UserError("--config is missing: give a config file, e.g. --config=configs/digits.py")
+    if CONFIG.value is not None:
         from_config.check(CONFIG.value, default.get_config())
     if mode not in ("prepare", "audit", "report"):  # which need no device
         hosts.initialize(PLATFORM.value, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)

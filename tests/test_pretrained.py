@@ -1,0 +1,499 @@
+import json
+import pathlib
+import shutil
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+from conftest import tiny_config
+from etils import epath
+from safetensors import numpy as safetensors
+
+import diffusion_jax
+from configs import cifar10, default
+from diffusion_jax import checkpoint, from_config, pretrained, sample, state, train
+from diffusion_jax.errors import UserError
+from tools import pretrained_fixture
+from tools.pretrained_fixture import FOLDER
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+SCHEDULER = "scheduler/scheduler_config.json"
+CIFAR10 = {  # google/ddpm-cifar10-32's config.json, as of diffusers 0.0.4
+    "_class_name": "UNet2DModel",
+    "_diffusers_version": "0.0.4",
+    "act_fn": "silu",
+    "attention_head_dim": None,
+    "block_out_channels": [128, 256, 256, 256],
+    "center_input_sample": False,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "in_channels": 3,
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-6,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+    "sample_size": 32,
+    "time_embedding_type": "positional",
+    "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+}
+
+
+def load(folder):
+    return safetensors.load_file(pathlib.Path(folder) / "unet" / WEIGHTS)
+
+
+def save(folder, tensors):
+    safetensors.save_file(tensors, pathlib.Path(folder) / "unet" / WEIGHTS)
+
+
+def update(file, **keys):
+    """Keys of a JSON file; ... for one to be left out."""
+    content = json.loads(file.read_text()) | keys
+    file.write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
+
+
+def assert_same(tensors, others):
+    assert tensors.keys() == others.keys()
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(tensor, others[name], err_msg=name, strict=True)
+
+
+def assert_same_params(params, others):
+    jax.tree.map(np.testing.assert_array_equal, params, others)
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("imported") / "run"
+    pretrained.import_diffusers(str(FOLDER), str(workdir), default.get_config())
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    """A checkpoint of configs/tiny.py, drawn in no time."""
+    workdir = tmp_path_factory.mktemp("untrained")
+    config, rng = tiny_config(train__num_steps=2), np.random.default_rng(0)
+    checkpoint.write_config(workdir, config)
+    shapes = state.abstract_state(config)
+    random = jax.tree.map(lambda leaf: np.asarray(rng.normal(0, 0.1, leaf.shape)).astype(leaf.dtype), shapes)
+    with checkpoint.open_manager(workdir) as manager:
+        checkpoint.save(manager, 0, random)
+    return workdir
+
+
+def restore(workdir, config):
+    with checkpoint.open_manager(workdir, read_only=True) as manager:
+        return checkpoint.restore(manager, state.abstract_state(config))
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A copy to be changed."""
+    return shutil.copytree(FOLDER, tmp_path / "source")
+
+
+def to_params(imported, source):
+    return pretrained._to_params(sample.read_config(imported), epath.Path(source) / "unet" / WEIGHTS)
+
+
+def error(source, tmp_path, reference=None):
+    """Of the import, which is to leave no run behind."""
+    workdir = tmp_path / "refused"
+    with pytest.raises(UserError) as raised:
+        pretrained.import_diffusers(str(source), str(workdir), reference or default.get_config())
+    assert "\n" not in str(raised.value) and not (workdir / "config.json").exists()
+    return str(raised.value)
+
+
+# ---------------------------------------------------------------- against diffusers
+
+
+@pytest.mark.parametrize("outputs, scale, atol", [("unit", 1, 1e-5), ("low", pretrained_fixture.LOW_CONTRAST, 1e-4)])
+def test_the_network_is_that_of_diffusers(imported, outputs, scale, atol):
+    apply_fn, params, _ = diffusion_jax.load_network(imported)
+    with np.load(FOLDER / "outputs.npz") as file:
+        x, t, expected = file["x"], file["t"], file[outputs]
+    actual = jax.jit(apply_fn)({"params": params}, np.float32(scale) * x, t)
+    assert expected.std() > 0.1 and list(t) == [1, 500, 1000]
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=atol)
+
+
+def test_tensors_stay_bit_for_bit(imported, tmp_path):
+    pretrained.export_diffusers(str(imported), str(tmp_path / "out"))
+    assert_same(load(tmp_path / "out"), load(FOLDER))
+    pretrained.import_diffusers(str(tmp_path / "out"), str(tmp_path / "again"), default.get_config())
+    first, again = (
+        sample.ema_params(sample.read_config(workdir), workdir)[1] for workdir in (imported, tmp_path / "again")
+    )
+    assert_same_params(first, again)
+    assert sample.read_config(tmp_path / "again") == sample.read_config(imported)
+
+
+def test_exported_configs_are_those_that_diffusers_has_written(imported, tmp_path):
+    pretrained.export_diffusers(str(imported), str(tmp_path))
+    for name in ("model_index.json", "unet/config.json", SCHEDULER):
+        ours, theirs = (json.loads((folder / name).read_text()) for folder in (tmp_path, FOLDER))
+        assert ours == {key: theirs[key] for key in ours}
+        assert all(theirs[key] in (None, "0.42.1") for key in theirs.keys() - ours.keys() if "scheduler" not in name)
+
+
+def test_the_old_names_of_attention(imported, source):
+    """The hub's own files have them; a dense weight may be a 1×1 convolution."""
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    renamed = {}
+    for name, tensor in load(source).items():
+        for new, before in old.items():
+            if f".{new}." in name:
+                name = name.replace(new, before)
+                tensor = tensor[..., None, None] if tensor.ndim == 2 and new == "to_k" else tensor
+        renamed[name] = np.ascontiguousarray(tensor)
+    assert sum(".proj_attn." in name for name in renamed) == 2 * 4
+    save(source, renamed)
+    assert_same_params(to_params(imported, source), sample.load_network(imported)[1])
+
+
+def test_half_precision_becomes_float32(imported, source):
+    save(source, {name: tensor.astype(np.float16) for name, tensor in load(source).items()})
+    assert {leaf.dtype for leaf in jax.tree.leaves(to_params(imported, source))} == {np.dtype(np.float32)}
+
+
+# ---------------------------------------------------------------- the workdir
+
+
+def test_the_imported_run_samples(imported):
+    sample_fn, params = diffusion_jax.load(imported, num=1)
+    x = sample_fn(params, jax.random.key(0))
+    assert x.shape == (1, 8, 8, 3) and np.isfinite(x).all() and x.std() > 0.01
+
+
+def test_an_imported_run_trains_on(untrained, tmp_path):
+    """A run of our own, there and back: grey, no attention but in the middle, another schedule."""
+    pretrained.export_diffusers(str(untrained), str(tmp_path / "out"))
+    pretrained.import_diffusers(str(tmp_path / "out"), str(tmp_path / "run"), tiny_config(train__num_steps=2))
+    config = sample.read_config(untrained)
+    assert sample.read_config(tmp_path / "run").to_dict() == config.to_dict()
+    before, original = (restore(workdir, config) for workdir in (tmp_path / "run", untrained))
+    assert_same_params(before.ema_params, original.ema_params)
+    assert_same_params(before.params, original.ema_params)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(before.opt_state))
+    after = train.train(config, str(tmp_path / "run"))
+    assert before.step == 0 and after.step == 2
+    moved = jax.tree.map(lambda new, old: abs(new - old).max(), after.params, before.params)
+    assert 0 < max(jax.tree.leaves(moved)) < 0.1
+
+
+def test_the_config_of_the_published_network(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CIFAR10))
+    config = default.get_config()
+    pretrained._read_unet(config, tmp_path / "config.json")
+    expected = cifar10.get_config()
+    expected.model.dropout = 0.0  # training's, which diffusers does not keep
+    assert config.model == expected.model and config.data.image_size == 32 and config.data.channels == 3
+    layout = pretrained._layout(config)
+    assert sum(np.prod(shape) for _, shape in layout.values()) == 35_746_307
+    assert layout["up_blocks.3.resnets.2.conv_shortcut.weight"] == (
+        ("up_0_block_2", "nin_shortcut", "kernel"),
+        (256, 128),
+    )
+    assert layout["down_blocks.1.downsamplers.0.conv.bias"] == (("down_1_downsample", "bias"), (256,))
+    assert layout["up_blocks.2.attentions.2.to_out.0.weight"] == (("up_1_attn_2", "proj_out", "kernel"), (256, 256))
+
+
+def test_a_run_is_not_overwritten(imported):
+    with pytest.raises(UserError, match=r"holds a run already.*config\.json"):
+        pretrained.import_diffusers(str(FOLDER), str(imported), default.get_config())
+
+
+# ---------------------------------------------------------------- sources
+
+
+def test_folder_file_or_bare_model(source):
+    weights, scheduler = source / "unet" / WEIGHTS, source / SCHEDULER
+    assert pretrained._find(str(source)) == pretrained._find(str(weights)) == (weights, scheduler)
+    flat = shutil.copytree(source / "unet", source / "flat")
+    assert pretrained._find(str(flat)) == (flat / WEIGHTS, None)
+    beside = shutil.copy(scheduler, flat)
+    assert pretrained._find(str(flat / WEIGHTS)) == (flat / WEIGHTS, epath.Path(beside))
+
+
+def test_without_a_scheduler_the_chain_is_the_references(source, tmp_path):
+    (source / SCHEDULER).unlink()
+    reference = tiny_config(data__channels=3, sampling__sigma="posterior", sampling__steps=0)
+    pretrained.import_diffusers(str(source), str(tmp_path / "run"), reference)
+    config = sample.read_config(tmp_path / "run")
+    assert config.sampling.sigma == "posterior"
+    assert config.sampling.to_dict() == reference.sampling.to_dict()
+    assert config.schedule.to_dict() == reference.schedule.to_dict()
+
+
+def test_a_repository_is_fetched(tmp_path, monkeypatch):
+    calls = []
+    fake = types.SimpleNamespace(snapshot_download=lambda name, **how: calls.append((name, how)) or str(FOLDER))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
+    assert pretrained._find("google/ddpm-cifar10-32")[0] == epath.Path(FOLDER) / "unet" / WEIGHTS
+    ((name, how),) = calls
+    assert name == "google/ddpm-cifar10-32"
+    assert {f"unet/{WEIGHTS}", "config.json", SCHEDULER, "scheduler_config.json"} <= {*how["allow_patterns"]}
+    fake.snapshot_download = lambda name, **how: (_ for _ in ()).throw(OSError("no\nnetwork"))
+    assert "cannot be fetched from the hub (no network)" in error("google/ddpm-cifar10-32", tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert "pip install huggingface_hub" in error("google/ddpm-cifar10-32", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "model.pt", "model.ckpt"])
+def test_pickles_are_not_read(source, tmp_path, name):
+    pickle = source / "unet" / name
+    (source / "unet" / WEIGHTS).rename(pickle)
+    for given in (pickle, source):
+        message = error(given, tmp_path)
+        assert str(given) in message and "pickles, which can run code" in message and "safe_serialization" in message
+
+
+def test_sources_that_are_none(source, tmp_path):
+    assert "does not exist" in error("/nowhere/at/all", tmp_path)
+    (source / "unet/config.json").write_text("{")
+    assert "unet/config.json is no config of diffusers" in error(source, tmp_path)
+    (source / "unet/config.json").write_text("[1]")
+    assert "unet/config.json is no config of diffusers" in error(source, tmp_path)
+    (source / "unet/config.json").unlink()
+    assert "unet/config.json is no config of diffusers" in error(source, tmp_path)
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("_class_name", "UNet2DConditionModel"),
+        ("act_fn", "mish"),
+        ("act_fn", 3),
+        ("add_attention", False),
+        ("attention_head_dim", 4),
+        ("attention_head_dim", ...),  # diffusers' default, 8, which is another number of heads in another network
+        ("attn_norm_num_groups", 4),
+        ("block_out_channels", [4, 6, 8]),
+        ("block_out_channels", []),
+        ("block_out_channels", ["4"]),
+        ("center_input_sample", True),
+        ("class_embed_type", "timestep"),
+        ("down_block_types", ["DownBlock2D", "SkipDownBlock2D", "DownBlock2D"]),
+        ("down_block_types", ["DownBlock2D", "AttnDownBlock2D"]),
+        ("down_block_types", None),
+        ("downsample_padding", 1),
+        ("downsample_padding", ...),
+        ("downsample_type", "resnet"),
+        ("dropout", "none"),
+        ("dropout", None),
+        ("fir", True),
+        ("flip_sin_to_cos", True),
+        ("flip_sin_to_cos", ...),
+        ("freq_shift", 0),
+        ("freq_shift", ...),
+        ("in_channels", 4),
+        ("layers_per_block", 1.5),
+        ("mid_block_scale_factor", 1.4),
+        ("mid_block_type", None),
+        ("norm_eps", 1e-5),
+        ("norm_eps", ...),
+        ("norm_num_groups", 8),
+        ("num_class_embeds", 10),
+        ("out_channels", 6),
+        ("resnet_time_scale_shift", "scale_shift"),
+        ("sample_size", None),
+        ("sample_size", [8, 16]),
+        ("time_embedding_dim", 32),
+        ("time_embedding_type", "fourier"),
+        ("up_block_types", ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D"]),
+        ("upsample_type", "resnet"),
+    ],
+)
+def test_another_network_is_refused(source, tmp_path, key, value):
+    if key == "attention_head_dim" and value is ...:
+        update(source / "unet/config.json", block_out_channels=[4, 4, 8])
+    update(source / "unet/config.json", **{key: value})
+    message = error(source, tmp_path)
+    assert f"unet/config.json has {key}=" in message
+    assert value is ... or f"{key}={value!r}" in message
+
+
+def test_the_same_network_in_other_words(imported, source):
+    """8 channels in the two places with attention are one head of 8."""
+    update(source / "unet/config.json", attention_head_dim=8, sample_size=[8, 8], time_embedding_dim=16, act_fn="swish")
+    config = default.get_config()
+    pretrained._read_unet(config, source / "unet/config.json")
+    expected = from_config.flatten(sample.read_config(imported))
+    assert {key: value for key, value in from_config.flatten(config).items() if expected[key] != value} == {}
+
+
+def test_an_image_that_cannot_be_halved(source, tmp_path):
+    update(source / "unet/config.json", sample_size=6)
+    assert "config.data.image_size=6" in error(source, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("_class_name", "PNDMScheduler"),
+        ("beta_schedule", "scaled_linear"),
+        ("beta_end", 0.01),
+        ("trained_betas", [0.1, 0.2]),
+        ("trained_betas", [[0.1], 0.2]),
+        ("beta_start", None),
+        ("variance_type", "learned_range"),
+        ("variance_type", "fixed_large_log"),
+        ("clip_sample_range", 2.0),
+        ("clip_sample", "yes"),
+        ("num_train_timesteps", 0),
+        ("num_train_timesteps", None),
+        ("prediction_type", "flow"),
+        ("thresholding", True),
+        ("rescale_betas_zero_snr", True),
+    ],
+)
+def test_another_chain_is_refused(source, tmp_path, key, value):
+    update(source / SCHEDULER, **{key: value})
+    message = error(source, tmp_path)
+    if key == "beta_end":
+        assert "beta_schedule='linear', which of 1000 steps from 0.0001 to 0.01 is none of" in message
+    else:
+        assert f"{SCHEDULER} has {key}={value!r}" in message
+
+
+def test_tensors_that_do_not_fit_are_named(source, tmp_path):
+    tensors = load(source)
+    name = "up_blocks.1.resnets.0.conv_shortcut.weight"
+
+    def message(changed):
+        save(source, changed)
+        return error(source, tmp_path)
+
+    missing = {key: tensor for key, tensor in tensors.items() if key != name}
+    assert f"lacks the tensor {name}, (8, 16, 1, 1)" in message(missing)
+    assert f"has {name} as float32 (8, 15, 1, 1), not float32 (8, 16, 1, 1)" in message(
+        tensors | {name: np.zeros((8, 15, 1, 1), np.float32)}
+    )
+    assert f"has {name} as int32" in message(tensors | {name: np.zeros((8, 16, 1, 1), np.int32)})
+    extra = {f"extra.{i}": np.zeros(1, np.float32) for i in range(7)}
+    assert "7 tensors that are not in this network: extra.0, extra.1, extra.2, extra.3, extra.4, …" in message(
+        tensors | extra
+    )
+
+
+def test_damaged_weights(source, tmp_path):
+    file = source / "unet" / WEIGHTS
+    content = file.read_bytes()
+    file.write_bytes(content[:-100])
+    assert f"{file} cannot be read, or is damaged" in error(source, tmp_path)
+    header = content.replace(b'"F32","shape":[4]', b'"BF16","shape":[8]')
+    assert header != content and len(header) == len(content) + content.count(b'"F32","shape":[4]')
+    size = int.from_bytes(header[:8], "little") + content.count(b'"F32","shape":[4]')
+    file.write_bytes(size.to_bytes(8, "little") + header[8:])
+    assert f"{file} has tensors of type 'BF16': convert them to float32" in error(source, tmp_path)
+
+
+# ---------------------------------------------------------------- the chain
+
+
+@pytest.mark.parametrize(
+    "variance, sigma", [("fixed_small", "posterior"), ("fixed_small_log", "posterior"), ("fixed_large", "beta")]
+)
+@pytest.mark.parametrize("prediction, ours", [("epsilon", "eps_bar"), ("sample", "x_0"), ("v_prediction", "velocity")])
+def test_scheduler_to_config(source, variance, sigma, prediction, ours):
+    update(
+        source / SCHEDULER, variance_type=variance, prediction_type=prediction, clip_sample=False, clip_sample_range=9.0
+    )
+    config = default.get_config()
+    config.sampling.update({"sampler": "ddim", "steps": 7})
+    pretrained._read_scheduler(config, source / SCHEDULER)
+    assert config.sampling.to_dict() | {"num": 0, "eta": 0} == {
+        **{"sampler": "ancestral", "steps": 0, "sigma": sigma, "clip": False, "num": 0, "eta": 0}
+    }
+    assert config.model.prediction == ours
+
+
+@pytest.mark.parametrize(
+    "keys, name, num_steps",
+    [
+        ({}, "ho_linear", 1000),
+        ({"num_train_timesteps": 50}, "ho_linear", 50),
+        ({"beta_start": 0.02 / 1000}, "su_linear", 1000),
+        ({"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 30}, "cosine", 30),
+        ({"trained_betas": np.linspace(1e-4, 0.02, 1000, dtype=np.float32).tolist()}, "ho_linear", 1000),
+    ],
+)
+def test_schedules_are_known_by_their_numbers(source, keys, name, num_steps):
+    update(source / SCHEDULER, **keys)
+    config = default.get_config()
+    pretrained._read_scheduler(config, source / SCHEDULER)
+    assert (config.schedule.name, config.schedule.num_steps) == (name, num_steps)
+
+
+@pytest.mark.parametrize("name", ["ho_linear", "su_linear", "cosine"])
+@pytest.mark.parametrize("sigma, prediction, clip", [("beta", "velocity", False), ("posterior", "x_0", True)])
+def test_the_chain_there_and_back(tmp_path, name, sigma, prediction, clip):
+    changes = {"sampling__sigma": sigma, "sampling__clip": clip, "model__prediction": prediction}
+    config = tiny_config(schedule__name=name, schedule__num_steps=25, **changes)
+    given = pretrained._scheduler_config(config)
+    (tmp_path / "scheduler.json").write_text(json.dumps(given))
+    back = default.get_config()
+    pretrained._read_scheduler(back, tmp_path / "scheduler.json")
+    for key in ("schedule.name", "schedule.num_steps", "sampling.sigma", "sampling.clip", "model.prediction"):
+        assert from_config.flatten(back)[key] == from_config.flatten(config)[key]
+    betas = given["trained_betas"]
+    if name == "ho_linear":
+        assert betas is None and (given["beta_start"], given["beta_end"]) == (1e-4, 0.02)
+    else:
+        alpha_bar = np.sqrt(np.cumprod(1 - np.array(betas)))
+        np.testing.assert_allclose(alpha_bar, from_config.schedule(config).alpha_bar[1:], rtol=1e-4)
+        assert len(betas) == 25
+
+
+# ---------------------------------------------------------------- what cannot be exported
+
+
+def test_the_averaged_parameters_are_exported(untrained, tmp_path):
+    pretrained.export_diffusers(str(untrained), str(tmp_path))
+    start = restore(untrained, sample.read_config(untrained))
+    kernel = load(tmp_path)["mid_block.attentions.0.to_q.weight"].T
+    np.testing.assert_array_equal(kernel, start.ema_params["mid_attn_1"]["q"]["kernel"])
+    assert np.any(kernel != start.params["mid_attn_1"]["q"]["kernel"])
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [("sampling.sigma", "zero"), ("model.multipliers", (2, 2)), ("model.num_groups", 6)],
+)
+def test_runs_that_diffusers_cannot_hold(untrained, tmp_path, key, value):
+    shutil.copytree(untrained, tmp_path / "run")
+    changes = {"model__multipliers": (1, 3), key.replace(".", "__"): value}
+    config = tiny_config(**changes)
+    checkpoint.write_config(tmp_path / "run", config)
+    with pytest.raises(UserError, match=f"config.{key}="):
+        pretrained.export_diffusers(str(tmp_path / "run"), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_groups_that_divide_all_channels_alike(tmp_path):
+    """32 groups asked for, 16 in every layer of a network of 16 and 48 channels."""
+    config = tiny_config(model__channels=16, model__multipliers=(1, 3), model__num_groups=16)
+    assert pretrained._unet_config(config)["norm_num_groups"] == 16
+    config.model.update({"multipliers": (1,), "num_groups": 24})  # of 16 and 32 channels
+    assert pretrained._unet_config(config)["norm_num_groups"] == 8
+
+
+def test_places_that_cannot_be_written(untrained, tmp_path):
+    (tmp_path / "file").write_text("")
+    for out, message in (("", "is there already"), ("file", "is there already"), ("file/out", "cannot be written")):
+        with pytest.raises(UserError, match=message):
+            pretrained.export_diffusers(str(untrained), str(tmp_path / out))
+    with pytest.raises(UserError, match="cannot be written"):
+        pretrained.import_diffusers(str(FOLDER), str(tmp_path / "file/run"), default.get_config())
+    with pytest.raises(UserError, match="holds no run"):
+        pretrained.export_diffusers(str(tmp_path), str(tmp_path / "out"))
