@@ -7,6 +7,7 @@ python main.py --mode=sample --workdir=runs/digits --show=interpolation
 python main.py --mode=evaluate --workdir=runs/digits --samples=samples.npz
 python main.py --mode=report --workdir=runs/digits
 python main.py --mode=audit --config=configs/celeba.py   (departures from Ho et al.)
+python main.py --mode=plan --config=configs/cifar10.py --topology=v5e:2x4   (needs no TPU, but libtpu)
 python main.py --mode=export --workdir=runs/digits --out=sampler.npz
 python main.py --mode=export --format=diffusers --workdir=runs/digits --out=folder
 python main.py --mode=import --from=google/ddpm-celebahq-256 --workdir=runs/celebahq256
@@ -52,6 +53,8 @@ FORMAT = flags.DEFINE_enum(
     "format", "jax", ["jax", "diffusers"], "of --mode=export: one file, or a folder of diffusers"
 )
 FROM = flags.DEFINE_string("from", "", "of --mode=import: diffusers' folder, .safetensors file or repository")
+TOPOLOGY = flags.DEFINE_string("topology", "", "of --mode=plan: a TPU and its shape, e.g. v5e:2x4, or cpu or gpu")
+SEARCH = flags.DEFINE_bool("search", True, "of --mode=plan: look for the largest batch that fits, after the table")
 PLATFORM = flags.DEFINE_enum("platform", "", ["", "tpu", "gpu", "cpu"], "where to compute; default: the best there is")
 COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of process 0; Cloud TPU pods and Slurm know it")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", 1, "with --coordinator: how many processes")
@@ -124,6 +127,14 @@ def _report():
     report(WORKDIR.value, OUT.value)
 
 
+def _plan():
+    from diffusion_jax.plan import plan
+
+    if not TOPOLOGY.value:
+        raise UserError("--topology is missing: give a TPU and its shape, e.g. v5e:2x4, or cpu or gpu")
+    plan(CONFIG.value, TOPOLOGY.value, OUT.value, SEARCH.value)
+
+
 def _audit():
     from diffusion_jax.audit import audit
 
@@ -143,6 +154,7 @@ _MODES = {
     "evaluate": _evaluate,
     "report": _report,
     "audit": _audit,
+    "plan": _plan,
 }
 MODE = flags.DEFINE_enum("mode", "train", list(_MODES), "what to do")
 
@@ -168,13 +180,13 @@ def run(argv: list[str]) -> None:
     if argv[1:]:
         raise UserError(f"{argv[1]!r} is no flag: flags start with --")
     mode = MODE.value
-    if WORKDIR.value is None and mode not in ("prepare", "audit"):
+    if WORKDIR.value is None and mode not in ("prepare", "audit", "plan"):
         raise UserError("--workdir is missing: give the folder of the run")
-    if CONFIG.value is None and mode in ("train", "prepare", "audit"):
+    if CONFIG.value is None and mode in ("train", "prepare", "audit", "plan"):
         raise UserError("--config is missing: give a config file, e.g. --config=configs/digits.py")
     if CONFIG.value is not None:
         from_config.check(CONFIG.value, default.get_config())
-    if mode not in ("prepare", "audit", "report"):  # which need no device
+    if mode not in ("prepare", "audit", "plan", "report"):  # which need no device
         hosts.initialize(PLATFORM.value, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     _MODES[mode]()
 

@@ -29,7 +29,12 @@ QUARTERS = 4  # of 1..T, for which the loss is reported one by one
 _TRAIN = 2**32 - 2
 
 
-def make_train_step(
+def make_train_step(*args) -> Callable:
+    """`make_step` of the same arguments, pmapped: images, indices and metrics get a leading axis of the D devices."""
+    return jax.pmap(make_step(*args), axis_name=AXIS, in_axes=(None, 0), out_axes=(None, 0), donate_argnums=0)
+
+
+def make_step(
     apply_fn: Callable,
     loss_fn: Callable,
     s: Schedule,
@@ -38,7 +43,7 @@ def make_train_step(
     seed: int,
     t_probabilities=None,
 ) -> Callable:
-    """The pmapped step: (state, (images, indices)) -> (state, metrics). Gives the old state's memory away.
+    """The step on one device, to be mapped over AXIS: (state, (images, indices)) -> (state, metrics).
 
     t, noise and dropout of an example are a function of (seed, state.step, its index in
     the global batch) alone, so any number of devices takes the same step.
@@ -49,9 +54,9 @@ def make_train_step(
       t_probabilities: [T + 1] of the steps t; losses are weighted by 1 / (T p_t), which leaves their
         mean as it is. None: uniform in 1..T.
 
-    The step's arguments: images uint8 [D, B, H, W, C] and indices int [D, B] over the D
-    local devices; the state has no device axis (`state.replicate`). Its metrics are arrays [D],
-    all D the same: loss, grad_norm (before clipping), param_norm, skipped, and loss_t1 ... loss_t4
+    The step's arguments: images uint8 [B, H, W, C] and indices int [B], the device's share of the global
+    batch; the state has no device axis (`state.replicate`), and its memory is given away. Its metrics are the
+    same on all devices: loss, grad_norm (before clipping), param_norm, skipped, and loss_t1 ... loss_t4
     over the quarters of 1..T, NaN where the batch has no such t. Where one of the first three
     is not finite, skipped is 1 and the state stays as it was, but for its step.
     """
@@ -86,7 +91,7 @@ def make_train_step(
         metrics |= {"skipped": 1.0 - good} | _loss_by_quarter(losses, t, s.num_steps)
         return new, metrics
 
-    return jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=(None, 0), donate_argnums=0)
+    return step
 
 
 def _draw_t(key, num_steps, probabilities):

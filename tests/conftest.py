@@ -22,6 +22,11 @@ jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
+def pytest_collection_modifyitems(items):
+    """The slow tests first: at the end one worker would wait for them."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 def tiny_config(**overrides):
     """configs/tiny.py with other values; keys with "__" for "."."""
     config = tiny.get_config()
