@@ -3,11 +3,13 @@
 Everything goes to <workdir>/evaluation/<step>/: evaluation.json for machines, evaluation.md for people.
 """
 
+import dataclasses
 import functools
 import hashlib
 import io
 import json
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +34,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.report import report
 from diffusion_jax.show import show
 
-MANY = 10_000  # images in memory at once, and, at most, coded by PNG and histograms
+MANY = 10_000  # images, at most, that PNG and histograms code, and held-out ones whose neighbours are looked for
 
 
 def evaluate(
@@ -293,24 +295,28 @@ def _of_samples(config, generated, path, datasets, extractor, saved, seed, folde
 def _nearest(generated, datasets, folder):
     """How far samples are from their nearest training image; of a held-out split the same, as a yardstick."""
     train, *others = datasets.values()
-    distance, index = _nearest_in(train, quality.pixels(generated))
+    distance, index = metrics.nearest(quality.pixels(generated), _Pixels(train))
     found = {"nearest_training_image": {"median": float(np.median(distance)), "least": float(distance.min())}}
     if others:
-        held_out, _ = _nearest_in(train, quality.pixels(others[0][:MANY]))
+        held_out, _ = metrics.nearest(quality.pixels(others[0][:MANY]), _Pixels(train))
         found["nearest_training_image"]["median_of_held_out"] = float(np.median(held_out))
     if jax.process_index() == 0:
         images.save_png(folder / "nearest.png", monitor.nearest_pairs(generated, train, index, distance))
     return found
 
 
-def _nearest_in(dataset, x):
-    """`metrics.nearest` of pixels, a part of the data set in memory at a time."""
-    distance, index = np.full(len(x), np.inf), np.zeros(len(x), int)
-    for first in range(0, len(dataset), MANY):
-        found, at = metrics.nearest(x, quality.pixels(dataset[first : first + MANY]))
-        index = np.where(found < distance, first + at, index)
-        distance = np.minimum(found, distance)
-    return distance, index
+@dataclasses.dataclass(frozen=True)
+class _Pixels:
+    """The rows of `quality.pixels` of a data set, made where they are asked for."""
+
+    images: Any
+
+    @property
+    def shape(self):
+        return len(self.images), math.prod(self.images.shape[1:])
+
+    def __getitem__(self, rows):
+        return quality.pixels(self.images[rows])
 
 
 # ---------------------------------------------------------------- for people

@@ -219,15 +219,15 @@ def sliced_wasserstein(x, y, rng, num_directions: int = 512) -> float:
 def nearest(samples, train) -> tuple[np.ndarray, np.ndarray]:
     """(distance [n], index [n]) of the row of train [m, d] nearest to each of samples [n, d], Euclidean.
 
-    A distance of 0 is a copy. `train` is read in blocks and may be a memory map, of uint8 say.
+    A distance of 0 is a copy. `train` is read in blocks, train[a:b], and need not be in memory: a memory map, or
+    anything that has a shape besides.
     """
     samples = _rows("samples", samples, 1)
-    train = np.asarray(train)
-    if train.shape[1:] != samples.shape[1:] or not len(train):
+    if train.shape[1:] != samples.shape[1:] or not train.shape[0]:
         raise ValueError(f"need train [m, {samples.shape[1]}], m >= 1, as samples have, not {train.shape}")
     distance, index = np.full(len(samples), np.inf), np.zeros(len(samples), int)
     size = max(1, BLOCK // samples.shape[1])
-    for start in range(0, len(train), size):
+    for start in range(0, train.shape[0], size):
         block = _rows("train", train[start : start + size], 1)
         at = NearestNeighbors(n_neighbors=1).fit(block).kneighbors(samples, return_distance=False)[:, 0]
         # Again from the differences: |a|² + |b|² − 2 a·b, which finds the neighbours, leaves 1e-8 |a| of a 0.
