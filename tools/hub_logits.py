@@ -8,11 +8,11 @@ step 10, which is t = 11; 30 values of the first row, of which diffusers' script
 asks 1e-3. Not run so far, as there was no hub; the tests compare a row of another network with it.
 """
 
+import argparse
 import sys
 
 import jax
 import numpy as np
-from absl import app, flags
 
 import diffusion_jax
 
@@ -39,8 +39,6 @@ PUBLISHED = {
         *(1.6258, -2.1856, -1.3267, 2.8395, 2.3779, -1.0623, -1.2468, 0.8959, 3.3367, 3.2243),
     ),
 }
-WORKDIR = flags.DEFINE_string("workdir", None, "of --mode=import", required=True)
-MODEL = flags.DEFINE_enum("model", None, list(PUBLISHED), "which it is", required=True)
 
 
 def difference(apply_fn, params, noise, published) -> float:
@@ -50,16 +48,20 @@ def difference(apply_fn, params, noise, published) -> float:
     return float(abs(np.asarray(output)[0, 0, : len(published), 0] - np.array(published)).max())
 
 
-def main(_):
+def main():
     import torch
 
-    apply_fn, params, _ = diffusion_jax.load_network(WORKDIR.value)
-    size = int(MODEL.value.split("-")[-1])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--workdir", required=True, help="of --mode=import")
+    parser.add_argument("--model", required=True, choices=PUBLISHED, help="which it is")
+    args = parser.parse_args()
+    apply_fn, params, _ = diffusion_jax.load_network(args.workdir)
+    size = int(args.model.split("-")[-1])
     torch.manual_seed(0)
-    found = difference(apply_fn, params, torch.randn(1, 3, size, size).numpy(), PUBLISHED[MODEL.value])
-    print(f"{MODEL.value}: largest difference to the published outputs {found:.1e}")
+    found = difference(apply_fn, params, torch.randn(1, 3, size, size).numpy(), PUBLISHED[args.model])
+    print(f"{args.model}: largest difference to the published outputs {found:.1e}")
     sys.exit(found > 1e-3)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()
