@@ -49,12 +49,12 @@ def difference(apply_fn, params, noise, published) -> float:
 
 
 def main():
-    import torch
-
     parser = argparse.ArgumentParser()
     parser.add_argument("--workdir", required=True, help="of --mode=import")
     parser.add_argument("--model", required=True, choices=PUBLISHED, help="which it is")
     args = parser.parse_args()
+    import torch
+
     apply_fn, params, _ = diffusion_jax.load_network(args.workdir)
     size = int(args.model.split("-")[-1])
     torch.manual_seed(0)
