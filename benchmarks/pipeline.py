@@ -21,7 +21,7 @@ SECONDS = flags.DEFINE_float("seconds", 2.0, "of each measurement")
 
 
 def iterate(images, config):
-    batches = data.batches(images, seed=0, batch_size=config.train.batch_size, flip=config.data.flip)
+    batches = data.batches(images, seed=0, batch_size=config.train.batch_size)
     return data.iterate(batches, 0, images.num_threads)
 
 

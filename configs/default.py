@@ -25,6 +25,8 @@ def get_config() -> ConfigDict:
     data.cache_dir = ""  # where decoded images are kept; "": ~/.cache/diffusion_jax
     data.cache_limit_gb = 64.0  # GB (1e9 bytes): images that need more are not kept, but decoded on the fly
 
+    data.on_device = False  # keep the whole data set in each device's memory: the same batches, without the host
+
     config.schedule = schedule = ConfigDict()
     schedule.name = "ho_linear"  # su_linear, ho_linear or cosine
     schedule.num_steps = 1000  # T
@@ -37,6 +39,7 @@ def get_config() -> ConfigDict:
     model.dropout = 0.1  # rate
     model.num_groups = 32  # groups of GroupNorm, or the largest common divisor with the channels
     model.prediction = "eps_bar"  # what the network predicts: eps_bar (Ho et al.), x_0 or velocity
+    model.attention = "xla"  # or cudnn: flash attention on NVIDIA GPUs, in bfloat16, up to 256 channels
     model.dtype = "float32"  # of the computation, float32 or bfloat16; parameters are float32
 
     config.train = train = ConfigDict()
@@ -44,6 +47,9 @@ def get_config() -> ConfigDict:
     train.t_sampling = "uniform"  # or importance: t of large terms more often, at less weight; for vlb
     train.num_steps = 800_000  # optimiser steps in all
     train.batch_size = 128  # images per step over all devices
+    train.accumulate = 1  # parts of a device's share of the batch, one after another: less memory, the same step
+    train.remat = False  # compute the blocks' activations again on the way back: less memory, more time
+    train.steps_per_dispatch = 1  # steps in one program: for small networks, whose steps cost less than their start
     train.learning_rate = 2e-4  # Adam's, after the warm-up
     train.warmup_steps = 5000  # steps of linear warm-up from 0; 0: none
     train.grad_clip = 1.0  # largest norm of the gradient

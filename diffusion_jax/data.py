@@ -24,6 +24,7 @@ import tqdm
 from etils import epath
 from PIL import Image  # noqa: TID251 (resizes the images)
 
+from diffusion_jax import order
 from diffusion_jax.errors import UserError
 from diffusion_jax.sources import Source
 
@@ -337,26 +338,21 @@ def _unreadable(name, error):
 
 
 def batches(
-    images: Cached | OnTheFly, *, seed: int, batch_size: int, flip: bool, process_index: int = 0, process_count: int = 1
+    images: Cached | OnTheFly, *, seed: int, batch_size: int, process_index: int = 0, process_count: int = 1
 ) -> grain.MapDataset:
     """ds[k] is this process's share of the batch of step k: uint8 [batch_size / process_count, H, W, C].
 
     A pure function of (seed, k). Example j of process p is number j · process_count + p
-    of the global batch, which is the same for every process_count. Each epoch has its
-    own order; batches run across its end.
+    of the global batch, which is the same for every process_count: the images at positions
+    k · batch_size, … of `order.shuffled`. Batches run across the end of an epoch.
     """
-    examples = grain.MapDataset.range(len(images)).shuffle(seed=seed).repeat()
-    examples = examples.random_map(lambda index, rng: (index, flip and rng.random() < 0.5), seed=seed + 1)
-    share = examples.slice(slice(process_index, None, process_count)).batch(batch_size // process_count)
+    share = np.arange(process_index, batch_size, process_count)
 
-    # Images are fetched last and by the batch: far cheaper than one by one through Grain.
-    def fetch(example):
-        indices, flipped = example
-        batch = images[indices]
-        batch[flipped] = batch[flipped, :, ::-1]
-        return batch
+    # By the batch: far cheaper than one by one through Grain.
+    def fetch(step):
+        return images[order.shuffled(step * batch_size + share, len(images), seed)]
 
-    return share.map(fetch)
+    return grain.MapDataset.range(2**32 // batch_size).map(fetch)
 
 
 def iterate(dataset: grain.MapDataset, start: int, num_threads: int = 1):

@@ -5,6 +5,7 @@ the whole config (`configs/default.py` explains the keys).
 """
 
 import difflib
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ _PREDICTIONS = {
     "velocity": (process.predict_eps_bar_from_velocity, losses.velocity_loss),
 }
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+_ATTENTION = {name: functools.partial(jax.nn.dot_product_attention, implementation=name) for name in ("xla", "cudnn")}
 
 
 def schedule(config: ConfigDict) -> schedules.Schedule:
@@ -86,16 +88,22 @@ def model(config: ConfigDict) -> unet.UNet:
         dropout=config.model.dropout,
         num_groups=config.model.num_groups,
         dtype=_DTYPES[config.model.dtype],
+        attention=_ATTENTION[config.model.attention],
+        remat=config.train.remat,
+    )
+
+
+def source(config: ConfigDict) -> sources.Source:
+    """Where the images come from, data.source and data.path."""
+    return sources.open_source(
+        config.data.source, config.data.path, split=config.data.split, manual_dir=config.data.manual_dir
     )
 
 
 def images(config: ConfigDict) -> data.Cached | data.OnTheFly:
     """The data set, data.*; makes its cache if there is none yet."""
-    source = sources.open_source(
-        config.data.source, config.data.path, split=config.data.split, manual_dir=config.data.manual_dir
-    )
     return data.open_images(
-        source,
+        source(config),
         image_size=config.data.image_size,
         channels=config.data.channels,
         crop=config.data.crop,
@@ -189,6 +197,7 @@ def check(config: ConfigDict, reference: ConfigDict) -> None:
         ("train.loss", ("simple", "vlb", *_STEP_LOSSES)),
         ("train.t_sampling", ("uniform", "importance")),
         ("model.prediction", _PREDICTIONS),
+        ("model.attention", _ATTENTION),
     ):
         _one_of(config, key, names)
     _one_of(config, "data.channels", (1, 3))
@@ -207,6 +216,8 @@ def check(config: ConfigDict, reference: ConfigDict) -> None:
     _need(config, "model.multipliers", lambda value: len(value) >= 1, "one multiplier a level, e.g. (1, 2, 2)")
     check_sampling(config)
     _check_vlb(config)
+    _check_attention(config)
+    _check_length(config)
     _check_image_size(config)
 
 
@@ -217,6 +228,8 @@ _AT_LEAST_1 = (
     "model.num_groups",
     "train.num_steps",
     "train.batch_size",
+    "train.accumulate",
+    "train.steps_per_dispatch",
     "train.log_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",
@@ -227,6 +240,7 @@ _IDENTITY = (
     *("data.source", "data.path", "data.split", "data.image_size", "data.channels", "data.crop"),
     *("schedule.", "model."),
 )
+_SAME_NETWORK = ("model.attention",)  # another way to the same output
 _AT_LEAST_0 = (
     "seed",
     "data.crop",
@@ -262,6 +276,7 @@ def check_same_run(old: ConfigDict, new: ConfigDict, workdir) -> None:
         f"{key}: {old.get(key)!r} there, {new.get(key)!r} here"
         for key in sorted(old.keys() | new.keys())
         if key.startswith(_IDENTITY)
+        and key not in _SAME_NETWORK
         and key in old
         and old[key] != new.get(key)  # runs from before a key was added go on
     ]
@@ -302,6 +317,30 @@ def _check_vlb(config):
             f"config.train.loss='vlb' needs a deviation > 0 at each step: config.sampling.sigma="
             f"{config.sampling.sigma!r} must be beta or posterior, config.schedule.num_steps="
             f"{config.schedule.num_steps} at least 2"
+        )
+
+
+def _check_attention(config):
+    """What cuDNN's flash attention holds: heads of up to 256 channels, in bfloat16."""
+    if config.model.attention != "cudnn":
+        return
+    _need(config, "model.dtype", lambda value: value == "bfloat16", "'bfloat16' for config.model.attention='cudnn'")
+    levels = [config.data.image_size // 2**i for i in range(len(config.model.multipliers))]
+    attended = [*(i for i, size in enumerate(levels) if size in config.model.attention_resolutions), -1]
+    widest = config.model.channels * max(config.model.multipliers[i] for i in attended)  # -1: in the middle
+    if widest > 256:
+        raise UserError(
+            f"config.model.attention='cudnn' holds up to 256 channels, and this network attends to {widest} "
+            "(config.model.channels times config.model.multipliers): take 'xla'"
+        )
+
+
+def _check_length(config):
+    examples = config.train.num_steps * config.train.batch_size
+    if examples >= 2**32:
+        raise UserError(
+            f"config.train.num_steps={config.train.num_steps} of config.train.batch_size={config.train.batch_size} are "
+            f"{examples:,} examples, and the order of the data has {2**32:,}: lower one of them"
         )
 
 

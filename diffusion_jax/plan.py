@@ -1,7 +1,10 @@
 """What a run needs on a TPU that is not there: its two programs, compiled ahead of time, counted and estimated."""
 
 import contextlib
+import hashlib
+import importlib.metadata
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -9,7 +12,6 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,35 +21,20 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from diffusion_jax import from_config
+from diffusion_jax import from_config, programs
 from diffusion_jax.errors import UserError, one_line
+from diffusion_jax.programs import CHIPS, DoesNotFit
 from diffusion_jax.state import abstract_state
-from diffusion_jax.train import AXIS, make_step
+from diffusion_jax.step import AXIS, configured_step, resident
+from diffusion_jax.train import check_batch, does_not_fit
 
 SAMPLES = 50_000  # images that the literature's FID takes
 LARGEST = 4096  # images per chip and step, beyond which the search does not go
 PATIENCE = 900  # seconds of search after which no further compilation begins: large batches take many minutes each
+COMPILED = epath.Path("~/.cache/diffusion_jax/plans")  # what compiled programs need: a large one takes many minutes
 _REPLICATED, _SPLIT = PartitionSpec(), PartitionSpec(AXIS)
 
 
-class Chip(NamedTuple):
-    """One chip in numbers, and how many of them a pod has."""
-
-    flops: float  # bfloat16 operations per second
-    hbm: float  # bytes
-    bandwidth: float  # of the HBM, bytes per second
-    links: float  # to other chips, all together, one way, bytes per second
-    pod: int
-
-
-# docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}. They give the links of both ways together, which is twice this; of
-# v4's links they say nothing: 6 of 50 GB/s.
-CHIPS = {
-    "v4": Chip(275e12, 32 * 2**30, 1200e9, 300e9, 4096),
-    "v5e": Chip(197e12, 16 * 2**30, 819e9, 200e9, 256),
-    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 600e9, 8960),
-    "v6e": Chip(918e12, 32 * 2**30, 1638e9, 400e9, 256),
-}
 _EXAMPLES = "a TPU and its shape, e.g. v5e:2x4, v6e:16x16, v4:2x2x1 or v5p:2x2x2; cpu; or gpu"
 _EXTRA = {"v4": {"chip_config_name": "megacore"}}  # both cores of a chip are one device, as where there is a TPU
 # libtpu is to ask no metadata server for the machine's own TPU, and to mind no process that uses it.
@@ -57,10 +44,6 @@ _LIBTPU = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
-
-
-class DoesNotFit(Exception):
-    """A program needs more memory than the chip has; the compiler's words."""
 
 
 def plan(config: ConfigDict, topology: str, out: str | None = None, search: bool = True) -> dict:
@@ -88,21 +71,30 @@ def plan(config: ConfigDict, topology: str, out: str | None = None, search: bool
     """
     devices, chip = _devices(topology)
     num_chips = len(devices)
-    if config.train.batch_size % num_chips:
-        raise UserError(
-            f"config.train.batch_size={config.train.batch_size} does not divide among {num_chips} devices: "
-            f"make it a multiple of {num_chips}"
-        )
+    check_batch(config, num_chips)
     batch = config.train.batch_size // num_chips
     num = -(-config.sampling.num // num_chips)
     num_steps = config.sampling.steps or config.schedule.num_steps
 
-    with _no_room(config, topology, f"config.train.batch_size={config.train.batch_size} ({batch} a chip)"):
-        _say(f"{topology}: the train step …")
-        train = _measure(lambda: lower_train_step(config, devices, batch), chip, num_chips)
-    with _no_room(config, topology, f"config.sampling.num={config.sampling.num} ({num} a chip)"):
-        _say(f"{topology}: the sampling chain …")
-        chain = _measure(lambda: lower_chain(config, devices, num), chip, num_chips)
+    def measure(lower, turns, steps=1):
+        return _measure(topology, lower, chip, num_chips, turns, steps)
+
+    def measure_train(batch):
+        return measure(lambda: lower_train_step(config, devices, batch), config.train.accumulate)
+
+    _say(f"{topology}: the train step …")
+    try:
+        train = measure_train(batch)
+    except DoesNotFit as error:
+        raise does_not_fit(config, f"chip of {topology}", programs.shortage(error)) from None
+    _say(f"{topology}: the sampling chain …")
+    try:
+        chain = measure(lambda: lower_chain(config, devices, num), num_steps, num_steps)
+    except DoesNotFit as error:
+        raise UserError(
+            f"config.sampling.num={config.sampling.num} ({num} a chip) does not fit into a chip of {topology} "
+            f"({programs.shortage(error)}): lower it"
+        ) from None
     calls = -(-SAMPLES // (num * num_chips))
     report = {
         "topology": topology,
@@ -118,7 +110,7 @@ def plan(config: ConfigDict, topology: str, out: str | None = None, search: bool
     _write(report, out)
     print(table(report), flush=True)
     if search and chip:  # which may take long, and be broken off
-        found = _search(lambda n: _measure(lambda: lower_train_step(config, devices, n), chip, num_chips), batch)
+        found = _search(measure_train, batch)
         report["largest_batch_per_chip"] |= found
         print(_found(found, num_chips))
         _write(report, out)
@@ -181,21 +173,14 @@ def _no_compiler(topology, line):
 
 def lower_train_step(config: ConfigDict, devices, batch_per_chip: int):
     """The train step on `devices`, lowered; no pmap can lower it for absent chips."""
-    step = make_step(
-        from_config.model(config).apply,
-        from_config.loss(config),
-        from_config.schedule(config),
-        from_config.optimizer(config),
-        config.train.ema_decay,
-        config.seed,
-        from_config.t_probabilities(config),
-    )
-    num = batch_per_chip * len(devices)
-    batch = (
-        jax.ShapeDtypeStruct((num, *from_config.image_shape(config)), jnp.uint8),
-        jax.ShapeDtypeStruct((num,), jnp.int32),
-    )
-    return _lower(step, devices, (abstract_state(config), batch), (_REPLICATED, _SPLIT), _REPLICATED, donate_argnums=0)
+    step, num = configured_step(config), batch_per_chip * len(devices)
+    shape, in_spec = (num, *from_config.image_shape(config)), _SPLIT
+    if config.data.on_device:
+        step, in_spec = resident(step, 1, config.seed, num), _REPLICATED
+        shape = (len(from_config.source(config)), *from_config.image_shape(config))
+    batch = (jax.ShapeDtypeStruct(shape, jnp.uint8), jax.ShapeDtypeStruct((num,), jnp.int32))
+    args, in_specs = (abstract_state(config), *batch), (_REPLICATED, in_spec, _SPLIT)
+    return _lower(lambda state, *batch: step(state, batch), devices, args, in_specs, _REPLICATED, donate_argnums=0)
 
 
 def lower_chain(config: ConfigDict, devices, num_per_chip: int):
@@ -221,125 +206,44 @@ def _lower(fn, devices, args, in_specs, out_specs, **how):
     return jax.jit(mapped, **how).lower(*map(place, in_specs, args))
 
 
-def _measure(lower: Callable, chip, num_chips: int) -> dict:
-    """Compiles, and reads off what the program needs: "per_chip" and of one step, or of one turn of its loop.
+def _measure(topology, lower: Callable, chip, num_chips: int, turns: int, steps: int) -> dict:
+    """`programs.needs` of a program, and the "compile_seconds" it took; kept in COMPILED for the next time.
 
     Raises:
       DoesNotFit: the compiler says so.
     """
-    began = time.monotonic()
-    try:
-        compiled = lower().compile()
-    except jax.errors.JaxRuntimeError as error:
-        if not is_out_of_memory(str(error)):
-            raise
-        raise DoesNotFit(one_line(error)) from None
-    seconds = time.monotonic() - began
-    cost, sizes = compiled.cost_analysis() or {}, compiled.memory_analysis()
-    found = collectives(compiled.as_text())
-    per_chip = {
-        "flops": max(cost.get("flops", 0.0), 0.0),
-        "bytes_accessed": max(cost.get("bytes accessed", 0.0), 0.0),
-        "link_bytes": link_bytes(found, num_chips),
-    }
-    optimal = cost.get("optimal_seconds", 0.0)
-    return {
-        "per_chip": per_chip,
-        "memory": _memory(sizes),
-        "collectives": found,
-        "roofline": roofline(chip, **per_chip) if chip else None,
-        "optimal_seconds": optimal if optimal > 0 else None,  # it has been seen below 0
-        "compile_seconds": seconds,
-    }
-
-
-def _memory(sizes):
-    """Bytes of a chip. The peak is the larger of the compiler's and of the sum, which counts donated memory once."""
-    memory = {
-        "arguments": sizes.argument_size_in_bytes,
-        "outputs": sizes.output_size_in_bytes,
-        "aliased": sizes.alias_size_in_bytes,
-        "temporaries": sizes.temp_size_in_bytes,
-        "code": sizes.generated_code_size_in_bytes,
-    }
-    total = sum(memory.values()) - 2 * memory["aliased"]
-    return memory | {"peak": max(total, getattr(sizes, "peak_memory_in_bytes", 0))}
-
-
-def is_out_of_memory(message: str) -> bool:
-    """Whether a compiler's message says that the program does not fit into the chip's memory."""
-    return "CompileTimeHbmOom" in message or ("RESOURCE_EXHAUSTED" in message and "exceeds available" in message)
-
-
-@contextlib.contextmanager
-def _no_room(config, topology, what):
-    """Turns DoesNotFit into what the user can do about it."""
-    try:
-        yield
-    except DoesNotFit as error:
-        size = r"[\w ]+\([\d.]+[KMGT]\)"
-        sizes = match[0].strip() if (match := re.search(f"{size} exceeds{size}", str(error))) else str(error)[:200]
-        dtype = "" if config.model.dtype == "bfloat16" else "config.model.dtype=bfloat16, "
-        raise UserError(
-            f"{what} does not fit into a chip of {topology} ({sizes}): lower "
-            f"{what.partition('=')[0]}, or take {dtype}more chips or fewer config.model.channels"
-        ) from None
-
-
-# ---------------------------------------------------------------------------- numbers of a program
-
-_COLLECTIVE = re.compile(
-    r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-broadcast|collective-permute)(-done)?\("
-)
-_ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
-
-
-def collectives(hlo: str) -> dict[str, dict]:
-    """What a compiled program sends between chips: {"all-reduce": {"count": 3, "bytes": 142985228}}, each turn once.
-
-    Args:
-      hlo: its text. The bytes are those of the results on one chip; of an asynchronous pair the "-done" counts.
-    """
-    found = {}
-    for shapes, name, _ in _COLLECTIVE.findall(hlo):
-        entry = found.setdefault(name, {"count": 0, "bytes": 0})
-        entry["count"] += 1
-        entry["bytes"] += array_bytes(shapes)
+    lowered = lower()
+    parts = (topology, _version("jaxlib"), _version("libtpu"), inspect.getsource(programs), lowered.as_text())
+    digest = hashlib.sha256("\0".join(map(str, (*parts, chip, turns, steps))).encode()).hexdigest()[:32]
+    kept = COMPILED.expanduser() / f"{digest}.json"
+    if not kept.exists():
+        began = time.monotonic()
+        try:
+            program = programs.compiled(lowered)
+            found = programs.needs(program, chip, num_chips, turns, steps)
+            found |= {"compile_seconds": time.monotonic() - began}
+        except DoesNotFit as error:
+            found = {"does_not_fit": str(error)}
+        with contextlib.suppress(OSError):  # without a home it compiles again
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            partial = kept.with_name(f"{digest}.{os.getpid()}.partial")
+            partial.write_text(json.dumps(found))
+            partial.replace(kept)
+    else:
+        found = json.loads(kept.read_text())
+    if "does_not_fit" in found:
+        raise DoesNotFit(found["does_not_fit"])
     return found
 
 
-def array_bytes(shapes: str) -> int:
-    """Bytes of the arrays of an HLO type, e.g. "(bf16[3,3]{1,0}, f32[])" is 22."""
-    return sum(
-        -(-math.prod(int(n) for n in dims.split(",") if n) * int(bits or 8) // 8)
-        for _, bits, dims in _ARRAY.findall(shapes)
-    )
+def _version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
-def link_bytes(found: dict[str, dict], num_chips: int) -> float:
-    """Bytes that a chip sends for `collectives`, at least: an all-reduce of b bytes among n takes 2 b (n − 1)/n."""
-    share = (num_chips - 1) / num_chips
-    factors = {"all-reduce": 2 * share, "reduce-scatter": num_chips - 1, "collective-permute": 1.0}
-    return sum(entry["bytes"] * factors.get(name, share) for name, entry in found.items())
-
-
-def roofline(chip: Chip, flops: float, bytes_accessed: float, link_bytes: float) -> dict:
-    """The least time for a program on a chip: max(FLOPs / bf16 peak, bytes / HBM bandwidth) + link bytes / links.
-
-    An estimate: real programs do not reach the peak (float32 less so), the compiler counts bytes that
-    never leave the chip, and part of the communication hides behind the computation.
-
-    Returns:
-      Seconds of each and of all, "bound": the largest ("compute", "memory" or "links"), and "utilisation":
-      the share of the peak that this time means.
-    """
-    parts = {"compute": flops / chip.flops, "memory": bytes_accessed / chip.bandwidth, "links": link_bytes / chip.links}
-    seconds = max(parts["compute"], parts["memory"]) + parts["links"]
-    return {f"{name}_seconds": part for name, part in parts.items()} | {
-        "seconds": seconds,
-        "bound": max(parts, key=parts.get),
-        "utilisation": parts["compute"] / seconds if seconds else 0.0,
-    }
+# ---------------------------------------------------------------------------- of a whole run
 
 
 def _whole(program, per_chip, num_chips, steps_per_image, num_steps):
@@ -442,7 +346,7 @@ def _rows(report):
         ("images: all chips (one)", lambda p: f"{p['images_per_chip'] * num:,} ({p['images_per_chip']:,})"),
         ("FLOPs per image", lambda p: f"{_si(p['flops_per_image'])}FLOP"),
         ("FLOPs per chip and step", lambda p: f"{_si(p['per_chip']['flops'])}FLOP"),
-        ("bytes accessed per chip and step", lambda p: _bytes(p["per_chip"]["bytes_accessed"])),
+        ("HBM bytes per chip and step", lambda p: _bytes(p["per_chip"]["hbm_bytes"])),
         *((f"memory per chip: {key}", lambda p, key=key: _bytes(p["memory"][key])) for key in _MEMORY),
         ("memory per chip: peak", lambda p: _peak(p["memory"]["peak"], report["chip"])),
         ("collectives per step", lambda p: _collectives(p["collectives"])),
@@ -470,8 +374,7 @@ _MEMORY = ("arguments", "outputs", "aliased", "temporaries", "code")
 
 def _notes(report):
     notes = [
-        f"Sampling: {SAMPLES:,} images in all. Compiled is the whole chain; its step, the body of the loop, is counted "
-        f"once, and {report['sampling']['steps_per_image']:,} times per image.",
+        f"Sampling: {SAMPLES:,} images in all; compiled is the whole chain.",
         "Aliased: outputs that take the place of arguments.",
     ]
     if report["chip"]:

@@ -68,7 +68,7 @@ class _Run:
         dataset = from_config.images(config)
         if num > len(dataset):
             raise UserError(f"{num} images are wanted and there are {len(dataset)}: give more, or a smaller --num")
-        chosen = data.batches(dataset, seed=self._seed, batch_size=num, flip=False)[0]
+        chosen = data.batches(dataset, seed=self._seed, batch_size=num)[0]
         return chosen.astype(np.float32) / 127.5 - 1
 
 

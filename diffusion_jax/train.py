@@ -1,110 +1,26 @@
-"""Training: one pmapped step, and the loop around it."""
+"""Training: the loop around the step."""
 
 import collections
 import contextlib
+import functools
+import itertools
 import math
 import sys
 import time
-from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import tqdm
-from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from diffusion_jax import checkpoint, data, from_config, hosts, images
+from diffusion_jax import checkpoint, data, from_config, hosts, images, programs
 from diffusion_jax.errors import UserError
 from diffusion_jax.log import MetricsLog
-from diffusion_jax.schedule import Schedule
 from diffusion_jax.state import TrainState, abstract_state, init_state, replicate
+from diffusion_jax.step import AXIS, configured_step, pmapped, resident, several
 
-AXIS = "batch"  # of the pmapped step
-QUARTERS = 4  # of 1..T, for which the loss is reported one by one
-
-# The stream of the seed that training draws from; see also state.py.
-_TRAIN = 2**32 - 2
-
-
-def make_train_step(*args) -> Callable:
-    """`make_step` of the same arguments, pmapped: images, indices and metrics get a leading axis of the D devices."""
-    return jax.pmap(make_step(*args), axis_name=AXIS, in_axes=(None, 0), out_axes=(None, 0), donate_argnums=0)
-
-
-def make_step(
-    apply_fn: Callable,
-    loss_fn: Callable,
-    s: Schedule,
-    optimizer: optax.GradientTransformation,
-    ema_decay,
-    seed: int,
-    t_probabilities=None,
-) -> Callable:
-    """The step on one device, to be mapped over AXIS: (state, (images, indices)) -> (state, metrics).
-
-    t, noise and dropout of an example are a function of (seed, state.step, its index in
-    the global batch) alone, so any number of devices takes the same step.
-
-    Args:
-      apply_fn: the UNet's `apply`.
-      loss_fn: (output_fn, s, x_0, t, keys [B]) -> [B], output_fn(x, t) the network's output.
-      t_probabilities: [T + 1] of the steps t; losses are weighted by 1 / (T p_t), which leaves their
-        mean as it is. None: uniform in 1..T.
-
-    The step's arguments: images uint8 [B, H, W, C] and indices int [B], the device's share of the global
-    batch; the state has no device axis (`state.replicate`), and its memory is given away. Its metrics are the
-    same on all devices: loss, grad_norm (before clipping), param_norm, skipped, and loss_t1 ... loss_t4
-    over the quarters of 1..T, NaN where the batch has no such t. Where one of the first three
-    is not finite, skipped is 1 and the state stays as it was, but for its step.
-    """
-
-    def mean_loss(params, x_0, t, noise_keys, dropout_keys):
-        def output_fn(x, t):
-            return apply_fn({"params": params}, x, t, train=True, dropout_keys=dropout_keys)
-
-        losses = loss_fn(output_fn, s, x_0, t, noise_keys)
-        weights = 1.0 if t_probabilities is None else 1 / (s.num_steps * jnp.asarray(t_probabilities, jnp.float32)[t])
-        return jnp.mean(weights * losses), losses
-
-    def step(state, batch):
-        pixels, indices = batch
-        x_0 = pixels.astype(jnp.float32) / 127.5 - 1
-        step_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _TRAIN), state.step)
-        keys = jax.vmap(lambda index: jax.random.split(jax.random.fold_in(step_key, index), 3))(indices)
-        t = jax.vmap(lambda key: _draw_t(key, s.num_steps, t_probabilities))(keys[:, 0])
-
-        gradient = jax.value_and_grad(mean_loss, has_aux=True)
-        (loss, losses), grads = gradient(state.params, x_0, t, keys[:, 1], keys[:, 2])
-        loss, grads = lax.pmean((loss, grads), AXIS)
-
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema_params = optax.incremental_update(params, state.ema_params, 1 - ema_decay)
-        new = TrainState(state.step + 1, params, ema_params, opt_state)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
-        # One bad number would stay in Adam's moments and the average for ever: then only the step counts.
-        good = jnp.isfinite(jnp.stack(list(metrics.values()))).all()
-        new = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, state._replace(step=new.step))
-        metrics |= {"skipped": 1.0 - good} | _loss_by_quarter(losses, t, s.num_steps)
-        return new, metrics
-
-    return step
-
-
-def _draw_t(key, num_steps, probabilities):
-    if probabilities is None:
-        return jax.random.randint(key, (), 1, num_steps + 1)
-    below = np.cumsum(probabilities)[1:-1]  # P(t <= 1), …, P(t <= T − 1)
-    return 1 + jnp.searchsorted(jnp.asarray(below, jnp.float32), jax.random.uniform(key), side="right")
-
-
-def _loss_by_quarter(losses, t, num_steps):
-    one_hot = jax.nn.one_hot((t - 1) * QUARTERS // num_steps, QUARTERS)
-    sums, counts = lax.psum((losses @ one_hot, one_hot.sum(axis=0)), AXIS)
-    return {f"loss_t{i + 1}": sums[i] / counts[i] for i in range(QUARTERS)}
+_TIGHT = 0.9  # of a device's memory, from which on a warning is due
 
 
 def train(config: ConfigDict, workdir: str) -> TrainState:
@@ -122,11 +38,7 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
     # ------------------------------------------------------------ what can be refused is refused first
     devices, processes = jax.device_count(), jax.process_count()
     main = jax.process_index() == 0  # the process that writes and prints
-    if config.train.batch_size % devices:
-        raise UserError(
-            f"config.train.batch_size={config.train.batch_size} does not divide among {devices} devices: "
-            f"make it a multiple of {devices}"
-        )
+    check_batch(config, devices)
     workdir = checkpoint.absolute(workdir)
     if (earlier := checkpoint.read_config(workdir)) is not None:
         from_config.check_same_run(earlier, config, workdir)
@@ -135,7 +47,6 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
         dataset_images,
         seed=config.seed,
         batch_size=config.train.batch_size,
-        flip=config.data.flip,
         process_index=jax.process_index(),
         process_count=processes,
     )
@@ -150,15 +61,6 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
             f"warning: alpha_bar_T = {s.alpha_bar[-1]:.3f}: x_T still holds that share of the image, sampling starts "
             "without it; choose another config.schedule.name or a larger config.schedule.num_steps"
         )
-    train_step = make_train_step(
-        from_config.model(config).apply,
-        from_config.loss(config),
-        s,
-        from_config.optimizer(config),
-        config.train.ema_decay,
-        config.seed,
-        from_config.t_probabilities(config),
-    )
     sample_fn = from_config.sample_fn(config)
     monitor = _monitor(config, dataset_images) if config.train.evaluate_every else None
     learning_rate = from_config.learning_rate(config)
@@ -172,7 +74,13 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
             num_parameters = sum(x.size for x in jax.tree.leaves(state.params))
             print(f"{num_parameters:,} parameters, {devices} {jax.devices()[0].platform} device(s), from step {start}")
         state = replicate(state, AXIS)
-        batches = _to_devices(data.iterate(dataset, start, dataset_images.num_threads), local)
+        dispatches = list(_dispatches(config, start))
+        program, feed = _program(config, dataset_images, dataset, start, [k for k, _ in dispatches], local)
+        if dispatches and (room := programs.room(jax.local_devices()[0])):
+            pixels = next(feed)
+            feed = itertools.chain([pixels], feed)
+            lowered = program(dispatches[0][0]).lower(state, (pixels, indices))  # which it need not do again
+            _foresee(config, lowered, room, config.train.num_steps - start, main)
 
         # -------------------------------------------------------- the loop
         with (
@@ -182,25 +90,29 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
         ):
             pending, bad_steps = collections.deque(), 0
 
-            def record():  # the metrics of the oldest step not yet looked at
+            def record():  # the metrics of the oldest dispatch not yet looked at
                 nonlocal bad_steps
-                step, metrics = pending.popleft()
-                metrics = {name: float(value[0]) for name, value in jax.device_get(metrics).items()}
-                bad_steps = bad_steps + 1 if metrics["skipped"] else 0
-                if main and step == start + 1:
+                first, k, metrics = pending.popleft()
+                metrics = {
+                    name: np.asarray(value)[0] for name, value in jax.device_get(metrics).items()
+                }  # of one device
+                if main and first == start + 1:
                     bar.write(f"first step after {time.monotonic() - began:.1f} s, compiled", file=sys.stdout)
-                if bad_steps > config.train.max_bad_steps:
-                    raise FloatingPointError(_not_finite(step, metrics, manager))
-                metrics["learning_rate"] = float(learning_rate(step - 1))
-                if main and (line := log.add(step, metrics, config.train.batch_size)):
-                    bar.set_postfix_str(
-                        f"loss {line['loss'] or math.nan:.4f}, {line['images_per_second']:.0f} images/s"
-                    )
-                bar.update()
+                for i in range(k):
+                    line = {name: float(value[i]) for name, value in metrics.items()}
+                    bad_steps = bad_steps + 1 if line["skipped"] else 0
+                    if bad_steps > config.train.max_bad_steps or not math.isfinite(line["param_norm"]):
+                        raise FloatingPointError(_not_finite(first + i, line, manager))
+                    line["learning_rate"] = float(learning_rate(first + i - 1))
+                    if main and (line := log.add(first + i, line, config.train.batch_size)):
+                        bar.set_postfix_str(
+                            f"loss {line['loss'] or math.nan:.4f}, {line['images_per_second']:.0f} images/s"
+                        )
+                bar.update(k)
 
-            for step in range(start + 1, config.train.num_steps + 1):
-                state, metrics = train_step(state, (next(batches), indices))
-                pending.append((step, metrics))
+            for k, step in dispatches:
+                state, metrics = program(k)(state, (next(feed), indices))
+                pending.append((step - k + 1, k, metrics))
                 if len(pending) > 2:  # by now this one is done, or nearly: the device never runs dry
                     record()
                 checkpoint.check(manager)
@@ -240,14 +152,90 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
     return state
 
 
-def _to_devices(batches, local):
-    """Yields uint8 [D, B, H, W, C] that lie on the D local devices; two batches are on their way ahead of need."""
+def check_batch(config: ConfigDict, devices: int) -> None:
+    """Raises UserError unless the batch divides among the devices, and a device's share among its parts."""
+    batch, parts = config.train.batch_size, config.train.accumulate
+    if batch % (devices * parts):
+        among = f"{devices} devices" + (f" of config.train.accumulate={parts} parts each" if parts > 1 else "")
+        raise UserError(
+            f"config.train.batch_size={batch} does not divide among {among}: make it a multiple of {devices * parts}"
+        )
+
+
+def _foresee(config, lowered, room, num_steps, main):
+    """Says what the steps to come need, as --mode=plan does. UserError if they do not fit into `room` bytes."""
+    device, num_devices = jax.local_devices()[0], jax.device_count()
+    try:
+        program = programs.compiled(lowered)
+    except programs.DoesNotFit as error:
+        raise does_not_fit(config, device.device_kind, programs.shortage(error)) from None
+    need = programs.needs(program, programs.chip_of(device), num_devices, config.train.accumulate)
+    peak = need["memory"]["peak"]
+    sizes = f"{peak / 2**30:.2f} of {room / 2**30:.2f} GiB"
+    if peak > room:
+        raise does_not_fit(config, device.device_kind, sizes)
+    if not main:
+        return
+    if line := need["roofline"]:
+        hours = line["seconds"] * num_steps / 3600
+        print(
+            f"estimate: at least {line['seconds'] * 1e3:.3g} ms a step, {hours:.3g} hours to the end; {sizes} a device"
+        )
+    if peak > _TIGHT * room:
+        print(f"warning: the step takes {sizes} of a device: should it run out of memory, {mends(config)}")
+
+
+def does_not_fit(config: ConfigDict, device: str, sizes: str) -> UserError:
+    """What to say of a train step that is too large for a device."""
+    return UserError(
+        f"config.train.batch_size={config.train.batch_size} does not fit into a {device} ({sizes}): {mends(config)}"
+    )
+
+
+def mends(config: ConfigDict) -> str:
+    """What makes the train step smaller, and is not done yet."""
+    train = config.train
+    options = [
+        None if config.model.dtype == "bfloat16" else "config.model.dtype=bfloat16",
+        None if train.remat else "config.train.remat=True",
+        f"config.train.accumulate={2 * train.accumulate}",
+        "config.data.on_device=False" if config.data.on_device else None,
+    ]
+    return f"set {', '.join(filter(None, options))}, lower config.train.batch_size, or take more devices"
+
+
+def _dispatches(config, start):
+    """(k, the step after): the steps to take at a time. Where something is to be done after a step, they end there."""
+    every = [config.train.checkpoint_every, config.train.sample_every, config.train.evaluate_every]
+    step, end = start, config.train.num_steps
+    while step < end:
+        due = min(end, *(step - step % n + n for n in every if n))
+        k = min(config.train.steps_per_dispatch, due - step)
+        step += k
+        yield k, step
+
+
+def _program(config, dataset_images, dataset, start, ks, local):
+    """(k -> k steps on all devices, the images for each of the dispatches `ks`)."""
+    step = configured_step(config)
+    if config.data.on_device:
+        on_all = functools.cache(lambda k: pmapped(resident(step, k, config.seed, config.train.batch_size), None))
+        return on_all, itertools.repeat(replicate(dataset_images[:], AXIS))
+    on_all = pmapped(several(step))  # of as many as there are images for
+    return lambda k: on_all, _to_devices(data.iterate(dataset, start, dataset_images.num_threads), ks, local)
+
+
+def _to_devices(batches, ks, local):
+    """Yields uint8 [D, k, B, H, W, C] that lie on the D local devices; two are on their way ahead of need."""
     sharding = NamedSharding(Mesh(np.array(jax.local_devices()), (AXIS,)), PartitionSpec(AXIS))
     ahead = collections.deque()
-    for pixels in batches:
-        ahead.append(jax.device_put(pixels.reshape(*local, *pixels.shape[1:]), sharding))
+    for k in ks:
+        pixels = np.stack(list(itertools.islice(batches, k)))
+        pixels = pixels.reshape(k, *local, *pixels.shape[2:]).swapaxes(0, 1)
+        ahead.append(jax.device_put(pixels, sharding))
         if len(ahead) > 2:
             yield ahead.popleft()
+    yield from ahead
 
 
 def _draw(sample_fn, state, seed, workdir, main):

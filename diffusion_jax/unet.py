@@ -6,6 +6,7 @@ Layouts are NHWC. Modules are named after the variable scopes of Ho's code, with
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -86,18 +87,16 @@ class AttentionBlock(nn.Module):
 
     num_groups: int
     dtype: Any
+    attention: Callable = jax.nn.dot_product_attention
 
     @nn.compact
     def __call__(self, x):
         batch, height, width, channels = x.shape
         h = group_norm(channels, self.num_groups, self.dtype, name="norm")(x)
-        h = h.reshape(batch, height * width, channels)
+        h = h.reshape(batch, height * width, 1, channels)
         q, k, v = (dense(channels, self.dtype, name=name)(h) for name in "qkv")
-        logits = jnp.einsum("bqc,bkc->bqk", q, k, preferred_element_type=jnp.float32)
-        weights = nn.softmax(logits * channels**-0.5).astype(self.dtype)
-        h = jnp.einsum("bqk,bkc->bqc", weights, v)
-        h = dense(channels, self.dtype, init_scale=_NEARLY_ZERO, name="proj_out")(h)
-        return x + h.reshape(x.shape)
+        h = self.attention(q, k, v).reshape(x.shape)
+        return x + dense(channels, self.dtype, init_scale=_NEARLY_ZERO, name="proj_out")(h)
 
 
 class UNet(nn.Module):
@@ -117,6 +116,8 @@ class UNet(nn.Module):
       num_groups: groups of GroupNorm, see `group_norm`.
       dtype: of the computation, float32 or bfloat16; parameters, the statistics of
         normalisation, softmax and the output are float32.
+      attention: (q, k, v [B, positions, 1, C]) -> [B, positions, 1, C], softmax of q·k / √C in float32.
+      remat: compute the activations inside the blocks again for the gradient, rather than keep them.
 
     Raises (when called):
       ValueError: H or W is not a multiple of 2^(levels − 1).
@@ -129,6 +130,8 @@ class UNet(nn.Module):
     dropout: float = 0.0
     num_groups: int = 32
     dtype: Any = jnp.float32
+    attention: Callable = jax.nn.dot_product_attention
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x, t, train=False, dropout_keys=None):
@@ -139,16 +142,21 @@ class UNet(nn.Module):
         if with_dropout and dropout_keys is None:
             dropout_keys = jax.random.split(self.make_rng("dropout"), len(x))
         counter = itertools.count()
+        maybe_remat = nn.remat if self.remat else lambda module: module
+        resnet_block, attention_block = maybe_remat(ResnetBlock), maybe_remat(AttentionBlock)
 
         def residual(h, features, name):
             # Each block has a stream of its own.
             keys = jax.vmap(jax.random.fold_in, (0, None))(dropout_keys, next(counter)) if with_dropout else None
-            return ResnetBlock(features, self.dropout, self.num_groups, self.dtype, name=name)(h, temb, keys)
+            return resnet_block(features, self.dropout, self.num_groups, self.dtype, name=name)(h, temb, keys)
+
+        def attend(h, name):
+            return attention_block(self.num_groups, self.dtype, self.attention, name=name)(h)
 
         def block(h, level, name):
             h = residual(h, self.channels * self.multipliers[level], name)
             if h.shape[1] in self.attention_resolutions:
-                h = AttentionBlock(self.num_groups, self.dtype, name=name.replace("block", "attn"))(h)
+                h = attend(h, name.replace("block", "attn"))
             return h
 
         # Ho's weights know the steps as 0..T−1: here, and only here, 1 is subtracted.
@@ -167,7 +175,7 @@ class UNet(nn.Module):
                 skips.append(h)
 
         h = residual(h, h.shape[-1], "mid_block_1")
-        h = AttentionBlock(self.num_groups, self.dtype, name="mid_attn_1")(h)
+        h = attend(h, "mid_attn_1")
         h = residual(h, h.shape[-1], "mid_block_2")
 
         for i in reversed(range(levels)):

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 
 import jax
+import numpy as np
 import pytest
 
 from configs import tiny
@@ -32,6 +33,14 @@ def tiny_config(**overrides):
     config = tiny.get_config()
     config.update_from_flattened_dict({key.replace("__", "."): value for key, value in overrides.items()})
     return config
+
+
+def assert_same(a, b):
+    """Every leaf of the two trees, bit for bit."""
+    paths_a, paths_b = (jax.tree.leaves_with_path(tree) for tree in (a, b))
+    assert [path for path, _ in paths_a] == [path for path, _ in paths_b]
+    for (path, x), (_, y) in zip(paths_a, paths_b, strict=True):
+        np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
 
 
 @pytest.fixture

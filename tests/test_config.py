@@ -69,7 +69,10 @@ def test_every_name_builds_its_object():
 
 def test_model_has_the_configs_fields():
     config = tiny_config(model__dtype="bfloat16", model__multipliers=(1, 2), model__attention_resolutions=(4,))
-    assert from_config.model(config) == unet.UNet(8, (1, 2), 1, (4,), 0.1, 4, jnp.bfloat16)
+    wanted = unet.UNet(8, (1, 2), 1, (4,), 0.1, 4, jnp.bfloat16, from_config._ATTENTION["xla"])
+    assert from_config.model(config) == wanted
+    assert from_config.model(tiny_config(train__remat=True)).remat
+    assert from_config.model(tiny_config(model__attention="cudnn")).attention.keywords == {"implementation": "cudnn"}
 
 
 def test_optimizer():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax import data
+from diffusion_jax import data, order
 from diffusion_jax.errors import UserError
 from diffusion_jax.sources import Source
 
@@ -197,7 +197,7 @@ def test_on_the_fly_is_the_same(images, tmp_path, capsys):
     assert decoded.shape == cached.shape
     for index in (3, slice(5), np.array([149, 0])):
         np.testing.assert_array_equal(decoded[index], cached[index])
-    options = {"seed": 0, "batch_size": 8, "flip": True}
+    options = {"seed": 0, "batch_size": 8}
     ahead = data.iterate(data.batches(decoded, **options), 7, decoded.num_threads)
     for step in range(7, 40):
         np.testing.assert_array_equal(next(ahead), data.batches(cached, **options)[step])
@@ -209,7 +209,7 @@ def test_corrupt_on_the_fly(images):
     found = images(source(damaged=[2, 3]), cache_limit=0, skip_corrupt=True)
     np.testing.assert_array_equal(found[np.array([1, 2])], PICTURES[[1, 4], 1:11])
     broken = images(source(damaged=range(150)), cache_limit=0)
-    ahead = data.iterate(data.batches(broken, seed=0, batch_size=8, flip=True), 0)
+    ahead = data.iterate(data.batches(broken, seed=0, batch_size=8), 0)
     with pytest.raises(UserError, match="truncated"):
         next(ahead)
 
@@ -218,15 +218,14 @@ def test_corrupt_on_the_fly(images):
 
 # A batch asks an array of images what it asks a cache.
 NUMBERED = np.arange(20, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 1), np.uint8)
-NUMBERED[:, :, 1] += 100  # the left column holds the number, the right one 100 more
 
 
 def batches(**options):
-    return data.batches(NUMBERED, **{"seed": 0, "batch_size": 8, "flip": True} | options)
+    return data.batches(NUMBERED, **{"seed": 0, "batch_size": 8} | options)
 
 
 def test_each_epoch_holds_every_image_once_in_its_own_order():
-    dataset = batches(batch_size=4, flip=False)
+    dataset = batches(batch_size=4)
     epochs = [
         [int(x) for step in range(5 * epoch, 5 * epoch + 5) for x in dataset[step][:, 0, 0, 0]] for epoch in (0, 1)
     ]
@@ -240,22 +239,17 @@ def test_the_seed_decides():
     np.testing.assert_array_equal(batches()[3], batches()[3])
 
 
-def test_flips_are_a_coin_per_example():
-    flipped = np.concatenate([batches()[step][:, 0, 0, 0] >= 100 for step in range(100)])
-    assert 0.45 < flipped.mean() < 0.55
-    per_image = {}
-    for step in range(50):
-        for left in batches()[step][:, 0, 0, 0].tolist():
-            per_image.setdefault(left % 100, set()).add(left >= 100)
-    assert all(sides == {True, False} for sides in per_image.values())  # not decided once and for all
-    assert not any((batches(flip=False)[step][:, 0, 0, 0] >= 100).any() for step in range(20))
-
-
 @pytest.mark.parametrize("processes", [2, 4, 8])
 def test_the_global_batch_does_not_depend_on_the_processes(processes):
     for step in (0, 3, 1000):
         shares = [batches(process_index=p, process_count=processes)[step] for p in range(processes)]
         np.testing.assert_array_equal(np.stack(shares, axis=1).reshape(8, 1, 2, 1), batches()[step])
+
+
+def test_batches_follow_the_order():
+    for step in (0, 4, 1000):
+        wanted = order.shuffled(8 * step + np.arange(8), 20, seed=0)
+        np.testing.assert_array_equal(batches()[step][:, 0, 0, 0], wanted)
 
 
 def test_iterate_starts_anywhere():
@@ -275,7 +269,7 @@ def test_each_process_reads_its_share_alone():
             read.append(len(indices))
             return NUMBERED[indices]
 
-    data.batches(Spy(), seed=0, batch_size=8, flip=True, process_index=1, process_count=4)[3]
+    data.batches(Spy(), seed=0, batch_size=8, process_index=1, process_count=4)[3]
     assert read == [2]
 
 
@@ -284,7 +278,7 @@ def test_memory_stays_flat(images):
     large = np.random.default_rng(0).integers(0, 256, (5000, 64, 64, 3), np.uint8)
     cached = images(source(large), image_size=64)
     del large
-    ahead = data.iterate(data.batches(cached, seed=0, batch_size=50, flip=True), 0)
+    ahead = data.iterate(data.batches(cached, seed=0, batch_size=50), 0)
     for _ in range(30):
         next(ahead)
     unit = 1 if sys.platform == "darwin" else 1024

@@ -5,12 +5,11 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from conftest import tiny_config
+from conftest import assert_same, tiny_config
 from tensorboardX.proto import event_pb2
 
-from diffusion_jax import from_config, losses, process, sample, sampling, schedule, train
+from diffusion_jax import from_config, losses, process, programs, sample, sampling, train
 from diffusion_jax import state as states
 from diffusion_jax.errors import UserError
 
@@ -25,14 +24,6 @@ def lines(workdir):
 
 def without_speed(lines):
     return [{key: value for key, value in line.items() if "per_second" not in key} for line in lines]
-
-
-def assert_same(a, b):
-    """Every leaf of the two trees, bit for bit."""
-    paths_a, paths_b = (jax.tree.leaves_with_path(tree) for tree in (a, b))
-    assert [path for path, _ in paths_a] == [path for path, _ in paths_b]
-    for (path, x), (_, y) in zip(paths_a, paths_b, strict=True):
-        np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +121,7 @@ def test_every_loss_teaches_to_predict_the_noise(tmp_path, loss):
     config = tiny_config(
         train__loss=loss.removesuffix(" by importance"),
         train__t_sampling="importance" if "importance" in loss else "uniform",
-        train__num_steps=60,
+        train__num_steps=80,
         train__batch_size=64,
         train__log_every=20,
         train__learning_rate=5e-3,
@@ -149,31 +140,6 @@ def test_every_loss_teaches_to_predict_the_noise(tmp_path, loss):
 
     assert error(states.init_state(config).params) == pytest.approx(1, abs=0.02)
     assert error(params) < (0.7 if "vlb" in loss else 0.6)  # the bound cares for small t
-
-
-def test_t_is_drawn_as_often_as_told():
-    """And weighted so that the mean of a loss stays what it is under uniform t."""
-    p = np.array([0.0, 0.1, 0.4, 0.2, 0.3])
-    t = np.asarray(jax.vmap(lambda key: train._draw_t(key, 4, p))(jax.random.split(jax.random.key(0), 40_000)))
-    np.testing.assert_allclose(np.bincount(t, minlength=5) / len(t), p, atol=0.01)
-
-    def gradient(t_probabilities):  # of w in the loss w t, whose mean over uniform t is 2.5
-        step = train.make_train_step(
-            lambda variables, x, t, **_: variables["params"]["w"] * t[:, None].astype(jnp.float32),
-            lambda output_fn, s, x_0, t, keys: output_fn(x_0, t)[:, 0],
-            schedule.ho_linear(4),
-            optax.sgd(1.0),
-            0.5,
-            0,
-            t_probabilities,
-        )
-        w = {"w": np.zeros((), np.float32)}
-        state = states.TrainState(np.zeros((), np.int32), w, {"w": w["w"].copy()}, optax.sgd(1.0).init(w))
-        batch = np.zeros((4, 4096, 1), np.uint8), np.arange(4 * 4096).reshape(4, 4096)
-        return -step(states.replicate(state, train.AXIS), batch)[0].params["w"]
-
-    assert gradient(None) == pytest.approx(2.5, abs=0.05)
-    assert gradient(p) == pytest.approx(2.5, abs=0.05)
 
 
 def test_what_training_looks_at_every_so_often(tmp_path):
@@ -232,132 +198,6 @@ def test_bad_steps_are_left_out_on_request(tmp_path, monkeypatch):
     assert state.opt_state[1][0].count == 20 - sum(skipped)
 
 
-def test_a_bad_step_leaves_everything_but_the_step():
-    config = tiny_config()
-    before = states.init_state(config)
-    step = make_step(config, lambda eps_bar_fn, s, x_0, t, keys: jnp.full(t.shape, jnp.inf) * eps_bar_fn(x_0, t).mean())
-    after, metrics = step(states.replicate(before, train.AXIS), batch())
-    assert_same(jax.device_get(after), before._replace(step=np.int32(1)))
-    assert metrics["skipped"][0] == 1
-
-
-# ---------------------------------------------------------------- the step
-
-
-def make_step(config, loss_fn=None):
-    return train.make_train_step(
-        from_config.model(config).apply,
-        loss_fn or from_config.loss(config),
-        from_config.schedule(config),
-        from_config.optimizer(config),
-        config.train.ema_decay,
-        config.seed,
-    )
-
-
-def batch(devices=4, per_device=2):
-    pixels = np.random.default_rng(0).integers(0, 256, (devices, per_device, 8, 8, 1), np.uint8)
-    return pixels, np.arange(devices * per_device).reshape(devices, per_device)
-
-
-def test_one_step_against_its_parts():
-    """The gradient of the mean loss over the whole batch, clipping, Adam, EMA, in plain NumPy and optax."""
-    config = tiny_config(train__warmup_steps=0, model__dropout=0.0, train__ema_decay=0.75)
-    s, seen = from_config.schedule(config), {}
-
-    def spy(eps_bar_fn, s, x_0, t, keys):
-        eps_bar = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), x_0.shape[1:]))(keys)
-        jax.debug.callback(
-            lambda i, *values: seen.update({int(i): values}), jax.lax.axis_index("batch"), x_0, t, eps_bar
-        )
-        return losses.simple_loss(eps_bar_fn, s, x_0, t, eps_bar)
-
-    start = states.init_state(config)
-    after, metrics = make_step(config, spy)(states.replicate(start, train.AXIS), batch())
-    jax.effects_barrier()
-    x_0, t, eps_bar = (np.concatenate([seen[i][k] for i in range(4)]) for k in range(3))
-    np.testing.assert_allclose(x_0, batch()[0].reshape(8, 8, 8, 1) / 127.5 - 1, atol=1e-6)
-    assert 1 <= t.min() <= t.max() <= 20
-    assert len(np.unique(t)) > 2
-
-    def loss(params):
-        def eps_bar_fn(x, t):
-            return from_config.model(config).apply({"params": params}, x, t)
-
-        return losses.simple_loss(eps_bar_fn, s, x_0, t, eps_bar).mean()
-
-    value, grads = jax.jit(jax.value_and_grad(loss))(start.params)
-    norm = optax.tree.norm(grads)
-    scale = min(1.0, 1.0 / float(norm))
-    expected = jax.tree.map(lambda p, g: p - 2e-3 * scale * g / (abs(scale * g) + 1e-8), start.params, grads)
-    np.testing.assert_allclose(metrics["loss"], np.full(4, value), rtol=1e-5)
-    np.testing.assert_allclose(metrics["grad_norm"], np.full(4, norm), rtol=1e-4)
-    np.testing.assert_allclose(metrics["param_norm"], np.full(4, optax.tree.norm(after.params)), rtol=1e-5)
-    for new, ema, old, hand, g in zip(
-        *map(jax.tree.leaves, (after.params, after.ema_params, start.params, expected, grads)), strict=True
-    ):
-        clear = abs(g) > 1e-6  # Adam's first step is ± the rate: where g is noise, so is its sign
-        np.testing.assert_allclose(new[clear], hand[clear], atol=1e-4)
-        np.testing.assert_allclose(ema, 0.75 * old + 0.25 * new, atol=1e-6)
-    assert int(after.step) == 1
-
-
-def test_randomness_is_of_seed_step_and_index():
-    """An example has the t and the keys of its index, wherever in the batch and on whichever device it is."""
-    config, streams = tiny_config(), []
-
-    def spy(eps_bar_fn, s, x_0, t, keys):
-        jax.debug.callback(lambda *values: streams.append(np.column_stack(values)), t, jax.random.key_data(keys))
-        return losses.mean_square(x_0)
-
-    steps = {seed: make_step(tiny_config(seed=seed), spy) for seed in (0, 1)}
-
-    def of(seed, step, indices):
-        streams.clear()
-        state = states.init_state(config)._replace(step=np.int32(step))
-        steps[seed](states.replicate(state, train.AXIS), (batch()[0], indices))
-        jax.effects_barrier()
-        return sorted(map(tuple, np.concatenate(streams).tolist()))
-
-    indices = batch()[1]
-    first = of(0, 5, indices)
-    assert len({tuple(key) for _, *key in first}) == 8
-    assert of(0, 5, indices[::-1, ::-1]) == first
-    assert of(0, 6, indices) != first
-    assert of(1, 5, indices) != first
-
-
-def test_the_step_compiles_once():
-    config, traces = tiny_config(), []
-
-    def counted(eps_bar_fn, s, x_0, t, keys):
-        traces.append(x_0.shape)
-        return from_config.loss(config)(eps_bar_fn, s, x_0, t, keys)
-
-    step = make_step(config, counted)
-    state = states.replicate(states.init_state(config), train.AXIS)
-    pixels, indices = batch()
-    for on_devices in train._to_devices([pixels.reshape(8, 8, 8, 1)] * 5, (4, 2)):
-        state, _ = step(state, (on_devices, indices))
-    assert int(state.step) == 3
-    assert traces == [(2, 8, 8, 1)]
-
-
-def test_the_state_is_given_away():
-    """Donation: the memory of the old state is the new one's."""
-    state = states.replicate(states.init_state(tiny_config()), train.AXIS)
-    make_step(tiny_config())(state, batch())
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.ema_params, state.opt_state)))
-
-
-def test_loss_by_quarter():
-    t = np.array([[1, 2], [3, 5], [5, 6], [6, 6]])
-    values = np.arange(8.0).reshape(4, 2)
-    of = jax.pmap(lambda losses, t: train._loss_by_quarter(losses, t, 8), axis_name=train.AXIS)
-    actual = {name: float(value[0]) for name, value in of(values, t).items()}
-    assert actual == pytest.approx({"loss_t1": 0.5, "loss_t2": 2, "loss_t3": 5, "loss_t4": np.nan}, nan_ok=True)
-
-
 def test_initial_state():
     config = tiny_config()
     state = states.init_state(config)
@@ -366,6 +206,69 @@ def test_initial_state():
     assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(
         lambda x: (x.shape, x.dtype), states.abstract_state(config)
     )
+
+
+# ---------------------------------------------------------------- the levers
+
+
+@pytest.mark.parametrize(
+    "levers",
+    [
+        {"train__steps_per_dispatch": 2},
+        {"train__steps_per_dispatch": 5, "train__sample_every": 4},  # dispatches of 3, 1 and 2
+        {"data__on_device": True},
+        {"data__on_device": True, "train__steps_per_dispatch": 6},
+    ],
+)
+def test_levers_that_change_no_bit(uninterrupted, tmp_path, levers):
+    workdir, whole = uninterrupted
+    assert_same(run(tmp_path, **levers), whole)
+    assert without_speed(lines(tmp_path)) == without_speed(lines(workdir))
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} >= {"3", "6"}
+
+
+def test_a_run_goes_on_with_other_levers(uninterrupted, tmp_path):
+    run(tmp_path, train__num_steps=2, train__steps_per_dispatch=2)
+    assert_same(run(tmp_path, data__on_device=True, train__steps_per_dispatch=3), uninterrupted[1])
+
+
+@pytest.mark.parametrize("levers", [{"train__remat": True}, {"train__accumulate": 2}])
+def test_levers_that_round(uninterrupted, tmp_path, levers):
+    workdir, whole = uninterrupted
+    state = run(tmp_path, **levers)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), state.params, whole.params)
+    for line, other in zip(lines(tmp_path), lines(workdir), strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
+def test_a_batch_divides_among_devices_and_parts(tmp_path):
+    with pytest.raises(UserError, match=r"batch_size=8 does not divide among 4 devices of .*accumulate=3 parts"):
+        run(tmp_path, train__accumulate=3)
+
+
+CHIP = programs.Chip(flops=1e12, hbm=1e9, bandwidth=1e11, links=1e10, pod=256)
+
+
+def test_the_step_is_foreseen(tmp_path, monkeypatch, capsys):
+    """As on a TPU: the estimate of the compiled step, which is the one that runs."""
+    monkeypatch.setattr(programs, "chip_of", lambda device: CHIP)
+    run(tmp_path)
+    out = capsys.readouterr().out
+    assert "estimate: at least" in out and "hours to the end" in out and "of 0.93 GiB a device" in out
+    assert "warning: the step" not in out
+
+
+def test_a_step_that_is_tight_or_too_large(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(programs, "room", lambda device: 10**9)
+    run(tmp_path / "a", train__num_steps=1)
+    monkeypatch.setattr(programs, "memory", lambda sizes: {"peak": 95 * 10**7})
+    run(tmp_path / "b", train__num_steps=1)
+    out = capsys.readouterr().out
+    assert out.count("warning: the step takes 0.88 of 0.93 GiB of a device") == 1
+    monkeypatch.setattr(programs, "memory", lambda sizes: {"peak": 2 * 10**9})
+    with pytest.raises(UserError, match=r"batch_size=8 does not fit into a cpu \(1.86 of 0.93 GiB\): set .*remat=True"):
+        run(tmp_path / "c")
+    assert not (tmp_path / "c" / "checkpoints" / "3").exists()
 
 
 # ---------------------------------------------------------------- from a notebook

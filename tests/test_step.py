@@ -1,0 +1,273 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import assert_same, tiny_config
+
+from diffusion_jax import data, from_config, losses, schedule, step
+from diffusion_jax import state as states
+
+
+def make_step(config, loss_fn=None, **how):
+    return step.make_step(
+        from_config.model(config).apply,
+        loss_fn or from_config.loss(config),
+        from_config.schedule(config),
+        from_config.optimizer(config),
+        config.train.ema_decay,
+        config.seed,
+        **how,
+    )
+
+
+def make_train_step(config, loss_fn=None, **how):
+    return step.pmapped(make_step(config, loss_fn, **how))
+
+
+def batch(devices=4, per_device=2):
+    pixels = np.random.default_rng(0).integers(0, 256, (devices, per_device, 8, 8, 1), np.uint8)
+    return pixels, np.arange(devices * per_device).reshape(devices, per_device)
+
+
+def test_one_step_against_its_parts():
+    """The gradient of the mean loss over the whole batch, clipping, Adam, EMA, in plain NumPy and optax."""
+    config = tiny_config(train__warmup_steps=0, model__dropout=0.0, train__ema_decay=0.75)
+    s, seen = from_config.schedule(config), {}
+
+    def spy(eps_bar_fn, s, x_0, t, keys):
+        eps_bar = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), x_0.shape[1:]))(keys)
+        jax.debug.callback(
+            lambda i, *values: seen.update({int(i): values}), jax.lax.axis_index("batch"), x_0, t, eps_bar
+        )
+        return losses.simple_loss(eps_bar_fn, s, x_0, t, eps_bar)
+
+    start = states.init_state(config)
+    after, metrics = make_train_step(config, spy)(states.replicate(start, step.AXIS), batch())
+    jax.effects_barrier()
+    x_0, t, eps_bar = (np.concatenate([seen[i][k] for i in range(4)]) for k in range(3))
+    np.testing.assert_allclose(x_0, batch()[0].reshape(8, 8, 8, 1) / 127.5 - 1, atol=1e-6)
+    assert 1 <= t.min() <= t.max() <= 20
+    assert len(np.unique(t)) > 2
+
+    def loss(params):
+        def eps_bar_fn(x, t):
+            return from_config.model(config).apply({"params": params}, x, t)
+
+        return losses.simple_loss(eps_bar_fn, s, x_0, t, eps_bar).mean()
+
+    value, grads = jax.jit(jax.value_and_grad(loss))(start.params)
+    norm = optax.tree.norm(grads)
+    scale = min(1.0, 1.0 / float(norm))
+    expected = jax.tree.map(lambda p, g: p - 2e-3 * scale * g / (abs(scale * g) + 1e-8), start.params, grads)
+    np.testing.assert_allclose(metrics["loss"], np.full(4, value), rtol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], np.full(4, norm), rtol=1e-4)
+    np.testing.assert_allclose(metrics["param_norm"], np.full(4, optax.tree.norm(after.params)), rtol=1e-5)
+    for new, ema, old, hand, g in zip(
+        *map(jax.tree.leaves, (after.params, after.ema_params, start.params, expected, grads)), strict=True
+    ):
+        clear = abs(g) > 1e-6  # Adam's first step is ± the rate: where g is noise, so is its sign
+        np.testing.assert_allclose(new[clear], hand[clear], atol=1e-4)
+        np.testing.assert_allclose(ema, 0.75 * old + 0.25 * new, atol=1e-6)
+    assert int(after.step) == 1
+
+
+def test_randomness_is_of_seed_step_and_index():
+    """An example has the t and the keys of its index, wherever in the batch and on whichever device it is."""
+    config, streams = tiny_config(), []
+
+    def spy(eps_bar_fn, s, x_0, t, keys):
+        jax.debug.callback(lambda *values: streams.append(np.column_stack(values)), t, jax.random.key_data(keys))
+        return losses.mean_square(x_0)
+
+    steps = {seed: make_train_step(tiny_config(seed=seed), spy) for seed in (0, 1)}
+
+    def of(seed, number, indices):
+        streams.clear()
+        state = states.init_state(config)._replace(step=np.int32(number))
+        steps[seed](states.replicate(state, step.AXIS), (batch()[0], indices))
+        jax.effects_barrier()
+        return sorted(map(tuple, np.concatenate(streams).tolist()))
+
+    indices = batch()[1]
+    first = of(0, 5, indices)
+    assert len({tuple(key) for _, *key in first}) == 8
+    assert of(0, 5, indices[::-1, ::-1]) == first
+    assert of(0, 6, indices) != first
+    assert of(1, 5, indices) != first
+
+
+def test_the_step_compiles_once():
+    config, traces = tiny_config(), []
+
+    def counted(eps_bar_fn, s, x_0, t, keys):
+        traces.append(x_0.shape)
+        return from_config.loss(config)(eps_bar_fn, s, x_0, t, keys)
+
+    take = make_train_step(config, counted)
+    state = states.replicate(states.init_state(config), step.AXIS)
+    pixels, indices = batch()
+    for _ in range(3):
+        state, _ = take(state, (pixels, indices))
+    assert int(state.step) == 3
+    assert traces == [(2, 8, 8, 1)]
+
+
+def test_the_state_is_given_away():
+    """Donation: the memory of the old state is the new one's."""
+    state = states.replicate(states.init_state(tiny_config()), step.AXIS)
+    make_train_step(tiny_config())(state, batch())
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.ema_params, state.opt_state)))
+
+
+def test_loss_by_quarter():
+    t = np.array([[1, 2], [3, 5], [5, 6], [6, 6]])
+    values = np.arange(8.0).reshape(4, 2)
+    of = jax.pmap(lambda losses, t: step._loss_by_quarter(losses, t, 8), axis_name=step.AXIS)
+    actual = {name: float(value[0]) for name, value in of(values, t).items()}
+    assert actual == pytest.approx({"loss_t1": 0.5, "loss_t2": 2, "loss_t3": 5, "loss_t4": np.nan}, nan_ok=True)
+
+
+def test_t_is_drawn_as_often_as_told():
+    """And weighted so that the mean of a loss stays what it is under uniform t."""
+    p = np.array([0.0, 0.1, 0.4, 0.2, 0.3])
+    t = np.asarray(jax.vmap(lambda key: step._draw_t(key, 4, p))(jax.random.split(jax.random.key(0), 40_000)))
+    np.testing.assert_allclose(np.bincount(t, minlength=5) / len(t), p, atol=0.01)
+
+    def gradient(t_probabilities):  # of w in the loss w t, whose mean over uniform t is 2.5
+        take = step.pmapped(
+            step.make_step(
+                lambda variables, x, t, **_: variables["params"]["w"] * t[:, None].astype(jnp.float32),
+                lambda output_fn, s, x_0, t, keys: output_fn(x_0, t)[:, 0],
+                schedule.ho_linear(4),
+                optax.sgd(1.0),
+                0.5,
+                0,
+                t_probabilities,
+            )
+        )
+        w = {"w": np.zeros((), np.float32)}
+        state = states.TrainState(np.zeros((), np.int32), w, {"w": w["w"].copy()}, optax.sgd(1.0).init(w))
+        batch = np.zeros((4, 4096, 1), np.uint8), np.arange(4 * 4096).reshape(4, 4096)
+        return -take(states.replicate(state, step.AXIS), batch)[0].params["w"]
+
+    assert gradient(None) == pytest.approx(2.5, abs=0.05)
+    assert gradient(p) == pytest.approx(2.5, abs=0.05)
+
+
+def test_a_bad_step_leaves_everything_but_the_step():
+    config = tiny_config()
+    before = states.init_state(config)
+    take = make_train_step(
+        config, lambda eps_bar_fn, s, x_0, t, keys: jnp.full(t.shape, jnp.inf) * eps_bar_fn(x_0, t).mean()
+    )
+    after, metrics = take(states.replicate(before, step.AXIS), batch())
+    assert_same(jax.device_get(after), before._replace(step=np.int32(1)))
+    assert metrics["skipped"][0] == 1
+
+
+def test_flips_are_a_coin_per_example_and_step():
+    """Of images that are dark on the left and bright on the right."""
+    pixels = np.zeros((4, 1024, 8, 8, 1), np.uint8)
+    pixels[:, :, :, 4:] = 255
+    indices = np.arange(4096).reshape(4, 1024)
+
+    def left(output_fn, s, x_0, t, keys):
+        return x_0[:, 0, 0, 0]
+
+    def share_of_bright(number, **how):
+        take = make_train_step(tiny_config(), left, **how)
+        state = states.init_state(tiny_config())._replace(step=np.int32(number))
+        return (1 + float(take(states.replicate(state, step.AXIS), (pixels, indices))[1]["loss"][0])) / 2
+
+    assert share_of_bright(0) == pytest.approx(0, abs=1e-6)
+    shares = [share_of_bright(number, flip=True) for number in (0, 1)]
+    assert shares == pytest.approx([0.5, 0.5], abs=0.04)  # five standard deviations
+    assert shares[0] != shares[1]
+    keys = jax.random.split(jax.random.key(0), 1024)
+    pixels //= 2  # leaves room for the rows' numbers
+    first = np.asarray(step._flipped(pixels[0] + np.arange(8, dtype=np.uint8)[:, None, None], keys))
+    turned = first[:, 0, 0, 0] != 0
+    np.testing.assert_array_equal(first[~turned], pixels[0, ~turned] + np.arange(8)[:, None, None])
+    np.testing.assert_array_equal(first[turned], pixels[0, turned, :, ::-1] + np.arange(8)[:, None, None])
+
+
+# ---------------------------------------------------------------- several steps, parts of a step
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulated_gradients_are_those_of_the_batch(parts):
+    """To 1e-6, for every leaf: plain gradient descent of rate 1 shows them."""
+
+    def gradient(parts):
+        config = tiny_config(model__dropout=0.3)
+        take = step.pmapped(
+            step.make_step(
+                from_config.model(config).apply,
+                from_config.loss(config),
+                from_config.schedule(config),
+                optax.sgd(1.0),
+                0.5,
+                0,
+                accumulate=parts,
+            )
+        )
+        params = states.init_state(config).params
+        state = states.TrainState(np.int32(0), params, jax.tree.map(np.copy, params), optax.sgd(1.0).init(params))
+        after, metrics = take(states.replicate(state, step.AXIS), batch(per_device=4))
+        return jax.tree.map(np.subtract, params, jax.device_get(after.params)), jax.device_get(metrics)
+
+    (whole, metrics), (added, others) = gradient(1), gradient(parts)
+    assert max(abs(leaf).max() for leaf in jax.tree.leaves(whole)) > 0.01
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), added, whole)
+    for name in metrics:
+        np.testing.assert_allclose(others[name], metrics[name], rtol=1e-5, err_msg=name)
+
+
+def test_several_steps_are_so_many_single_ones():
+    config = tiny_config()
+    images = np.random.default_rng(1).integers(0, 256, (4, 3, 2, 8, 8, 1), np.uint8)
+    indices = np.arange(8).reshape(4, 2)
+    take = step.pmapped(step.several(make_step(config)))
+    state, metrics = states.replicate(states.init_state(config), step.AXIS), []
+    for i in range(3):
+        state, found = take(state, (images[:, i : i + 1], indices))
+        metrics.append(jax.device_get(found))
+    start = states.replicate(states.init_state(config), step.AXIS)
+    together, found = take(start, (images, indices))
+    assert_same(jax.device_get(together), jax.device_get(state))
+    for name, values in jax.device_get(found).items():
+        np.testing.assert_array_equal(values, np.hstack([line[name] for line in metrics]), err_msg=name)
+
+
+def test_a_data_set_on_the_device_gives_the_batches_of_the_pipeline():
+    """For any place in the run, across the end of an epoch."""
+    dataset = np.random.default_rng(2).integers(0, 256, (37, 8, 8, 1), np.uint8)
+    wanted, indices = data.batches(dataset, seed=5, batch_size=8), np.arange(8).reshape(4, 2)
+
+    def spy(state, images_and_indices):
+        images, _ = images_and_indices
+        return state._replace(step=state.step + 1), images
+
+    take = step.pmapped(step.resident(spy, 3, seed=5, batch_size=8), None)
+    for start in (0, 4, 12_345):
+        state = states.TrainState(np.int32(start), {}, {}, {})
+        _, images = take(states.replicate(state, step.AXIS), (states.replicate(dataset, step.AXIS), indices))
+        for i in range(3):
+            np.testing.assert_array_equal(images[:, i].reshape(8, 8, 8, 1), wanted[start + i])
+
+
+def test_remat_is_the_same_network():
+    """The same parameters by name, gradients to rounding, with the same dropout; less of it is kept."""
+    config = tiny_config(model__dropout=0.3)
+    again = tiny_config(model__dropout=0.3, train__remat=True)
+    start = states.init_state(config)
+    assert_same(states.init_state(again), start)
+    found = {}
+    for name, one in (("kept", config), ("again", again)):
+        take = make_train_step(one)
+        lowered = take.lower(states.replicate(start, step.AXIS), batch())
+        found[name] = jax.device_get(take(states.replicate(start, step.AXIS), batch())[1]), lowered.as_text()
+    for name, value in found["kept"][0].items():
+        np.testing.assert_allclose(found["again"][0][name], value, rtol=1e-5, err_msg=name)
+    assert found["again"][1].count("stablehlo.convolution") > found["kept"][1].count("stablehlo.convolution")
