@@ -394,30 +394,37 @@ def export_diffusers(workdir: str, out: str) -> None:
         new folder.
     """
     config = read_config(workdir)
+    _unet_config(config)  # refuses before anything is written
     configs = {
         "model_index.json": {
             "_class_name": "DDPMPipeline",
             "scheduler": ["diffusers", "DDPMScheduler"],
             "unet": ["diffusers", "UNet2DModel"],
         },
-        "unet/config.json": _unet_config(config),
         f"scheduler/{_SCHEDULER}": _scheduler_config(config),
     }
     step, params = ema_params(config, workdir)
-    flat = {tuple(key.key for key in path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
-    tensors = {name: _to_torch(name, flat[keys]) for name, (keys, _) in _layout(config).items()}
     folder = epath.Path(out).expanduser()
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"--out={out} is there already: give a new folder")
-        for name in ("unet", "scheduler"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-        (folder / "unet" / _WEIGHTS).write_bytes(safetensors.save(tensors, {"format": "pt"}))
+        (folder / "scheduler").mkdir(parents=True, exist_ok=True)
+        write_unet(config, params, folder / "unet")
         for name, content in configs.items():
             (folder / name).write_text(json.dumps(content, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"--out={out} cannot be written ({one_line(error)}): give another folder") from None
     print(f"diffusers model of step {step}: {out}")
+
+
+def write_unet(config: ConfigDict, params, folder: epath.Path) -> None:
+    """Writes a UNet2DModel of diffusers: its config and its weights. UserError if it has no such network."""
+    unet_config = _unet_config(config)
+    flat = {tuple(key.key for key in path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+    tensors = {name: _to_torch(name, flat[keys]) for name, (keys, _) in _layout(config).items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _WEIGHTS).write_bytes(safetensors.save(tensors, {"format": "pt"}))
+    (folder / "config.json").write_text(json.dumps(unet_config, indent=2) + "\n")
 
 
 def _unet_config(config):

@@ -141,3 +141,14 @@ def test_debug_shows_the_traceback(tmp_path):
     done = train(tmp_path / "new", "--config.schedule.num_steps=0", "--debug")
     assert done.returncode == 1
     assert "Traceback" in done.stderr
+
+
+def test_importing_touches_no_device():
+    """Where a device has been touched, JAX takes no other number of them."""
+    code = (
+        "import diffusion_jax, jax; diffusion_jax.load, diffusion_jax.load_network, diffusion_jax.load_exported; "
+        "jax.config.update('jax_num_cpu_devices', 3); assert jax.device_count() == 3"
+    )
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -18,7 +18,7 @@ import tempfile
 ROOT = pathlib.Path(__file__).parent.parent
 TESTS = [
     f"tests/test_{name}.py"
-    for name in ("schedule", "process", "losses", "sampling", "fast_sampling", "figures", "likelihood")
+    for name in ("schedule", "process", "losses", "sampling", "fast_sampling", "figures", "likelihood", "order")
 ]
 
 # (module, text that stands in it exactly once, what replaces it)
@@ -129,6 +129,11 @@ MUTANTS = [
     ("figures", "process.forward(s, x_0, t, noise)", "process.forward(s, x_0, t - 1, noise)"),
     ("figures", "jnp.where(known, process.forward", "jnp.where(~known, process.forward"),
     ("figures", "return jnp.where(known, x_0, x)", "return x"),
+    ("order", "_mix(epoch ^ _mix(_word(seed, i)))", "_mix(_mix(_word(seed, i)))"),
+    ("order", "_mix(epoch ^ _mix(_word(seed, i)))", "_mix(epoch + _word(seed, 0))"),
+    ("order", "seed + i * 0x9E3779B9", "i * 0x9E3779B9"),
+    ("order", "_mix(right ^ key) & mask", "_mix(key) & mask"),
+    ("order", "where(x < num, x, permuted(x))", "where(x < num, x, permuted(x) % num)"),
 ]
 
 

@@ -1,0 +1,94 @@
+"""What it costs to start a step: the pmapped train step against the same step under jit with NamedSharding.
+
+    python -m benchmarks.dispatch --devices=1,2 --platform=cpu
+
+The network has the arrays of --config (pmap and jit handle each at every step) but --channels channels,
+so that little is computed. Prints JSON lines: medians over --repeats turns of --steps steps, in turn.
+"""
+
+import json
+import statistics
+import time
+
+import jax
+import numpy as np
+from absl import app, flags
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import config_flags
+
+from diffusion_jax import from_config
+from diffusion_jax.state import init_state
+from diffusion_jax.step import AXIS, configured_step
+
+CONFIG = config_flags.DEFINE_config_file("config", "configs/cifar10.py")
+CHANNELS = flags.DEFINE_integer("channels", 4, "config.model.channels")
+SIZE = flags.DEFINE_integer("size", 8, "config.data.image_size")
+DEVICES = flags.DEFINE_list("devices", ["1"], "numbers of devices")
+STEPS = flags.DEFINE_integer("steps", 50, "of each measurement")
+REPEATS = flags.DEFINE_integer("repeats", 9, "measurements in turn")
+PLATFORM = flags.DEFINE_string("platform", "", "tpu, gpu, cpu (of which there are then as many as asked for)")
+
+
+def by_pmap(step, devices):
+    return jax.pmap(
+        step, axis_name=AXIS, in_axes=(None, 0), out_axes=(None, 0), donate_argnums=0, devices=list(devices)
+    )
+
+
+def by_jit(step, devices):
+    mesh = Mesh(np.array(devices), (AXIS,))
+    whole, split = PartitionSpec(), PartitionSpec(AXIS)
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=(whole, split), out_specs=(whole, whole), check_vma=False)
+    shardings = NamedSharding(mesh, whole), NamedSharding(mesh, split)
+    return jax.jit(mapped, in_shardings=shardings, donate_argnums=0)
+
+
+def turn(step, state, batch, num):
+    """(seconds per step, state): `num` steps, started one after another and then waited for."""
+    began = time.perf_counter()
+    for _ in range(num):
+        state, _ = step(state, batch)
+    jax.block_until_ready(state)
+    return (time.perf_counter() - began) / num, state
+
+
+def measure(config, devices):
+    batch, shape = len(devices), from_config.image_shape(config)
+    pixels, indices = np.zeros((batch, *shape), np.uint8), np.arange(batch)
+    mesh = Mesh(np.array(devices), (AXIS,))
+    one, split = configured_step(config), NamedSharding(mesh, PartitionSpec(AXIS))
+    batches = {"jit": (pixels, indices), "pmap": (pixels[:, None], indices[:, None])}
+    batches = {name: jax.device_put(batch, split) for name, batch in batches.items()}
+    steps = {"jit": by_jit(one, devices), "pmap": by_pmap(one, devices)}
+    states = {name: jax.device_put(init_state(config), NamedSharding(mesh, PartitionSpec())) for name in steps}
+    times = {name: [] for name in steps}
+    for name, step in steps.items():
+        _, states[name] = turn(step, states[name], batches[name], 2)  # compiles
+    for _ in range(REPEATS.value):
+        for name, step in steps.items():
+            seconds, states[name] = turn(step, states[name], batches[name], STEPS.value)
+            times[name].append(1e3 * seconds)
+    return times, len(jax.tree.leaves(states["jit"]))
+
+
+def main(_):
+    numbers = [int(number) for number in DEVICES.value]
+    if PLATFORM.value:
+        jax.config.update("jax_platforms", {"gpu": "cuda"}.get(PLATFORM.value, PLATFORM.value))
+    if PLATFORM.value == "cpu":
+        jax.config.update("jax_num_cpu_devices", max(numbers))
+    config = CONFIG.value
+    config.model.channels, config.data.image_size = CHANNELS.value, SIZE.value
+    config.model.attention_resolutions = (SIZE.value // 2,)
+    for number in numbers:
+        times, arrays = measure(config, jax.devices()[:number])
+        difference = [a - b for a, b in zip(times["pmap"], times["jit"], strict=True)]
+        line = {"devices": number, "device": jax.devices()[0].device_kind, "jax": jax.__version__, "arrays": arrays}
+        line |= {f"{name}_ms": round(statistics.median(values), 3) for name, values in times.items()}
+        line |= {"pmap_less_jit_ms": round(statistics.median(difference), 3)}
+        line |= {"spread": [round(f(difference), 3) for f in (min, max)]}
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    app.run(main)

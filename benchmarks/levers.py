@@ -1,0 +1,107 @@
+"""The levers of the train step, each against the plain one: what it changes in the numbers, and in the time.
+
+    python -m benchmarks.levers --config=configs/digits.py
+
+Each takes the same --steps steps from the same start. Prints JSON lines: the largest difference of a
+loss and of a parameter from the plain run's, 0 for the same bits; the time per step relative to the
+plain one's, median and spread over --repeats more such runs in turn; and the bytes that the program
+keeps while it runs, beside its arguments. On all devices.
+"""
+
+import json
+import statistics
+import time
+
+import jax
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+
+from diffusion_jax import data, from_config, hosts
+from diffusion_jax.state import init_state, replicate
+from diffusion_jax.step import AXIS, configured_step, pmapped, resident, several
+
+CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py")
+STEPS = flags.DEFINE_integer("steps", 20, "of each run")
+TOGETHER = flags.DEFINE_integer("together", 10, "steps_per_dispatch, a divisor of --steps")
+REPEATS = flags.DEFINE_integer("repeats", 5, "runs in turn")
+PLATFORM = flags.DEFINE_string("platform", "", "tpu, gpu, cpu; default: the best there is")
+
+LEVERS = {
+    "plain": {},
+    "model.dtype=bfloat16": {"model.dtype": "bfloat16"},
+    "train.remat": {"train.remat": True},
+    "train.accumulate=2": {"train.accumulate": 2},
+    "train.steps_per_dispatch": {"train.steps_per_dispatch": None},
+    "data.on_device": {"data.on_device": True},
+}
+
+
+class Variant:
+    """`seconds()` takes the steps from the start and keeps what it has come to."""
+
+    def __init__(self, config, images):
+        self._config, self._start = config, init_state(config)
+        self._k, self._batch = config.train.steps_per_dispatch, config.train.batch_size
+        self._local = (jax.local_device_count(), self._batch // jax.local_device_count())
+        self._indices = np.arange(self._batch).reshape(self._local)
+        step = configured_step(config)
+        if config.data.on_device:
+            self._program, self._feed = pmapped(resident(step, self._k, config.seed, self._batch), None), None
+            self._images = replicate(images[:], AXIS)
+        else:
+            self._program = pmapped(several(step))
+            self._feed = data.batches(images, seed=config.seed, batch_size=self._batch)
+        state, batch = replicate(self._start, AXIS), self._inputs(0)
+        self.temporaries = self._program.lower(state, batch).compile().memory_analysis().temp_size_in_bytes
+        self.seconds()
+
+    def _inputs(self, step):
+        if self._feed is None:
+            return self._images, self._indices
+        pixels = np.stack([self._feed[step + i] for i in range(self._k)])
+        return pixels.reshape(self._k, *self._local, *pixels.shape[2:]).swapaxes(0, 1), self._indices
+
+    def seconds(self):
+        state, losses = replicate(self._start, AXIS), []
+        jax.block_until_ready(state)
+        began = time.perf_counter()
+        for step in range(0, STEPS.value, self._k):
+            state, metrics = self._program(state, self._inputs(step))
+            losses.append(metrics["loss"])
+        self.params = jax.device_get(state.params)
+        seconds = time.perf_counter() - began
+        self.losses = np.concatenate([np.asarray(loss)[0] for loss in losses])
+        return seconds / STEPS.value
+
+
+def with_lever(config, changes):
+    config = config.copy_and_resolve_references()
+    for key, value in changes.items():
+        section, name = key.split(".")
+        config[section][name] = TOGETHER.value if value is None else value
+    return config
+
+
+def main(_):
+    hosts.initialize(PLATFORM.value)
+    images = from_config.images(CONFIG.value)
+    variants = {name: Variant(with_lever(CONFIG.value, changes), images) for name, changes in LEVERS.items()}
+    times = {name: [] for name in variants}
+    for _ in range(REPEATS.value):
+        for name, variant in variants.items():
+            times[name].append(variant.seconds())
+    plain = variants["plain"]
+    for name, variant in variants.items():
+        ratios = np.array(times[name]) / np.array(times["plain"])
+        differences = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), variant.params, plain.params)
+        line = {"lever": name, "loss_difference": float(np.abs(variant.losses - plain.losses).max())}
+        line |= {"parameter_difference": max(jax.tree.leaves(differences)), "last_loss": float(variant.losses[-1])}
+        line |= {"time_to_plain": round(float(np.median(ratios)), 3)}
+        line |= {"spread": [round(float(f(ratios)), 3) for f in (min, max)]}
+        line |= {"ms": round(1e3 * statistics.median(times[name]), 2), "temporaries": variant.temporaries}
+        print(json.dumps(line | {"device": jax.devices()[0].device_kind, "jax": jax.__version__}), flush=True)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,81 @@
+"""The other side of `benchmarks.peer`: torch and diffusers alone, run by the Python of their environment.
+
+Reads names of runs from stdin, one a line, and writes the seconds that each took; first what it is.
+"""
+
+import json
+import sys
+import time
+
+import diffusers
+import numpy as np
+import torch
+from torch.nn.functional import mse_loss
+
+
+def main(folder, device, dtype, batch, steps, compiled):
+    batch, steps, compiled = int(batch), int(steps), compiled == "True"
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    model = diffusers.UNet2DModel.from_pretrained(folder, subfolder="unet").to(device)
+    scheduler = diffusers.DDPMScheduler(variance_type="fixed_large", clip_sample=True)
+    example = np.load(f"{folder}/example.npz")
+
+    def images(x):
+        return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2))).to(device)
+
+    with torch.no_grad():
+        y = model.eval()(images(example["x"]), torch.from_numpy(example["t"] - 1).to(device)).sample
+    wanted = images(example["y"])
+    difference = float((y - wanted).abs().max() / wanted.abs().max())
+    if difference > (1e-4 if dtype == torch.float32 else 0.1):
+        sys.exit(f"error: not the same network: the outputs differ by {difference:.1e} of the largest")
+
+    network = torch.compile(model) if compiled else model
+    mixed = torch.autocast(device, dtype, enabled=dtype != torch.float32)
+    average = [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-4)
+    shape = (batch, model.config.in_channels, model.config.sample_size, model.config.sample_size)
+    x = torch.zeros(shape, device=device)
+    t = torch.full((batch,), 499, device=device)
+
+    def forward():
+        with torch.no_grad(), mixed:
+            network(x, t)
+
+    def train_step():
+        model.train()
+        pixels = torch.zeros(shape, dtype=torch.uint8, device=device)
+        noise = torch.randn(shape, device=device)
+        t = torch.randint(0, 1000, (batch,), device=device)
+        noisy = scheduler.add_noise(pixels.float() / 127.5 - 1, noise, t)
+        optimizer.zero_grad(set_to_none=True)
+        with mixed:
+            loss = mse_loss(network(noisy, t).sample.float(), noise)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        torch._foreach_lerp_(average, [p.detach() for p in model.parameters()], 1e-4)
+        model.eval()
+
+    def chain():
+        sample = x
+        with torch.no_grad():
+            for k in range(999, 999 - steps, -1):
+                with mixed:
+                    eps = network(sample, k).sample.float()
+                sample = scheduler.step(eps, k, sample).prev_sample
+
+    runs = {"forward": (forward, 1), "train step": (train_step, 1), "chain step": (chain, steps)}
+    about = {"torch": torch.__version__, "diffusers": diffusers.__version__, "torch.compile": compiled}
+    print(json.dumps(about | {"difference": difference}), flush=True)
+    for line in sys.stdin:
+        run, times = runs[line.strip()]
+        began = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        print(json.dumps((time.perf_counter() - began) / times), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
