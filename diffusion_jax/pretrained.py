@@ -450,7 +450,7 @@ def _unet_config(config):
 
 
 def _num_groups(config):
-    """The one number of groups of all normalisations: `unet.group_norm` takes what divides the channels."""
+    """The one number of groups of all normalisations: `unet.GroupNorm` takes what divides the channels."""
     scales = [shape for keys, shape in _layout(config).values() if keys[-1] == "scale"]
     groups = {math.gcd(config.model.num_groups, channels) for (channels,) in scales}
     if len(groups) > 1:

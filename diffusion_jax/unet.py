@@ -12,11 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn  # noqa: TID251 (the room of flax)
+from jax import lax
 
 
 def _init(scale=1.0):
     return nn.initializers.variance_scaling(scale, "fan_avg", "uniform")
 
+
+_EPSILON = 1e-6  # of GroupNorm, as in Ho's weights: 1e-5 shows in low contrast
 
 # Ho's "init_scale=0": a residual branch that starts as nearly nothing, but not dead.
 _NEARLY_ZERO = 1e-10
@@ -32,14 +35,36 @@ def dense(features, dtype, init_scale=1.0, name=None):
     return nn.Dense(features, dtype=dtype, kernel_init=_init(init_scale), name=name)
 
 
-def group_norm(channels, num_groups, dtype, name=None):
-    """GroupNorm with float32 statistics.
+class GroupNorm(nn.Module):
+    """GroupNorm (Wu & He 2018) with float32 statistics, ε = 1e-6.
 
-    With fewer channels than groups, or a number that they do not divide: as many groups
-    as divide both. `use_fast_variance` (E[x²] − E[x]²) would err by 3e-2 at a mean of 100.
+    With fewer channels than groups, or a number that they do not divide: as many groups as divide both.
+    Mean and variance come from one pass over x, and of x less a value near the mean: as exact as two
+    passes, where E[x²] − E[x]² errs by 3e-2 at a mean of 100. Sums go over the pixels first, so that x
+    keeps its channels side by side.
     """
-    groups = math.gcd(num_groups, channels)
-    return nn.GroupNorm(groups, epsilon=1e-6, use_fast_variance=False, dtype=dtype, name=name)
+
+    num_groups: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        channels = x.shape[-1]
+        groups = math.gcd(self.num_groups, channels)
+
+        def group_mean(per_channel):  # [B, C] -> [B, C]
+            means = per_channel.reshape(len(x), groups, -1).mean(axis=-1)
+            return jnp.repeat(means, channels // groups, axis=-1)
+
+        x = x.astype(jnp.float32)
+        near = group_mean(lax.stop_gradient(x[:, x.shape[1] // 2, x.shape[2] // 2]))[:, None, None]
+        moved = x - near
+        mean = group_mean(moved.mean(axis=(1, 2)))
+        variance = group_mean((moved**2).mean(axis=(1, 2))) - mean**2
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        factor = lax.rsqrt(variance + _EPSILON) * scale[None]
+        return ((moved - mean[:, None, None]) * factor[:, None, None] + bias[None, None, None]).astype(self.dtype)
 
 
 def time_embedding(t, features):
@@ -69,11 +94,11 @@ class ResnetBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, temb, dropout_keys=None):
-        norm = functools.partial(group_norm, num_groups=self.num_groups, dtype=self.dtype)
-        h = nn.silu(norm(x.shape[-1], name="norm1")(x))
+        norm = functools.partial(GroupNorm, self.num_groups, self.dtype)
+        h = nn.silu(norm(name="norm1")(x))
         h = conv(self.features, self.dtype, name="conv1")(h)
         h += dense(self.features, self.dtype, name="temb_proj")(nn.silu(temb))[:, None, None, :]
-        h = nn.silu(norm(self.features, name="norm2")(h))
+        h = nn.silu(norm(name="norm2")(h))
         if dropout_keys is not None:
             h = drop(h, self.dropout, dropout_keys)
         h = conv(self.features, self.dtype, init_scale=_NEARLY_ZERO, name="conv2")(h)
@@ -92,7 +117,7 @@ class AttentionBlock(nn.Module):
     @nn.compact
     def __call__(self, x):
         batch, height, width, channels = x.shape
-        h = group_norm(channels, self.num_groups, self.dtype, name="norm")(x)
+        h = GroupNorm(self.num_groups, self.dtype, name="norm")(x)
         h = h.reshape(batch, height * width, 1, channels)
         q, k, v = (dense(channels, self.dtype, name=name)(h) for name in "qkv")
         h = self.attention(q, k, v).reshape(x.shape)
@@ -113,7 +138,7 @@ class UNet(nn.Module):
       attention_resolutions: heights of the levels with self-attention after every block.
       dropout: rate inside the residual blocks when train=True: from dropout_keys [B], a key
         per example, or else from rngs={"dropout": key}.
-      num_groups: groups of GroupNorm, see `group_norm`.
+      num_groups: groups of GroupNorm, see `GroupNorm`.
       dtype: of the computation, float32 or bfloat16; parameters, the statistics of
         normalisation, softmax and the output are float32.
       attention: (q, k, v [B, positions, 1, C]) -> [B, positions, 1, C], softmax of q·k / √C in float32.
@@ -184,7 +209,7 @@ class UNet(nn.Module):
             if i > 0:
                 h = conv(h.shape[-1], self.dtype, name=f"up_{i}_upsample")(_double(h))
 
-        h = nn.silu(group_norm(h.shape[-1], self.num_groups, self.dtype, name="norm_out")(h))
+        h = nn.silu(GroupNorm(self.num_groups, self.dtype, name="norm_out")(h))
         h = conv(image_channels, self.dtype, init_scale=_NEARLY_ZERO, name="conv_out")(h)
         return h.astype(jnp.float32)
 

@@ -128,7 +128,7 @@ def test_residual_block():
 
 def test_group_norm_far_from_zero_and_at_low_contrast():
     x = np.random.default_rng(0).standard_normal((1, 8, 8, 32)).astype(np.float32)
-    norm = unet.group_norm(32, 8, jnp.float32)
+    norm = unet.GroupNorm(8, jnp.float32)
     variables = norm.init(jax.random.key(0), x)
     np.testing.assert_allclose(norm.apply(variables, x + 100), norm.apply(variables, x), atol=1e-4)
     groups = x.astype(np.float64).reshape(64, 8, 4) * 1e-3
@@ -140,7 +140,26 @@ def test_group_norm_far_from_zero_and_at_low_contrast():
 
 @pytest.mark.parametrize("channels, groups", [(128, 32), (384, 32), (16, 16), (48, 16), (6, 2)])
 def test_groups_divide_the_channels(channels, groups):
-    assert unet.group_norm(channels, 32, jnp.float32).num_groups == groups
+    """Flax's own, of two passes, with as many groups; by value, gradient and parameters' names."""
+    x = np.random.default_rng(0).standard_normal((2, 4, 4, channels)).astype(np.float32) * 3 + 5
+    flax = nn.GroupNorm(groups, epsilon=1e-6, use_fast_variance=False)
+    variables = flax.init(jax.random.key(0), x)
+    variables = jax.tree.map(lambda leaf: leaf + np.random.default_rng(1).standard_normal(leaf.shape), variables)
+
+    def value_and_gradient(module):
+        return jax.value_and_grad(lambda v, x: (module.apply(v, x) ** 3).mean(), (0, 1))(variables, x)
+
+    wanted, found = value_and_gradient(flax), value_and_gradient(unet.GroupNorm(32, jnp.float32))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, wanted)
+
+
+def test_group_norm_where_the_pixel_it_starts_from_is_an_outlier():
+    x = np.random.default_rng(0).standard_normal((1, 8, 8, 32)).astype(np.float32)
+    x[:, 4, 4] += 30
+    wanted = nn.GroupNorm(8, epsilon=1e-6, use_fast_variance=False)
+    variables = wanted.init(jax.random.key(0), x)
+    found = unet.GroupNorm(8, jnp.float32).apply(variables, x)
+    np.testing.assert_allclose(found, wanted.apply(variables, x), atol=1e-4)
 
 
 def test_downsampling_pads_at_the_bottom_and_right():
