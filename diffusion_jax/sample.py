@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import jax
 import numpy as np
@@ -153,22 +154,37 @@ def _write_shards(folder, num, make, bar, identity):
         raise UserError(
             f"--out={folder}/ holds samples of another run, checkpoint, seed or sampler: give another folder"
         )
+    there = _shards(folder)
+    most = max((stop for _, stop in there), default=0)
+    if most > num:
+        raise UserError(f"--num={num} is less than the {most} images that --out={folder}/ holds: give another folder")
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("shards")  # all have looked before process 0 writes
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         manifest.write_text(text)
     for first in range(0, num, SHARD):
-        count = min(SHARD, num - first)
-        shard = folder / f"{first:08d}-{first + count - 1:08d}.npz"
-        there = shard.exists()
+        stop = min(first + SHARD, num)
+        done = (first, stop) in there
         if jax.process_count() > 1:  # what process 0 sees is what all do
-            there = bool(multihost_utils.broadcast_one_to_all(np.array(there)))
-        if there:
-            bar.update(count)
+            done = bool(multihost_utils.broadcast_one_to_all(np.array(done)))
+        if done:
+            bar.update(stop - first)
         else:
-            _save_npz(shard, make(first, count))
-            if jax.process_index() == 0:  # what an earlier, smaller --num has left of this one
-                for shorter in set(folder.glob(f"{first:08d}-*.npz")) - {shard}:
-                    shorter.unlink()
+            _save_npz(_shard(folder, first, stop), make(first, stop - first))
+        if jax.process_index() == 0:  # what an earlier, smaller --num has left of this one
+            for shorter in [other for other in there if other[0] == first and other[1] < stop]:
+                _shard(folder, *shorter).unlink()
+
+
+def _shard(folder, first, stop):
+    return folder / f"{first:08d}-{stop - 1:08d}.npz"
+
+
+def _shards(folder):
+    """[(first, stop)] of the images that are there already."""
+    names = [re.fullmatch(r"(\d+)-(\d+)\.npz", path.name) for path in folder.iterdir()] if folder.exists() else []
+    return [(int(name[1]), int(name[2]) + 1) for name in names if name]
 
 
 def _save_npz(path, samples):
