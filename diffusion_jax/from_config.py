@@ -139,6 +139,20 @@ def chain(config: ConfigDict):
     return lambda eps_bar_fn, s, _, x, keys, **how: sampling.dpmpp_2m_chain(eps_bar_fn, s, ts, x, **how)
 
 
+def describe_sampling(config: ConfigDict) -> dict:
+    """What decides a sample besides parameters and key, in words: what the sampler does not use is None."""
+    given, num_steps = config.sampling, config.schedule.num_steps
+    return {
+        "sampler": given.sampler,
+        "steps": given.steps or num_steps,
+        "schedule": f"{config.schedule.name}, T = {num_steps}",
+        "eta": float(given.eta) if given.sampler == "ddim" else None,
+        "sigma": given.sigma if given.sampler == "ancestral" else None,
+        "clip": given.clip,
+        "dtype": config.model.dtype,
+    }
+
+
 def check_sampling(config: ConfigDict) -> None:
     """Raises UserError if sampling.sampler, steps and eta do not fit each other or the schedule."""
     _one_of(config, "sampling.sampler", _SAMPLERS)

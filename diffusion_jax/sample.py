@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import zlib
 
 import jax
 import numpy as np
@@ -98,10 +99,10 @@ def load_network(workdir):
 def sample(workdir, num: int, seed: int, out: str, **how) -> None:
     """Writes `num` images: a grid if `out` ends in .png, uint8 [num, H, W, C] if in .npz, shards if in "/".
 
-    An .npz has one array, "arr_0", as evaluation suites read it. Shards are .npz files of SHARD
-    images named by the first; those that are there already are not made again. Image i is the
-    same for any `num`, and any number of devices or processes, which share the work; process
-    0 writes.
+    An .npz has the images as "arr_0", as evaluation suites read it, and as "about" what made them, JSON. Shards
+    are .npz files of SHARD images named by the first, with samples.json beside them; those that are there
+    already are not made again. Image i is the same for any `num`, and any number of devices or processes,
+    which share the work; process 0 writes.
 
     Args:
       how: sampler, steps and eta as of `load`.
@@ -113,9 +114,10 @@ def sample(workdir, num: int, seed: int, out: str, **how) -> None:
         raise UserError(f"--out={out} must end in .png (a grid), .npz (an array) or / (a folder of arrays)")
     if num < 1:
         raise UserError(f"--num={num} must be at least 1")
-    config = read_config(workdir)
+    config = _with(read_config(workdir), **how)
     per_call = -(-min(num, config.sampling.num) // jax.process_count())
-    sample_fn, params = load(workdir, per_call, **how)
+    sample_fn, (step, params) = from_config.sample_fn(config, per_call), ema_params(config, workdir)
+    about = _about(config, workdir, step, params, seed)
     params = jax.device_put(params)
     with tqdm.tqdm(total=num, unit="image", desc="sampling", disable=jax.process_index() != 0) as bar:
 
@@ -123,16 +125,22 @@ def sample(workdir, num: int, seed: int, out: str, **how) -> None:
             return _share(sample_fn, params, seed, first, num, per_call, bar)
 
         if out.endswith("/"):
-            identity = {"workdir": str(workdir), "seed": seed, "checksums": checkpoint.checksums(params), **how}
-            _write_shards(epath.Path(out), num, make, bar, identity)
+            _write_shards(epath.Path(out), num, make, bar, about)
         elif out.endswith(".png"):
             samples = make(0, num)
             if jax.process_index() == 0:
                 images.save_png(out, images.grid(samples))
         else:
-            _save_npz(epath.Path(out), make(0, num))
+            _save_npz(epath.Path(out), make(0, num), about=np.array(json.dumps({**about, "first": 0, "num": num})))
     if jax.process_index() == 0:
         print(f"{num} samples: {out}")
+
+
+def _about(config, workdir, step, params, seed):
+    """What made samples, all that they depend on: other samples differ in it."""
+    every = json.dumps(checkpoint.checksums(params), sort_keys=True)
+    made = {"workdir": str(workdir), "step": step, "checksum": f"{zlib.crc32(every.encode()):08x}", "seed": seed}
+    return made | from_config.describe_sampling(config)
 
 
 def _share(sample_fn, params, seed, first, num, per_call, bar):
@@ -146,13 +154,14 @@ def _share(sample_fn, params, seed, first, num, per_call, bar):
     return np.concatenate(made)[:num]
 
 
-def _write_shards(folder, num, make, bar, identity):
+def _write_shards(folder, num, make, bar, about):
     """The shards that are missing, of `num` images in all."""
     manifest = folder / "samples.json"
-    text = json.dumps(identity, indent=2) + "\n"
+    text = json.dumps(about, indent=2) + "\n"
     if manifest.exists() and manifest.read_text() != text:
         raise UserError(
-            f"--out={folder}/ holds samples of another run, checkpoint, seed or sampler: give another folder"
+            f"--out={folder}/ holds samples of another run, checkpoint, seed or sampler (samples.json): give another "
+            "folder"
         )
     there = _shards(folder)
     most = max((stop for _, stop in there), default=0)
@@ -187,14 +196,14 @@ def _shards(folder):
     return [(int(name[1]), int(name[2]) + 1) for name in names if name]
 
 
-def _save_npz(path, samples):
+def _save_npz(path, samples, **more):
     """Process 0 writes beside and renames."""
     if jax.process_index() != 0:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("wb") as file:
-        np.savez(file, samples)
+        np.savez(file, samples, **more)
     partial.replace(path)
 
 

@@ -1,5 +1,7 @@
 """What --mode=sample writes, and what it says of it."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -49,3 +51,57 @@ def test_the_last_shard_grows(workdir, shards):
     sample.sample(workdir, 7, 1, f"{shards}/")
     names = ["00000000-00000002.npz", "00000003-00000005.npz", "00000006-00000006.npz"]
     assert sorted(content(shards)) == [*names, "notes-of-mine.npz", "samples.json"]
+
+
+def set_keys(workdir, **keys):
+    """Of the run's config.json, as its owner may."""
+    config = checkpoint.read_config(workdir).unlock()
+    config.update_from_flattened_dict({key.replace("__", "."): value for key, value in keys.items()})
+    checkpoint.write_config(workdir, config)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("sampling__clip", False),
+        ("sampling__sigma", "posterior"),
+        ("sampling__sampler", "ddim"),
+        ("model__dtype", "bfloat16"),
+        ("schedule__num_steps", 19),
+    ],
+)
+def test_shards_of_another_chain_are_refused(workdir, shards, key, value):
+    """The flags are the same, what they leave to the config is not."""
+    sample.sample(workdir, 2, 1, f"{shards}/")
+    before = (workdir / "config.json").read_text()
+    try:
+        set_keys(workdir, **{key: value})
+        with pytest.raises(UserError, match="holds samples of another run"):
+            sample.sample(workdir, 4, 1, f"{shards}/")
+    finally:
+        (workdir / "config.json").write_text(before)
+
+
+def test_the_same_chain_in_other_words(workdir, shards):
+    """What the config has anyway need not be said, and what the sampler does not use is none of its business."""
+    sample.sample(workdir, 2, 1, f"{shards}/", sampler="ddim", steps=20)
+    before = (workdir / "config.json").read_text()
+    try:
+        set_keys(workdir, sampling__sigma="posterior")
+        sample.sample(workdir, 3, 1, f"{shards}/", sampler="ddim", eta=0.0)
+    finally:
+        (workdir / "config.json").write_text(before)
+
+
+def test_samples_say_what_made_them(workdir, tmp_path):
+    sample.sample(workdir, 5, 1, str(tmp_path / "samples.npz"), sampler="ddim", steps=4, eta=1)
+    with np.load(tmp_path / "samples.npz", allow_pickle=False) as file:
+        assert set(file) == {"arr_0", "about"} and file["arr_0"].shape == (5, 8, 8, 1)
+        about = json.loads(str(file["about"]))
+    checksum = about.pop("checksum")
+    chain = {"sampler": "ddim", "steps": 4, "schedule": "su_linear, T = 20", "eta": 1.0}
+    chain |= {"sigma": None, "clip": True, "dtype": "float32"}
+    assert about == {"workdir": str(workdir), "step": 0, "seed": 1, "first": 0, "num": 5} | chain
+    sample.sample(workdir, 2, 1, f"{tmp_path}/shards/")
+    of_shards = json.loads((tmp_path / "shards" / "samples.json").read_text())
+    assert of_shards["checksum"] == checksum and of_shards["sigma"] == "beta" and of_shards["steps"] == 20
