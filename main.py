@@ -111,7 +111,11 @@ def _import():
 
     if not FROM.value:
         raise UserError("--from is missing: give a folder of diffusers, a .safetensors file, or a repository's name")
-    import_diffusers(FROM.value, WORKDIR.value, CONFIG.value or default.get_config())
+    reference = CONFIG.value
+    if reference is None:
+        reference = default.get_config()
+        reference.model.dropout = 0.0  # which is training's, and none is meant yet
+    import_diffusers(FROM.value, WORKDIR.value, reference)
 
 
 def _evaluate():

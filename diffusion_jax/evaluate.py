@@ -70,7 +70,7 @@ def evaluate(
     saved = quality.load_statistics(reference) if reference else None
     if reference and generated is None:
         raise UserError(f"--reference={reference} is to be compared with --samples: give them")
-    datasets = {split: _images(config, split) for split in splits}
+    datasets = {split: _images(config, workdir, split) for split in splits}
     step, params = sample.ema_params(config, workdir)
     folder = checkpoint.absolute(workdir) / "evaluation" / str(step)
     main = jax.process_index() == 0
@@ -96,10 +96,10 @@ def _stem(split):
     return "".join(c if c.isalnum() else "-" for c in split).strip("-")
 
 
-def _images(config, split):
+def _images(config, workdir, split):
     config = config.copy_and_resolve_references()
     config.data.split = split
-    return from_config.images(config)
+    return sample.read_images(config, workdir)
 
 
 def _deviations(config):

@@ -105,6 +105,11 @@ def images(config: ConfigDict) -> data.Cached | data.OnTheFly:
     )
 
 
+def has_images(config: ConfigDict) -> bool:
+    """Whether the config names images: an imported run's may not, and no training starts without."""
+    return config.data.source != "files" or bool(config.data.path)
+
+
 def image_shape(config: ConfigDict) -> tuple[int, int, int]:
     """(H, W, C) of the images."""
     return config.data.image_size, config.data.image_size, config.data.channels
@@ -241,6 +246,8 @@ _IDENTITY = (
     *("data.source", "data.path", "data.split", "data.image_size", "data.channels", "data.crop"),
     *("schedule.", "model."),
 )
+# Of these, what an imported run may be given when its training begins.
+_OF_TRAINING = ("data.source", "data.path", "data.split", "data.crop", "model.dropout")
 _AT_LEAST_0 = (
     "seed",
     "data.crop",
@@ -270,12 +277,17 @@ def check_key(key: str, reference: ConfigDict) -> None:
 
 
 def check_same_run(old: ConfigDict, new: ConfigDict, workdir) -> None:
-    """Raises UserError, naming the keys, if the configs differ in network, schedule or data set."""
+    """Raises UserError, naming the keys, if the configs differ in network, schedule or data set.
+
+    A run that was imported without images has no data set yet: it takes what `new` has.
+    """
+    chosen = has_images(old)
     old, new = flatten(old), flatten(new)
     changed = [
         f"{key}: {old.get(key)!r} there, {new.get(key)!r} here"
         for key in sorted(old.keys() | new.keys())
         if key.startswith(_IDENTITY)
+        and (chosen or key not in _OF_TRAINING)
         and key in old
         and old[key] != new.get(key)  # runs from before a key was added go on
     ]

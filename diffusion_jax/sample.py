@@ -238,6 +238,17 @@ def read_config(workdir):
     return config
 
 
+def read_images(config, workdir):
+    """The data set of a run. UserError, with where to correct it, if that cannot be opened."""
+    file = checkpoint.absolute(workdir) / "config.json"
+    if not from_config.has_images(config):
+        raise UserError(f"{file} names no images (data.path is empty, the run was imported): write data.path there")
+    try:
+        return from_config.images(config)
+    except UserError as error:
+        raise UserError(f"{error} (data.* of this run are in {file})") from None
+
+
 def ema_params(config, workdir):
     """(step, averaged parameters) of the last checkpoint. UserError if there is none."""
     with checkpoint.open_manager(workdir, read_only=True) as manager:

@@ -137,6 +137,61 @@ def test_prepare_makes_the_cache_that_training_uses(tmp_path):
     assert (folder / "manifest.json").stat().st_mtime_ns == before
 
 
+# The network of tests/data/diffusers as a config of its own.
+FIXTURE = (
+    *("--config=configs/default.py", "--config.data.image_size=8", "--config.model.channels=4"),
+    *("--config.model.multipliers=(1,2,2)", "--config.model.attention_resolutions=(4,)"),
+    *("--config.model.num_groups=2", "--config.model.num_res_blocks=1", "--config.model.dropout=0.2"),
+    *("--config.train.num_steps=2", "--config.train.batch_size=4", "--config.sampling.num=4"),
+    *("--config.sampling.sampler=dpmpp_2m", "--config.sampling.steps=5"),
+)
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faces")
+    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), np.uint8)):
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    return folder
+
+
+def done(*args):
+    result = main(*args, devices=1)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_an_imported_run_is_evaluated_and_trained_on(tmp_path, faces):
+    """With the config that it was imported with."""
+    workdir, file = f"--workdir={tmp_path / 'run'}", tmp_path / "run" / "config.json"
+    config = [*FIXTURE, f"--config.data.path={faces}", f"--config.data.cache_dir={tmp_path / 'cache'}"]
+    done("--mode=import", "--from=tests/data/diffusers", workdir, *config)
+    assert "bits_per_dim" in done("--mode=evaluate", workdir, "--num=2")
+    assert "trained to step 2" in done(workdir, *config)
+    file.write_text(file.read_text().replace(str(faces), "/nowhere"))
+    refused = main("--mode=evaluate", workdir, "--num=2")
+    assert re.search(r"'/nowhere' does not exist.*\(data\.\* of this run are in .*config\.json\)", refused.stderr)
+
+
+def test_a_run_imported_without_images_takes_those_of_its_training(tmp_path, faces):
+    workdir, file = f"--workdir={tmp_path / 'run'}", tmp_path / "run" / "config.json"
+    done("--mode=import", "--from=tests/data/diffusers", workdir)
+    for mode in ("--mode=evaluate", "--show=interpolation"):
+        refused = main("--mode=sample", mode, workdir)
+        assert refused.returncode == 1
+        assert refused.stderr.strip().endswith(
+            f"{file} names no images (data.path is empty, the run was imported): write data.path there"
+        )
+    config = [*FIXTURE, f"--config.data.path={faces}", f"--config.data.cache_dir={tmp_path / 'cache'}"]
+    refused = main(workdir, *config, "--config.model.num_res_blocks=2")
+    assert "holds another run (config.model.num_res_blocks: 1 there, 2 here)" in refused.stderr
+    assert "trained to step 2" in done(workdir, *config)
+    content = json.loads(file.read_text())
+    assert content["data"]["path"] == str(faces) and content["model"]["dropout"] == 0.2
+    moved = main(workdir, *config, "--config.data.path=elsewhere")
+    assert f"holds another run (config.data.path: '{faces}' there, 'elsewhere' here)" in moved.stderr
+
+
 def test_debug_shows_the_traceback(tmp_path):
     done = train(tmp_path / "new", "--config.schedule.num_steps=0", "--debug")
     assert done.returncode == 1
