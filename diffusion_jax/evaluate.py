@@ -64,6 +64,8 @@ def evaluate(
     Raises:
       UserError: no run, no checkpoint, no such split; samples or statistics that cannot be used.
     """
+    if num is not None and num < 1:
+        raise UserError(f"--num={num} must be at least 1")
     config = sample.read_config(workdir)
     splits = splits or tuple(filter(None, (config.data.split, config.data.test_split)))
     extractor = _extractor(inception_path)

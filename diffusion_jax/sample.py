@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import numbers
 import re
 import zlib
 
@@ -56,6 +57,9 @@ def load(
     Raises:
       UserError: no run, or no checkpoint, in `workdir`; a value that cannot be used.
     """
+    num = _of_kind("num", num)
+    if num is not None and num < 1:
+        raise UserError(f"num={num} must be at least 1")
     config = _with(read_config(workdir), sampler, steps, eta, clip, dtype)
     window = _progress(config, num) if progress else None
     return from_config.sample_fn(config, num, window), ema_params(config, workdir)[1]
@@ -223,11 +227,30 @@ def export_sampler(workdir, out: str, **how) -> None:
 def _with(config, sampler=None, steps=None, eta=None, clip=None, dtype=None):
     """The config with what is given, not None, in place of its own."""
     config = config.copy_and_resolve_references()
-    given = {"sampler": sampler, "steps": steps, "eta": eta, "clip": clip}
-    config.sampling.update({key: value for key, value in given.items() if value is not None})
-    config.model.dtype = dtype or config.model.dtype
+    given = {"sampler": sampler, "steps": steps, "eta": eta, "clip": clip, "dtype": dtype}
+    given = {key: _of_kind(key, value) for key, value in given.items() if value is not None}
+    config.model.dtype = given.pop("dtype", config.model.dtype)
+    config.sampling.update(given)
     from_config.check_sampling(config)
+    if eta is not None and config.sampling.sampler != "ddim":
+        raise UserError(
+            f"eta={eta} is ddim's, and the sampler is {config.sampling.sampler}: leave it out, or choose ddim"
+        )
     return config
+
+
+_KINDS = {"num": int, "sampler": str, "steps": int, "eta": float, "clip": bool, "dtype": str}
+
+
+def _of_kind(key, value):
+    """The value of an argument, None or of its type, NumPy's numbers included. UserError if it is of another."""
+    if value is None:
+        return None
+    kind = _KINDS[key]
+    good = isinstance(value, {int: numbers.Integral, float: numbers.Real}.get(kind, kind))
+    if not good or isinstance(value, bool) != (kind is bool):
+        raise UserError(f"{key}={value!r} must be of type {kind.__name__}")
+    return kind(value)
 
 
 def read_config(workdir):

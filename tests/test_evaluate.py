@@ -172,6 +172,9 @@ def test_what_cannot_be_compared(run, tmp_path):
         evaluate.evaluate(run, num=2, splits=("test",))
     with pytest.raises(UserError, match="holds no run"):
         evaluate.evaluate(tmp_path)
+    for num in (0, -3):
+        with pytest.raises(UserError, match=f"--num={num} must be at least 1"):
+            evaluate.evaluate(run, num=num)
 
 
 def test_statistics_are_of_every_image():

@@ -105,3 +105,29 @@ def test_samples_say_what_made_them(workdir, tmp_path):
     sample.sample(workdir, 2, 1, f"{tmp_path}/shards/")
     of_shards = json.loads((tmp_path / "shards" / "samples.json").read_text())
     assert of_shards["checksum"] == checksum and of_shards["sigma"] == "beta" and of_shards["steps"] == 20
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"num": 0}, "num=0 must be at least 1"),
+        ({"num": -1}, "num=-1 must be at least 1"),
+        ({"num": 2.0}, r"num=2\.0 must be of type int"),
+        ({"num": True}, "num=True must be of type int"),
+        ({"clip": (-1, 1)}, r"clip=\(-1, 1\) must be of type bool"),
+        ({"clip": 1}, "clip=1 must be of type bool"),
+        ({"steps": "5"}, "steps='5' must be of type int"),
+        ({"eta": "1"}, "eta='1' must be of type float"),
+        ({"dtype": np.float32}, "dtype=.* must be of type str"),
+        ({"sampler": 3}, "sampler=3 must be of type str"),
+        ({"eta": 0.0}, r"eta=0\.0 is ddim's, and the sampler is ancestral: leave it out, or choose ddim"),
+        ({"eta": 1, "sampler": "dpmpp_2m"}, "eta=1 is ddim's, and the sampler is dpmpp_2m"),
+    ],
+)
+def test_arguments_that_cannot_be_used(workdir, given, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        sample.load(workdir, **given)
+
+
+def test_numbers_of_numpy_are_numbers(workdir):
+    sample.load(workdir, num=np.int64(2), sampler="ddim", steps=np.int32(3), eta=np.float32(0.5), clip=False)
