@@ -418,6 +418,8 @@ def export_diffusers(workdir: str, out: str) -> None:
     except OSError as error:
         raise UserError(f"--out={out} cannot be written ({one_line(error)}): give another folder") from None
     print(f"diffusers model of step {step}: {out}")
+    if (num_steps := config.schedule.num_steps) != 1000:
+        print(f"DDPMPipeline takes 1000 steps unless told otherwise: call it with num_inference_steps={num_steps}")
 
 
 def _unet_config(config):

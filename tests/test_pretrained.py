@@ -486,6 +486,13 @@ def test_runs_that_diffusers_cannot_hold(untrained, tmp_path, key, value):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_number_of_steps_is_told_where_it_is_not_the_pipelines(untrained, imported, tmp_path, capsys):
+    pretrained.export_diffusers(str(untrained), str(tmp_path / "20"))
+    assert "call it with num_inference_steps=20\n" in capsys.readouterr().out
+    pretrained.export_diffusers(str(imported), str(tmp_path / "1000"))
+    assert "num_inference_steps" not in capsys.readouterr().out
+
+
 def test_groups_that_divide_all_channels_alike(tmp_path):
     """32 groups asked for, 16 in every layer of a network of 16 and 48 channels."""
     config = tiny_config(model__channels=16, model__multipliers=(1, 3), model__num_groups=16)
