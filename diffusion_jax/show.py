@@ -86,8 +86,8 @@ def interpolation(run, out, num=6):
 
 
 def progressive(run, out, num=8):
-    """What the chain expects of x_0 as it goes, one image a row."""
-    at = _evenly(run.s.num_steps, 10)
+    """What the chain expects of x_0 as it goes, and at last the finished image, one a row."""
+    at = [*_evenly(run.s.num_steps, 10), 0]
     keys = run.keys(num)
     seen = run.compiled(figures.progressive, at=at)(run.latents(keys), keys)
     _save(out, np.swapaxes(seen, 0, 1), [""] * num, [f"t = {t}" for t in at])
