@@ -89,8 +89,7 @@ def _sample():
 def _show():
     from diffusion_jax.show import show
 
-    if given := [f"--{name}" for name, value in _how().items() if value is not None]:
-        raise UserError(f"{given[0]} does not go with --show, which takes all steps of the ancestral sampler")
+    _refuse_how("--show, which takes all steps of the ancestral sampler")
     out = OUT.value or f"{SHOW.value}.{'gif' if SHOW.value == 'animation' else 'png'}"
     show(WORKDIR.value, SHOW.value, SEED.value, out, NUM.value, IMAGES.value)
 
@@ -99,6 +98,7 @@ def _export():
     if FORMAT.value == "diffusers":
         from diffusion_jax.pretrained import export_diffusers
 
+        _refuse_how("--format=diffusers, whose pipeline has a sampler of its own")
         export_diffusers(WORKDIR.value, OUT.value or "diffusers")
         return
     from diffusion_jax.sample import export_sampler
@@ -111,7 +111,11 @@ def _import():
 
     if not FROM.value:
         raise UserError("--from is missing: give a folder of diffusers, a .safetensors file, or a repository's name")
-    import_diffusers(FROM.value, WORKDIR.value, CONFIG.value or default.get_config())
+    reference = CONFIG.value
+    if reference is None:
+        reference = default.get_config()
+        reference.model.dropout = 0.0  # which is training's, and none is meant yet
+    import_diffusers(FROM.value, WORKDIR.value, reference)
 
 
 def _evaluate():
@@ -145,6 +149,11 @@ def _how():
     return {"sampler": SAMPLER.value, "steps": STEPS.value, "eta": ETA.value}
 
 
+def _refuse_how(what):
+    if given := [f"--{name}" for name, value in _how().items() if value is not None]:
+        raise UserError(f"{given[0]} does not go with {what}: leave it out")
+
+
 _MODES = {
     "train": _train,
     "prepare": _prepare,
@@ -165,7 +174,10 @@ def parse(argv: list[str]) -> list[str]:
         if arg.lstrip("-").startswith("config."):
             from_config.check_key(arg.lstrip("-").removeprefix("config.").split("=")[0], default.get_config())
     try:
-        rest = app.parse_flags_with_usage(argv)
+        rest = flags.FLAGS(argv)
+    except flags.Error as error:
+        raise UserError(one_line(error)) from error
+    try:
         if CONFIG.value is not None:
             CONFIG.value.keys()  # a config file that cannot be loaded says so only when it is used
         return rest
@@ -184,6 +196,11 @@ def run(argv: list[str]) -> None:
         raise UserError("--workdir is missing: give the folder of the run")
     if CONFIG.value is None and mode in ("train", "prepare", "audit", "plan"):
         raise UserError("--config is missing: give a config file, e.g. --config=configs/digits.py")
+    if CONFIG.value is not None and mode not in ("train", "prepare", "audit", "plan", "import"):
+        raise UserError(
+            f"--config does not go with --mode={mode}, which takes that of the run (config.json in --workdir): leave "
+            "it out"
+        )
     if CONFIG.value is not None:
         from_config.check(CONFIG.value, default.get_config())
     if mode not in ("prepare", "audit", "plan", "report"):  # which need no device

@@ -9,6 +9,7 @@ import numpy as np
 from etils import epath
 
 from diffusion_jax import from_config
+from diffusion_jax.errors import UserError, one_line
 from diffusion_jax.schedule import ho_linear
 from diffusion_jax.state import abstract_state
 
@@ -21,7 +22,8 @@ _BOTH = {
     "groups of GroupNorm": [32],
     "step that the network sees for t": "t - 1",
     "prediction": "eps_bar",
-    "initial weights of conv_out nearly 0": True,
+    "initial kernels nearly 0": ["conv2", "conv_out", "proj_out"],
+    "other initial kernels of variance 1 / fan_avg": True,
     "T": 1000,
     "beta² of the first step": 1e-4,
     "beta² of the last step": 0.02,
@@ -67,8 +69,11 @@ def audit(config, out: str | None = None) -> list[tuple[str, object, object, boo
       out: a file for the table, Markdown; None: none.
 
     Returns:
-      [(setting, ours, theirs, whether they agree)]. Of these, parameters, attention blocks, groups and the initial
-      scale are read off the network that the config makes, alpha_bar and beta off its schedule.
+      [(setting, ours, theirs, whether they agree)]. Of these, parameters, attention blocks, groups, initial kernels
+      and the step that it sees are read off the network that the config makes, alpha_bar and beta off its schedule.
+
+    Raises:
+      UserError: `out` cannot be written.
     """
     size = 32 if config.data.image_size <= 96 else 256
     ours, theirs = settings(config), _PAPER[size]
@@ -85,13 +90,17 @@ def audit(config, out: str | None = None) -> list[tuple[str, object, object, boo
     )
     print(text)
     if out:
-        epath.Path(out).write_text(text + "\n")
+        try:
+            epath.Path(out).expanduser().write_text(text + "\n")
+        except OSError as error:
+            raise UserError(f"--out={out} cannot be written ({one_line(error)}): give another file") from None
     return rows
 
 
 def settings(config) -> dict:
     """What `audit` compares, of a config."""
     params = abstract_state(config).params
+    scales, seen = _initial_network(config)
     num_levels = len(config.model.multipliers)
     heights = [config.data.image_size >> level for level in range(num_levels)]
     widths = [config.model.channels * multiplier for multiplier in config.model.multipliers]
@@ -109,9 +118,10 @@ def settings(config) -> dict:
         ],
         "groups of GroupNorm": sorted({math.gcd(config.model.num_groups, width) for width in widths}),
         "dropout": config.model.dropout,
-        "step that the network sees for t": "t - 1",  # by the code of `unet`, for every config
+        "step that the network sees for t": seen,
         "prediction": config.model.prediction,
-        "initial weights of conv_out nearly 0": _largest_of_conv_out(config) < 1e-4,
+        "initial kernels nearly 0": _nearly_zero(scales),
+        "other initial kernels of variance 1 / fan_avg": _variance_1(scales),
         "T": config.schedule.num_steps,
         "beta² of the first step": float(f"{beta_squared[0]:.6g}"),
         "beta² of the last step": float(f"{beta_squared[-1]:.6g}"),
@@ -132,15 +142,62 @@ def settings(config) -> dict:
     }
 
 
-def _largest_of_conv_out(config) -> float:
-    """Of the initial kernel; XLA drops the rest of the network."""
-    model, x = from_config.model(config), jnp.zeros((1, *from_config.image_shape(config)))
+_TINY = 1e-3  # of 1 / √fan_avg; Ho's nearly 0 is 1e-5
 
-    def largest():
-        params = model.init(jax.random.key(config.seed), x, jnp.ones(1, jnp.int32))["params"]
-        return jnp.max(jnp.abs(params["conv_out"]["kernel"]))
 
-    return float(jax.jit(largest)())
+def _initial_network(config):
+    """([(name, deviation in units of 1 / √fan_avg, size)] of the initial kernels, the step that it sees for t).
+
+    The step is found in the output of the first layer that the time embedding enters; of the forward pass XLA
+    keeps nothing else.
+    """
+    model, x, t = from_config.model(config), jnp.zeros((1, *from_config.image_shape(config))), jnp.ones(1, jnp.int32)
+
+    def initial():
+        variables = model.init(jax.random.key(config.seed), x, t)
+        kernels = {path: leaf for path, leaf in jax.tree.leaves_with_path(variables["params"]) if leaf.ndim > 1}
+        scales = [jnp.sqrt(jnp.mean(kernel**2) * _fan_avg(kernel.shape)) for kernel in kernels.values()]
+        which = {"capture_intermediates": lambda module, _: module.name == "temb_dense0", "mutable": "intermediates"}
+        _, found = model.apply(variables, x, 500 * t, **which)
+        names.extend((path[-2].key, leaf.size) for path, leaf in kernels.items())
+        first = variables["params"]["temb_dense0"]
+        return scales, first, found["intermediates"]["temb_dense0"]["__call__"][0][0]
+
+    names = []
+    scales, first, output = jax.device_get(jax.jit(initial)())
+    scales = [(name, float(scale), size) for (name, size), scale in zip(names, scales, strict=True)]
+    return scales, _step_seen(first, output, 500)
+
+
+def _fan_avg(shape):
+    *window, inputs, outputs = shape
+    return math.prod(window) * (inputs + outputs) / 2
+
+
+def _step_seen(dense, output, t):
+    """Which step near t has the embedding, Ho's, of which `dense` makes this output [4 channels]."""
+    half = dense["kernel"].shape[0] // 2
+    for offset in (0, -1, 1, -2, 2):
+        angles = (t + offset) * np.exp(-math.log(1e4) * np.arange(half) / (half - 1))
+        expected = np.concatenate([np.sin(angles), np.cos(angles)]) @ dense["kernel"] + dense["bias"]
+        if np.abs(output - expected).max() < 0.02 * np.abs(expected).max():  # bfloat16 errs by 0.004
+            return f"t {'-' if offset < 0 else '+'} {abs(offset)}" if offset else "t"
+    return "none near t: another embedding"
+
+
+def _nearly_zero(scales):
+    """The kinds of kernels that are; with "some", where others of the kind are not."""
+    found = []
+    for kind in sorted({name for name, *_ in scales}):
+        tiny = [scale < _TINY for name, scale, _ in scales if name == kind]
+        if any(tiny):
+            found.append(kind if all(tiny) else f"some {kind}")
+    return found
+
+
+def _variance_1(scales):
+    """Whether the other kernels are as wide as their initialiser says, but for chance."""
+    return all(abs(scale - 1) < max(0.02, 3 / math.sqrt(size)) for _, scale, size in scales if scale > _TINY)
 
 
 def _agree(name, ours, theirs):

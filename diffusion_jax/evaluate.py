@@ -34,6 +34,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.report import report
 from diffusion_jax.show import show
 
+_SECTIONS = {"samples": "Samples", "samples_to_statistics": "Samples against saved statistics"}
 MANY = 10_000  # images, at most, that PNG and histograms code, and held-out ones whose neighbours are looked for
 
 
@@ -63,6 +64,8 @@ def evaluate(
     Raises:
       UserError: no run, no checkpoint, no such split; samples or statistics that cannot be used.
     """
+    if num is not None and num < 1:
+        raise UserError(f"--num={num} must be at least 1")
     config = sample.read_config(workdir)
     splits = splits or tuple(filter(None, (config.data.split, config.data.test_split)))
     extractor = _extractor(inception_path)
@@ -70,18 +73,20 @@ def evaluate(
     saved = quality.load_statistics(reference) if reference else None
     if reference and generated is None:
         raise UserError(f"--reference={reference} is to be compared with --samples: give them")
-    datasets = {split: _images(config, split) for split in splits}
+    datasets = {split: _images(config, workdir, split) for split in splits}
     step, params = sample.ema_params(config, workdir)
     folder = checkpoint.absolute(workdir) / "evaluation" / str(step)
     main = jax.process_index() == 0
     if main:
         folder.mkdir(parents=True, exist_ok=True)
     result = {"step": step, "seed": seed, "protocol": _protocol(config, seed), "splits": {}}
+    result |= _of_earlier(folder)
     for split, dataset in datasets.items():
         chosen = np.sort(np.random.default_rng(seed).permutation(len(dataset))[:num])
         result["splits"][split] = _of_split(config, params, dataset, chosen, seed, folder / f"bound-{_stem(split)}.npz")
     if generated is not None:
-        result["samples"] = _of_samples(config, generated, samples, datasets, extractor, saved, seed, folder)
+        section = "samples" if saved is None else "samples_to_statistics"
+        result[section] = _of_samples(config, generated, samples, datasets, extractor, saved, seed, folder)
     if main:
         (folder / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
         (folder / "evaluation.md").write_text(markdown(result))
@@ -92,14 +97,23 @@ def evaluate(
     return result
 
 
+def _of_earlier(folder):
+    """What an earlier evaluation of the step has found of samples, which this one replaces only by its like."""
+    try:
+        earlier = json.loads((folder / "evaluation.json").read_text())
+        return {name: earlier[name] for name in _SECTIONS if name in earlier}
+    except (OSError, ValueError):
+        return {}
+
+
 def _stem(split):
     return "".join(c if c.isalnum() else "-" for c in split).strip("-")
 
 
-def _images(config, split):
+def _images(config, workdir, split):
     config = config.copy_and_resolve_references()
     config.data.split = split
-    return from_config.images(config)
+    return sample.read_images(config, workdir)
 
 
 def _deviations(config):
@@ -276,33 +290,36 @@ def _of_samples(config, generated, path, datasets, extractor, saved, seed, folde
     split, dataset = next(iter(datasets.items()))
     resize = f"bicubic, antialiased, centre crop {config.data.crop or 'of the largest square'}"
     describe = functools.partial(quality.protocol, name=name, checksum=checksum, resize=resize)
-    how = describe(generated, origin=path)
+    how = describe(generated, origin=path) | {"made_by": quality.read_about(path)}
     if generated.shape[1:] != dataset.shape[1:]:
         raise UserError(f"--samples={path} holds images of {generated.shape[1:]}, the run's are {dataset.shape[1:]}")
     if saved is not None:
-        return quality.frechet_to_statistics(generated, features, how, *saved)
+        return quality.frechet_to_statistics(generated, features, how, *saved, seed)
     data_how = describe(dataset, origin=f"{config.data.source} {config.data.path} {split}".replace("  ", " "))
-    found = {"protocol": {"samples": how, "reference": data_how}}
-    found |= quality.compare(generated, dataset, features, seed)
-    nearest = _nearest(generated, datasets, folder)
+    found = quality.compare(generated, dataset, features, seed)
+    nearest, nearest_how = _nearest(generated, datasets, folder)
+    settings = found.pop("settings") | {"nearest_training_image": nearest_how}
+    found = {"protocol": {"samples": how, "reference": data_how, "metrics": settings}} | found
     if dataset.shape[1] ** 2 * dataset.shape[3] <= quality.MAX_FEATURES or name != "pixels":
         statistics = quality.moments(dataset, features)
         if jax.process_index() == 0:
             quality.save_statistics(folder / f"statistics-{name}-{_stem(split)}.npz", statistics, data_how)
-    return found | nearest
+    return found | {"nearest_training_image": nearest}
 
 
 def _nearest(generated, datasets, folder):
-    """How far samples are from their nearest training image; of a held-out split the same, as a yardstick."""
+    """How far samples are from their nearest training image, of a held-out split the same, as a yardstick; and how."""
     train, *others = datasets.values()
     distance, index = metrics.nearest(quality.pixels(generated), _Pixels(train))
-    found = {"nearest_training_image": {"median": float(np.median(distance)), "least": float(distance.min())}}
+    found = {"median": float(np.median(distance)), "least": float(distance.min())}
+    how = {"distance": "Euclidean, all pixels, in [-1, 1]", "n": len(generated), "training_images": len(train)}
     if others:
-        held_out, _ = metrics.nearest(quality.pixels(others[0][:MANY]), _Pixels(train))
-        found["nearest_training_image"]["median_of_held_out"] = float(np.median(held_out))
+        held_out = others[0][:MANY]
+        found["median_of_held_out"] = float(np.median(metrics.nearest(quality.pixels(held_out), _Pixels(train))[0]))
+        how["held_out_images"] = len(held_out)
     if jax.process_index() == 0:
         images.save_png(folder / "nearest.png", monitor.nearest_pairs(generated, train, index, distance))
-    return found
+    return found, how
 
 
 @dataclasses.dataclass(frozen=True)
@@ -342,12 +359,12 @@ def markdown(result: dict) -> str:
         lines += ["", f"## Progressive coding, {split}", ""]
         rows = [[t[i], rate[i], distortion[i], x["loss_by_t"]["loss"][i]] for i in shown]
         lines += _table(["t", "rate, bits/dim", "distortion", "loss (15)"], rows)
-    if "samples" in result:
-        found = dict(result["samples"])
+    for section in [name for name in _SECTIONS if name in result]:
+        found = dict(result[section])
         how = found.pop("protocol")
-        lines += ["", "## Samples", ""]
+        lines += ["", f"## {_SECTIONS[section]}", ""]
         lines += _table(["", "value"], found.items())
-        lines += ["", *(f"- {name}: " + ", ".join(f"{k} {v}" for k, v in x.items()) for name, x in how.items())]
+        lines += ["", *(f"- {name}: {'; '.join(f'{k}: {_cell(v)}' for k, v in x.items())}" for name, x in how.items())]
     return "\n".join(lines) + "\n"
 
 

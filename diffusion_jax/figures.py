@@ -37,10 +37,11 @@ def progressive(eps_bar_fn, s: Schedule, sigma, x, keys, at, clip=None):
     """What the chain from x = x_T [B, ...] expects of x_0 on its way, Ho et al. (2020), figure 6.
 
     Args:
-      at: int [k], steps in 1..T.
+      at: int [k], steps in 0..T.
 
     Returns:
-      [k, B, ...] the predictions of x_0 from x_t, t = at[0], at[1], ...; no more of the chain is kept.
+      [k, B, ...] the predictions of x_0 from x_t, t = at[0], at[1], ..., at 0 the finished images; no more of the
+      chain is kept.
     """
     s, sigma = jax.tree.map(jnp.asarray, (s, sigma))
     due = jnp.asarray(at).reshape(-1, *[1] * jnp.ndim(x))
@@ -51,7 +52,8 @@ def progressive(eps_bar_fn, s: Schedule, sigma, x, keys, at, clip=None):
         return (x, jnp.where(due == t, x_0[None], seen)), None
 
     seen = jnp.zeros((len(due), *x.shape))
-    return lax.scan(step, (x, seen), jnp.arange(s.num_steps, 0, -1))[0][1]
+    (x, seen), _ = lax.scan(step, (x, seen), jnp.arange(s.num_steps, 0, -1))
+    return jnp.where(due == 0, x[None], seen)
 
 
 def variations(eps_bar_fn, s: Schedule, sigma, x_t, t: int, keys, clip=None):

@@ -113,6 +113,11 @@ def images(config: ConfigDict) -> data.Cached | data.OnTheFly:
     )
 
 
+def has_images(config: ConfigDict) -> bool:
+    """Whether the config names images: an imported run's may not, and no training starts without."""
+    return config.data.source != "files" or bool(config.data.path)
+
+
 def image_shape(config: ConfigDict) -> tuple[int, int, int]:
     """(H, W, C) of the images."""
     return config.data.image_size, config.data.image_size, config.data.channels
@@ -145,6 +150,20 @@ def chain(config: ConfigDict):
         return lambda eps_bar_fn, s, _, x, keys, **how: sampling.ddim_chain(eps_bar_fn, s, ts, x, keys, eta, **how)
     ts = sampling.grid_log_snr(s, num_steps)
     return lambda eps_bar_fn, s, _, x, keys, **how: sampling.dpmpp_2m_chain(eps_bar_fn, s, ts, x, **how)
+
+
+def describe_sampling(config: ConfigDict) -> dict:
+    """What decides a sample besides parameters and key, in words: what the sampler does not use is None."""
+    given, num_steps = config.sampling, config.schedule.num_steps
+    return {
+        "sampler": given.sampler,
+        "steps": given.steps or num_steps,
+        "schedule": f"{config.schedule.name}, T = {num_steps}",
+        "eta": float(given.eta) if given.sampler == "ddim" else None,
+        "sigma": given.sigma if given.sampler == "ancestral" else None,
+        "clip": given.clip,
+        "dtype": config.model.dtype,
+    }
 
 
 def check_sampling(config: ConfigDict) -> None:
@@ -241,6 +260,8 @@ _IDENTITY = (
     *("schedule.", "model."),
 )
 _SAME_NETWORK = ("model.attention",)  # another way to the same output
+# Of these, what an imported run may be given when its training begins.
+_OF_TRAINING = ("data.source", "data.path", "data.split", "data.crop", "model.dropout")
 _AT_LEAST_0 = (
     "seed",
     "data.crop",
@@ -270,13 +291,18 @@ def check_key(key: str, reference: ConfigDict) -> None:
 
 
 def check_same_run(old: ConfigDict, new: ConfigDict, workdir) -> None:
-    """Raises UserError, naming the keys, if the configs differ in network, schedule or data set."""
+    """Raises UserError, naming the keys, if the configs differ in network, schedule or data set.
+
+    A run that was imported without images has no data set yet: it takes what `new` has.
+    """
+    chosen = has_images(old)
     old, new = flatten(old), flatten(new)
     changed = [
         f"{key}: {old.get(key)!r} there, {new.get(key)!r} here"
         for key in sorted(old.keys() | new.keys())
         if key.startswith(_IDENTITY)
         and key not in _SAME_NETWORK
+        and (chosen or key not in _OF_TRAINING)
         and key in old
         and old[key] != new.get(key)  # runs from before a key was added go on
     ]

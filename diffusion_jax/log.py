@@ -23,7 +23,7 @@ class MetricsLog:
     def __init__(self, workdir: epath.Path, start: int, every: int):
         self._every = every
         self._steps = []
-        self._loss = np.nan  # the last
+        self._loss = None  # of the last line
         self._path = workdir / "metrics.jsonl"
         self._lines = self._kept(start)
         # A bucket's files cannot grow: they are written anew, and the events by way of a local folder.
@@ -49,20 +49,25 @@ class MetricsLog:
           The line that was written, or None between the lines.
         """
         self._steps.append(metrics)
-        self._loss = metrics["loss"]
         if step % self._every:
             return None
         seconds = (time.monotonic() - self._time) / len(self._steps)
         line = {"step": step} | {name: _mean([m[name] for m in self._steps]) for name in metrics}
         line |= {"steps_per_second": 1 / seconds, "images_per_second": batch_size / seconds}
         self._steps.clear()
+        self._loss = line["loss"]
         self._write_or_say(line)
         self._time = time.monotonic()
         return line
 
     def add_seen(self, step: int, seen: dict[str, float], seconds: float) -> None:
-        """Writes a line of its own of what was measured after `step`, in a time that does not count as training's."""
-        self._write_or_say({"step": step, "loss": _mean([self._loss])} | seen)
+        """Writes a line of its own of what was measured after `step`, in a time that does not count as training's.
+
+        Its loss is a mean too, so that all lines make one curve: of the steps since the last line, and where `step`
+        has just had its line, the same again.
+        """
+        loss = _mean([metrics["loss"] for metrics in self._steps]) if self._steps else self._loss
+        self._write_or_say({"step": step, "loss": loss} | seen)
         self._time += seconds
 
     def _write_or_say(self, line):

@@ -106,14 +106,18 @@ def frechet_interval(x, y, rng, num: int = 200, level: float = 0.95) -> tuple[fl
     infinite one: only the deviations from the draws' mean are used, Davison & Hinkley (1997), 5.2.
 
     Args:
+      y: or `Moments` of a set that stays as it is: then x alone is drawn again.
       level: in (0, 1), how often the interval should hold the mean.
     """
-    x, y = _pair(x, y, 2)
     if num < 2 or not 0 < level < 1:
         raise ValueError(f"need num >= 2 and level in (0, 1), not {num} and {level}")
-    draws = [frechet_of_features(*(a[rng.integers(len(a), size=len(a))] for a in (x, y))) for _ in range(num)]
+    if isinstance(y, Moments):
+        distance, sets = _frechet_to(y), [_rows_like(y, x, 2)]
+    else:
+        distance, sets = frechet_of_features, _pair(x, y, 2)
+    draws = [distance(*(a[rng.integers(len(a), size=len(a))] for a in sets)) for _ in range(num)]
     tails = np.quantile(draws - np.mean(draws), [(1 + level) / 2, (1 - level) / 2])
-    low, high = frechet_of_features(x, y) - tails
+    low, high = distance(*sets) - tails
     return float(low), float(high)
 
 
@@ -124,17 +128,17 @@ def frechet_extrapolated(x, y, rng, num_points: int = 15) -> tuple[float, float]
     that y has by its own size stays. The sizes are evenly spaced from a tenth of the rows to all, but no
     smaller than 2 d, as the bias bends towards n = d (the paper's 5000 is 2.4 d): x [n, d] needs n >= 4 d.
     Each size has a subset of its own without repetition. The standard error is that of the regression; the
-    subsets overlap, so another x changes the intercept by more, about twice as much for Gaussians.
+    subsets overlap, so another x changes the intercept by more, about twice as much for Gaussians. In place of
+    y its `Moments` will do.
     """
-    x, y = _pair(x, y, 2)
+    moments = y if isinstance(y, Moments) else Moments.of(_rows("y", y, 2))
+    x = _rows_like(moments, x, 2)
     n, d = x.shape
     if n < 4 * d or num_points < 3:
         raise ValueError(f"need at least 4 d = {4 * d} rows of x and 3 points, not {n} and {num_points}")
     sizes = np.linspace(max(n // 10, 2 * d), n, num_points).round().astype(int)
-    moments = Moments.of(y)
-    mean, root = moments.mean, _root(moments.covariance)
-    subsets = (Moments.of(x[rng.permutation(n)[:size]]) for size in sizes)
-    distances = [_frechet(mean, root, subset.mean, subset.covariance) for subset in subsets]
+    distance = _frechet_to(moments)
+    distances = [distance(x[rng.permutation(n)[:size]]) for size in sizes]
     line = stats.linregress(1 / sizes, distances)
     return float(line.intercept), float(line.intercept_stderr)
 
@@ -267,6 +271,25 @@ def _frechet(mean_x, root_x, mean_y, cov_y):
     """`frechet` with R = C_x^½ in hand: tr (C_x C_y)^½ = tr (R C_y R)^½, where everything is symmetric and >= 0."""
     trace_of_root = np.sqrt(np.maximum(np.linalg.eigvalsh(root_x @ cov_y @ root_x), 0)).sum()
     return float(np.sum((mean_x - mean_y) ** 2) + np.sum(root_x**2) + np.trace(cov_y) - 2 * trace_of_root)
+
+
+def _frechet_to(y: Moments):
+    """rows -> `frechet` of their moments and y, whose root is taken once."""
+    mean, root = y.mean, _root(y.covariance)
+
+    def distance(rows):
+        moments = Moments.of(rows)
+        return _frechet(mean, root, moments.mean, moments.covariance)
+
+    return distance
+
+
+def _rows_like(y: Moments, x, least):
+    """X as `_rows` gives it, of as many features as y."""
+    x = _rows("x", x, least)
+    if x.shape[1] != len(y.mean):
+        raise ValueError(f"x has {x.shape[1]} features and y {len(y.mean)}: need the same")
+    return x
 
 
 def _frechet_of_moments(x: Moments, y: Moments):

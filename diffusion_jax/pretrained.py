@@ -111,8 +111,8 @@ def import_diffusers(source: str, workdir: str, reference: ConfigDict) -> None:
       source: a folder of a `UNet2DModel`, or of a pipeline with one in unet/; the .safetensors file itself, with
         its config.json beside it; or a repository of the Hugging Face hub, e.g. google/ddpm-cifar10-32.
       workdir: a new one.
-      reference: what the model does not say is as here: data.*, train.*, and where there is no scheduler_config.json
-        schedule.*, sampling.* and model.prediction; e.g. `configs/default.py`'s.
+      reference: what the weights do not determine is as here: data.*, train.*, model.dropout, and where there is no
+        scheduler_config.json schedule.*, sampling.* and model.prediction; e.g. `configs/default.py`'s.
 
     Raises:
       UserError: the source cannot be read, is no network or schedule of this package, lacks a tensor, has one of
@@ -186,7 +186,7 @@ def _download(source):
 
 
 def _read_unet(config, file):
-    """data.image_size, data.channels and model.* from the config.json of a UNet2DModel."""
+    """data.image_size, data.channels and model.*, but for its dropout, from the config.json of a UNet2DModel."""
     given = _read_json(file, "UNet2DModel", _UNET)
     for key, value in given.items():
         if key not in _UNET and value not in (None, False):
@@ -211,7 +211,7 @@ def _read_unet(config, file):
     with_attention = _attention_levels(file, given)
     config.data.image_size, config.data.channels = size, given["in_channels"]
     config.model.channels, config.model.multipliers = channels[0], tuple(n // channels[0] for n in channels)
-    config.model.num_res_blocks, config.model.dropout = given["layers_per_block"], float(given["dropout"])
+    config.model.num_res_blocks = given["layers_per_block"]
     config.model.attention_resolutions = tuple(size >> level for level in with_attention)
     config.model.num_groups = groups
 
@@ -415,6 +415,8 @@ def export_diffusers(workdir: str, out: str) -> None:
     except OSError as error:
         raise UserError(f"--out={out} cannot be written ({one_line(error)}): give another folder") from None
     print(f"diffusers model of step {step}: {out}")
+    if (num_steps := config.schedule.num_steps) != 1000:
+        print(f"DDPMPipeline takes 1000 steps unless told otherwise: call it with num_inference_steps={num_steps}")
 
 
 def write_unet(config: ConfigDict, params, folder: epath.Path) -> None:

@@ -16,6 +16,9 @@ from diffusion_jax.errors import UserError
 
 MAX_FEATURES = 4096  # of a covariance: 134 MB
 MANIFOLD = 10_000  # rows, at most, whose neighbours are looked for: the usual number, and already 10^8 pairs
+K, K_DENSITY = 3, 5  # neighbours: of precision and recall, of density and coverage; those of the papers
+SUBSETS = 100  # of the kernel distance
+DIRECTIONS = 512  # of the sliced Wasserstein distance
 _BATCH = 256  # images whose features are computed at once
 _COMPARABLE = ("features", "checksum", "image_size", "channels", "resize")  # where protocols must agree
 
@@ -110,13 +113,19 @@ def check_comparable(how: dict, other: dict) -> None:
         raise UserError(f"numbers of different protocols cannot be compared ({', '.join(differing)}): make both alike")
 
 
-def frechet_to_statistics(samples, features: Callable, how: dict, reference, reference_how: dict) -> dict:
-    """The Fréchet distance of samples to saved statistics. UserError if the protocols differ."""
+def frechet_to_statistics(samples, features: Callable, how: dict, reference, reference_how: dict, seed=0) -> dict:
+    """The Fréchet distance of samples to saved statistics, as `compare` has it; UserError if the protocols differ.
+
+    The statistics are taken as they are: the interval is that of other samples, not of another reference.
+    """
     check_comparable(how, reference_how)
-    found = moments(samples, features)
-    _check_dimension(len(found.mean), 0)
-    distance = metrics.frechet(found.mean, found.covariance, reference.mean, reference.covariance)
-    return {"protocol": {"samples": how, "reference": reference_how}, "frechet": distance}
+    _check_dimension(next(_batches(samples, features)).shape[1], 0)
+    x, rng = extracted(samples, features).astype(np.float64), np.random.default_rng(seed)
+    moments = metrics.Moments.of(x)
+    distance = metrics.frechet(moments.mean, moments.covariance, reference.mean, reference.covariance)
+    settings = {"frechet_95": _interval_settings(x) | {"drawn_again": "samples"}, "seed": seed}
+    protocols = {"samples": how, "reference": reference_how, "metrics": settings}
+    return {"protocol": protocols, "frechet": distance} | _uncertainty(x, reference, rng)
 
 
 def compare(samples, reference, features: Callable, seed: int = 0) -> dict:
@@ -131,23 +140,41 @@ def compare(samples, reference, features: Callable, seed: int = 0) -> dict:
       {"frechet": …, "frechet_95": [low, high], "frechet_extrapolated": [value, standard error] or None where
       there are too few images, "frechet_floor": of one half of the reference to the other,
       "kernel_distance": [mean, standard error], "precision", "recall", "density", "coverage"
-      among "neighbours_among": [n of the reference, n of samples], "sliced_wasserstein": …}
+      among "neighbours_among": [n of the reference, n of samples], "sliced_wasserstein": …}, and beside these
+      "settings", the numbers by which they were made.
     """
     _check_dimension(next(_batches(samples, features)).shape[1], min(len(samples), len(reference)))
     x, y = (extracted(images, features).astype(np.float64) for images in (samples, reference))
     rng = np.random.default_rng(seed)
     half = rng.permutation(len(y))
-    result = {"frechet": metrics.frechet_of_features(x, y)}
-    result["frechet_95"] = list(metrics.frechet_interval(x, y, rng, num=20 if x.shape[1] > 1000 else 200))
-    enough = len(x) >= 4 * x.shape[1]
-    result["frechet_extrapolated"] = list(metrics.frechet_extrapolated(x, y, rng)) if enough else None
+    result = {"frechet": metrics.frechet_of_features(x, y)} | _uncertainty(x, y, rng)
     result["frechet_floor"] = metrics.frechet_of_features(y[half[::2]], y[half[1::2]])
-    size = min(1000, len(x), len(y))
-    result["kernel_distance"] = list(metrics.kernel_distance(x, y, rng, subset_size=size))
+    subsets = {"num_subsets": SUBSETS, "subset_size": min(1000, len(x), len(y))}
+    result["kernel_distance"] = list(metrics.kernel_distance(x, y, rng, **subsets))
     few = [rows[rng.permutation(len(rows))[:MANIFOLD]] for rows in (y, x)]
-    result |= metrics.precision_recall(*few)._asdict() | {"neighbours_among": [len(rows) for rows in few]}
-    result["sliced_wasserstein"] = metrics.sliced_wasserstein(x, y, rng)
+    result |= metrics.precision_recall(*few, K, K_DENSITY)._asdict() | {"neighbours_among": [len(rows) for rows in few]}
+    result["sliced_wasserstein"] = metrics.sliced_wasserstein(x, y, rng, DIRECTIONS)
+    result["settings"] = {
+        "frechet_95": _interval_settings(x) | {"drawn_again": "samples and reference"},
+        "kernel_distance": {"kernel": "(a·b/d + 1)³"} | subsets,
+        "precision_recall": {"k": K},
+        "density_coverage": {"k": K_DENSITY},
+        "sliced_wasserstein": {"num_directions": DIRECTIONS},
+        "seed": seed,
+    }
     return result
+
+
+def _uncertainty(x, reference, rng):
+    """The interval and the extrapolation of the Fréchet distance of x [n, d] to rows or Moments."""
+    interval = metrics.frechet_interval(x, reference, rng, num=_interval_settings(x)["draws"])
+    enough = len(x) >= 4 * x.shape[1]
+    extrapolated = list(metrics.frechet_extrapolated(x, reference, rng)) if enough else None
+    return {"frechet_95": list(interval), "frechet_extrapolated": extrapolated}
+
+
+def _interval_settings(x):
+    return {"method": "bootstrap", "draws": 20 if x.shape[1] > 1000 else 200}
 
 
 def _check_dimension(d, n):
@@ -179,3 +206,15 @@ def read_samples(path) -> np.ndarray:
     if found.ndim != 4 or found.dtype != np.uint8 or not len(found):
         raise UserError(f"--samples={path} holds {found.dtype} {found.shape}, not images uint8 [n, H, W, C]")
     return found
+
+
+def read_about(path) -> dict | str:
+    """What made the images that `--mode=sample` has written to `path`; "unknown" where that does not say so."""
+    path = epath.Path(path)
+    try:
+        if path.is_dir():
+            return json.loads((path / "samples.json").read_text())
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as content:
+            return json.loads(str(content["about"]))
+    except (OSError, ValueError, KeyError):
+        return "unknown"

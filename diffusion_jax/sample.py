@@ -2,6 +2,9 @@
 
 import itertools
 import json
+import numbers
+import re
+import zlib
 
 import jax
 import numpy as np
@@ -54,6 +57,9 @@ def load(
     Raises:
       UserError: no run, or no checkpoint, in `workdir`; a value that cannot be used.
     """
+    num = _of_kind("num", num)
+    if num is not None and num < 1:
+        raise UserError(f"num={num} must be at least 1")
     config = _with(read_config(workdir), sampler, steps, eta, clip, dtype)
     window = _progress(config, num) if progress else None
     return from_config.sample_fn(config, num, window), ema_params(config, workdir)[1]
@@ -97,10 +103,10 @@ def load_network(workdir):
 def sample(workdir, num: int, seed: int, out: str, **how) -> None:
     """Writes `num` images: a grid if `out` ends in .png, uint8 [num, H, W, C] if in .npz, shards if in "/".
 
-    An .npz has one array, "arr_0", as evaluation suites read it. Shards are .npz files of SHARD
-    images named by the first; those that are there already are not made again. Image i is the
-    same for any `num`, and any number of devices or processes, which share the work; process
-    0 writes.
+    An .npz has the images as "arr_0", as evaluation suites read it, and as "about" what made them, JSON. Shards
+    are .npz files of SHARD images named by the first, with samples.json beside them; those that are there
+    already are not made again. Image i is the same for any `num`, and any number of devices or processes,
+    which share the work; process 0 writes.
 
     Args:
       how: sampler, steps and eta as of `load`.
@@ -112,9 +118,10 @@ def sample(workdir, num: int, seed: int, out: str, **how) -> None:
         raise UserError(f"--out={out} must end in .png (a grid), .npz (an array) or / (a folder of arrays)")
     if num < 1:
         raise UserError(f"--num={num} must be at least 1")
-    config = read_config(workdir)
+    config = _with(read_config(workdir), **how)
     per_call = -(-min(num, config.sampling.num) // jax.process_count())
-    sample_fn, params = load(workdir, per_call, **how)
+    sample_fn, (step, params) = from_config.sample_fn(config, per_call), ema_params(config, workdir)
+    about = _about(config, workdir, step, params, seed)
     params = jax.device_put(params)
     with tqdm.tqdm(total=num, unit="image", desc="sampling", disable=jax.process_index() != 0) as bar:
 
@@ -122,16 +129,22 @@ def sample(workdir, num: int, seed: int, out: str, **how) -> None:
             return _share(sample_fn, params, seed, first, num, per_call, bar)
 
         if out.endswith("/"):
-            identity = {"workdir": str(workdir), "seed": seed, "checksums": checkpoint.checksums(params), **how}
-            _write_shards(epath.Path(out), num, make, bar, identity)
+            _write_shards(epath.Path(out), num, make, bar, about)
         elif out.endswith(".png"):
             samples = make(0, num)
             if jax.process_index() == 0:
                 images.save_png(out, images.grid(samples))
         else:
-            _save_npz(epath.Path(out), make(0, num))
+            _save_npz(epath.Path(out), make(0, num), about=np.array(json.dumps({**about, "first": 0, "num": num})))
     if jax.process_index() == 0:
         print(f"{num} samples: {out}")
+
+
+def _about(config, workdir, step, params, seed):
+    """What made samples, all that they depend on: other samples differ in it."""
+    every = json.dumps(checkpoint.checksums(params), sort_keys=True)
+    made = {"workdir": str(workdir), "step": step, "checksum": f"{zlib.crc32(every.encode()):08x}", "seed": seed}
+    return made | from_config.describe_sampling(config)
 
 
 def _share(sample_fn, params, seed, first, num, per_call, bar):
@@ -145,40 +158,56 @@ def _share(sample_fn, params, seed, first, num, per_call, bar):
     return np.concatenate(made)[:num]
 
 
-def _write_shards(folder, num, make, bar, identity):
+def _write_shards(folder, num, make, bar, about):
     """The shards that are missing, of `num` images in all."""
     manifest = folder / "samples.json"
-    text = json.dumps(identity, indent=2) + "\n"
+    text = json.dumps(about, indent=2) + "\n"
     if manifest.exists() and manifest.read_text() != text:
         raise UserError(
-            f"--out={folder}/ holds samples of another run, checkpoint, seed or sampler: give another folder"
+            f"--out={folder}/ holds samples of another run, checkpoint, seed or sampler (samples.json): give another "
+            "folder"
         )
+    there = _shards(folder)
+    most = max((stop for _, stop in there), default=0)
+    if most > num:
+        raise UserError(f"--num={num} is less than the {most} images that --out={folder}/ holds: give another folder")
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("shards")  # all have looked before process 0 writes
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         manifest.write_text(text)
     for first in range(0, num, SHARD):
-        count = min(SHARD, num - first)
-        shard = folder / f"{first:08d}-{first + count - 1:08d}.npz"
-        there = shard.exists()
+        stop = min(first + SHARD, num)
+        done = (first, stop) in there
         if jax.process_count() > 1:  # what process 0 sees is what all do
-            there = bool(multihost_utils.broadcast_one_to_all(np.array(there)))
-        if there:
-            bar.update(count)
+            done = bool(multihost_utils.broadcast_one_to_all(np.array(done)))
+        if done:
+            bar.update(stop - first)
         else:
-            _save_npz(shard, make(first, count))
-            if jax.process_index() == 0:  # what an earlier, smaller --num has left of this one
-                for shorter in set(folder.glob(f"{first:08d}-*.npz")) - {shard}:
-                    shorter.unlink()
+            _save_npz(_shard(folder, first, stop), make(first, stop - first))
+        if jax.process_index() == 0:  # what an earlier, smaller --num has left of this one
+            for shorter in [other for other in there if other[0] == first and other[1] < stop]:
+                _shard(folder, *shorter).unlink()
 
 
-def _save_npz(path, samples):
+def _shard(folder, first, stop):
+    return folder / f"{first:08d}-{stop - 1:08d}.npz"
+
+
+def _shards(folder):
+    """[(first, stop)] of the images that are there already."""
+    names = [re.fullmatch(r"(\d+)-(\d+)\.npz", path.name) for path in folder.iterdir()] if folder.exists() else []
+    return [(int(name[1]), int(name[2]) + 1) for name in names if name]
+
+
+def _save_npz(path, samples, **more):
     """Process 0 writes beside and renames."""
     if jax.process_index() != 0:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("wb") as file:
-        np.savez(file, samples)
+        np.savez(file, samples, **more)
     partial.replace(path)
 
 
@@ -198,11 +227,30 @@ def export_sampler(workdir, out: str, **how) -> None:
 def _with(config, sampler=None, steps=None, eta=None, clip=None, dtype=None):
     """The config with what is given, not None, in place of its own."""
     config = config.copy_and_resolve_references()
-    given = {"sampler": sampler, "steps": steps, "eta": eta, "clip": clip}
-    config.sampling.update({key: value for key, value in given.items() if value is not None})
-    config.model.dtype = dtype or config.model.dtype
+    given = {"sampler": sampler, "steps": steps, "eta": eta, "clip": clip, "dtype": dtype}
+    given = {key: _of_kind(key, value) for key, value in given.items() if value is not None}
+    config.model.dtype = given.pop("dtype", config.model.dtype)
+    config.sampling.update(given)
     from_config.check_sampling(config)
+    if eta is not None and config.sampling.sampler != "ddim":
+        raise UserError(
+            f"eta={eta} is ddim's, and the sampler is {config.sampling.sampler}: leave it out, or choose ddim"
+        )
     return config
+
+
+_KINDS = {"num": int, "sampler": str, "steps": int, "eta": float, "clip": bool, "dtype": str}
+
+
+def _of_kind(key, value):
+    """The value of an argument, None or of its type, NumPy's numbers included. UserError if it is of another."""
+    if value is None:
+        return None
+    kind = _KINDS[key]
+    good = isinstance(value, {int: numbers.Integral, float: numbers.Real}.get(kind, kind))
+    if not good or isinstance(value, bool) != (kind is bool):
+        raise UserError(f"{key}={value!r} must be of type {kind.__name__}")
+    return kind(value)
 
 
 def read_config(workdir):
@@ -211,6 +259,17 @@ def read_config(workdir):
     if config is None:
         raise UserError(f"--workdir={workdir} holds no run (no config.json): give the workdir of a training run")
     return config
+
+
+def read_images(config, workdir):
+    """The data set of a run. UserError, with where to correct it, if that cannot be opened."""
+    file = checkpoint.absolute(workdir) / "config.json"
+    if not from_config.has_images(config):
+        raise UserError(f"{file} names no images (data.path is empty, the run was imported): write data.path there")
+    try:
+        return from_config.images(config)
+    except UserError as error:
+        raise UserError(f"{error} (data.* of this run are in {file})") from None
 
 
 def ema_params(config, workdir):

@@ -42,7 +42,7 @@ class _Run:
         self.s, self._sigma = from_config.schedule(self.config), from_config.sigma(self.config)
         self._apply, self._clip = from_config.network(self.config), from_config.clip(self.config)
         self.shape, self.key, self._path = from_config.image_shape(self.config), jax.random.key(seed), path
-        self._seed = seed
+        self._seed, self._workdir = seed, workdir
 
     def compiled(self, formula, **static):
         """formula(eps_bar_fn, s, sigma, …, clip=clip, **static) as one program of arrays, returned in NumPy."""
@@ -65,7 +65,9 @@ class _Run:
         config = self.config
         if self._path:
             config.data.source, config.data.path = "files", self._path
-        dataset = from_config.images(config)
+            dataset = from_config.images(config)
+        else:
+            dataset = sample.read_images(config, self._workdir)
         if num > len(dataset):
             raise UserError(f"{num} images are wanted and there are {len(dataset)}: give more, or a smaller --num")
         chosen = data.batches(dataset, seed=self._seed, batch_size=num)[0]
@@ -84,8 +86,8 @@ def interpolation(run, out, num=6):
 
 
 def progressive(run, out, num=8):
-    """What the chain expects of x_0 as it goes, one image a row."""
-    at = _evenly(run.s.num_steps, 10)
+    """What the chain expects of x_0 as it goes, and at last the finished image, one a row."""
+    at = [*_evenly(run.s.num_steps, 10), 0]
     keys = run.keys(num)
     seen = run.compiled(figures.progressive, at=at)(run.latents(keys), keys)
     _save(out, np.swapaxes(seen, 0, 1), [""] * num, [f"t = {t}" for t in at])

@@ -1,8 +1,10 @@
 import pytest
 from conftest import tiny_config
+from flax import linen as nn
 
 from configs import celeba, celebahq256, cifar10, digits, lsun
-from diffusion_jax import audit
+from diffusion_jax import audit, unet
+from diffusion_jax.errors import UserError
 
 GOLDEN = {
     "parameters": 35_746_307,
@@ -10,7 +12,9 @@ GOLDEN = {
     "heights of the levels with attention": [16],
     "attention blocks (down, middle, up)": [2, 1, 3],
     "groups of GroupNorm": [32],
-    "initial weights of conv_out nearly 0": True,
+    "step that the network sees for t": "t - 1",
+    "initial kernels nearly 0": ["conv2", "conv_out", "proj_out"],
+    "other initial kernels of variance 1 / fan_avg": True,
     "T": 1000,
     "beta² of the first step": 1e-4,
     "beta² of the last step": 0.02,
@@ -26,6 +30,50 @@ GOLDEN = {
 def test_golden_numbers_of_cifar10():
     found = audit.settings(cifar10.get_config())
     assert {name: found[name] for name in GOLDEN} == GOLDEN
+
+
+def test_golden_numbers_of_256():
+    found = audit.settings(celebahq256.get_config())
+    here = {
+        "parameters": 113_673_219,
+        "channels of the levels": [1, 1, 2, 2, 4, 4],
+        "attention blocks (down, middle, up)": [2, 1, 3],
+        "sigma": "posterior",
+        "batch size": 64,
+    }
+    expected = GOLDEN | here
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_the_network_is_probed(monkeypatch):
+    """Other networks show: kernels that start otherwise, another step, another embedding."""
+    config = tiny_config()
+
+    def found():
+        scales, seen = audit._initial_network(config)
+        return audit._nearly_zero(scales), audit._variance_1(scales), seen
+
+    all_three = ["conv2", "conv_out", "proj_out"]
+    assert found() == (all_three, True, "t - 1")
+    config.model.dtype = "bfloat16"
+    assert found() == (all_three, True, "t - 1")
+    config.model.dtype = "float32"
+    with monkeypatch.context() as patch:
+        patch.setattr(unet, "_NEARLY_ZERO", 1.0)
+        assert found() == ([], True, "t - 1")
+    with monkeypatch.context() as patch:
+        patch.setattr(unet, "_init", lambda scale=1.0: nn.initializers.variance_scaling(scale, "fan_in", "uniform"))
+        assert found() == (all_three, False, "t - 1")
+    embedding = unet.time_embedding
+    for change, seen in ((1, "t"), (40, "none near t: another embedding")):
+        with monkeypatch.context() as patch:
+            patch.setattr(unet, "time_embedding", lambda t, features, by=change: embedding(t + by, features))
+            assert found() == (all_three, True, seen)
+
+
+def test_where_the_table_cannot_be_written(tmp_path):
+    with pytest.raises(UserError, match=r"--out=.*/none/audit\.md cannot be written"):
+        audit.audit(tiny_config(), str(tmp_path / "none" / "audit.md"))
 
 
 @pytest.mark.parametrize("config", [cifar10, celebahq256, lsun])

@@ -45,7 +45,10 @@ def test_the_bound_of_a_split(run):
         for name, key in (("bits_per_dim", "total"), ("prior", "prior"), ("decoder", "decoder"), ("rate", "rate")):
             assert here[name] == pytest.approx(float(bound[key]), rel=1e-4), name
         assert here["distortion"] == pytest.approx(float(bound["distortion"]), rel=1e-4)
-        assert 0 < here["standard_error"] < here["bits_per_dim"]
+        with np.load(folder(run) / f"bound-{evaluate._stem(split)}.npz") as partial:
+            total = partial["each"][:, 0]
+        assert total.mean() == here["bits_per_dim"]
+        assert here["standard_error"] == pytest.approx(total.std(ddof=1) / math.sqrt(21))
         assert here["rate_distortion"]["rate"][0] == pytest.approx(here["rate"], rel=1e-5)
         assert here["rate_distortion"]["distortion"][0] == pytest.approx(here["distortion"], rel=1e-5)
         assert len(here["loss_by_t"]["loss"]) == 20
@@ -102,12 +105,49 @@ def test_samples_are_judged(run, tmp_path):
     assert found["protocol"]["reference"]["features"] == "pixels"
     least = min(np.linalg.norm(y - row, axis=1).min() for row in x)
     assert found["nearest_training_image"]["least"] == pytest.approx(least, rel=1e-5)
-    assert "median_of_held_out" in found["nearest_training_image"]
+    config.data.split = "train[100:130]"
+    held_out = [np.linalg.norm(y - row, axis=1).min() for row in quality.pixels(from_config.images(config)[:])]
+    assert found["nearest_training_image"]["median_of_held_out"] == pytest.approx(np.median(held_out), rel=1e-5)
     with Image.open(folder(run) / "nearest.png") as picture:
         assert picture.height > 2 * 64
     statistics = folder(run) / "statistics-pixels-train--100.npz"
-    again = evaluate.evaluate(run, num=8, samples=str(tmp_path / "samples.npz"), reference=str(statistics))["samples"]
+    both = evaluate.evaluate(run, num=8, samples=str(tmp_path / "samples.npz"), reference=str(statistics))
+    again = both["samples_to_statistics"]
     assert again["frechet"] == pytest.approx(found["frechet"])
+    assert again["frechet_95"][0] < again["frechet"] < again["frechet_95"][1]
+    assert again["protocol"]["metrics"]["frechet_95"] == {"method": "bootstrap", "draws": 200, "drawn_again": "samples"}
+    assert both["samples"] == found  # the fuller section of before stays
+    text = (folder(run) / "evaluation.md").read_text()
+    assert "## Samples\n" in text and "## Samples against saved statistics\n" in text
+    assert evaluate.evaluate(run, num=8)["samples"] == found
+
+
+def test_the_protocol_of_samples(run, tmp_path):
+    sample.sample(run, 9, 3, str(tmp_path / "samples.npz"), sampler="ddim", steps=5)
+    sample.sample(run, 9, 3, f"{tmp_path}/shards/", sampler="ddim", steps=5)
+    np.savez(tmp_path / "bare.npz", np.load(tmp_path / "samples.npz")["arr_0"])
+    made_by = {}
+    for name in ("samples.npz", "shards", "bare.npz"):
+        found = evaluate.evaluate(run, seed=4, num=2, samples=str(tmp_path / name))["samples"]["protocol"]
+        made_by[name] = found["samples"]["made_by"]
+    assert made_by["bare.npz"] == "unknown"
+    assert made_by["samples.npz"] == made_by["shards"] | {"first": 0, "num": 9}
+    assert (made_by["shards"]["step"], made_by["shards"]["steps"], made_by["shards"]["seed"]) == (3, 5, 3)
+    assert found["metrics"] == {
+        "frechet_95": {"method": "bootstrap", "draws": 200, "drawn_again": "samples and reference"},
+        "kernel_distance": {"kernel": "(a·b/d + 1)³", "num_subsets": 100, "subset_size": 9},
+        "precision_recall": {"k": 3},
+        "density_coverage": {"k": 5},
+        "sliced_wasserstein": {"num_directions": 512},
+        "seed": 4,
+        "nearest_training_image": {
+            "distance": "Euclidean, all pixels, in [-1, 1]",
+            **{"n": 9, "training_images": 100, "held_out_images": 30},
+        },
+    }
+    text = (folder(run) / "evaluation.md").read_text()
+    for piece in ("num_subsets 100, subset_size 9", "precision_recall: k 3", "made_by: unknown", "held_out_images 30"):
+        assert piece in text
 
 
 def test_what_cannot_be_compared(run, tmp_path):
@@ -132,6 +172,9 @@ def test_what_cannot_be_compared(run, tmp_path):
         evaluate.evaluate(run, num=2, splits=("test",))
     with pytest.raises(UserError, match="holds no run"):
         evaluate.evaluate(tmp_path)
+    for num in (0, -3):
+        with pytest.raises(UserError, match=f"--num={num} must be at least 1"):
+            evaluate.evaluate(run, num=num)
 
 
 def test_statistics_are_of_every_image():

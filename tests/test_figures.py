@@ -42,10 +42,10 @@ def test_an_image_between_itself_and_itself(rough):
 
 @CLIPS
 def test_progressive_are_the_predictions_of_the_chain_cut_there(rough, clip):
-    sigma, at = schedule.sigma_beta(rough), [4, 3, 1]
-    actual = figures.progressive(network, rough, sigma, X, KEYS, at, clip)
-    assert actual.shape == (3, *X.shape)
-    for t, x_0 in zip(at, actual, strict=True):
+    sigma, at = schedule.sigma_beta(rough), [4, 3, 1, 0]
+    *actual, finished = figures.progressive(network, rough, sigma, X, KEYS, at, clip)
+    np.testing.assert_array_equal(finished, sampling.reverse_chain(network, rough, sigma, X, KEYS, clip=clip))
+    for t, x_0 in zip(at[:-1], actual, strict=True):
         x_t = sampling.reverse_chain(network, rough, sigma, X, KEYS, stop=t, clip=clip)
         expected = process.predict_x_0(rough, x_t, t, network(x_t, np.full(3, t)))
         np.testing.assert_allclose(x_0, expected if clip is None else np.clip(expected, *clip), rtol=1e-5, atol=1e-6)

@@ -80,6 +80,13 @@ BAD = {
     "no dashes": (["resume"], "'resume' is no flag"),
     "workdir is a file": ([f"--workdir={ROOT / 'main.py'}"], "main.py is a file"),
     "nothing to sample": (["--mode=sample"], "holds no run"),
+    "no such mode": (["--mode=dance"], "--mode=dance.*train\\|prepare"),
+    "config of a sample": (["--mode=sample", "--config=configs/tiny.py"], "--config does not go with --mode=sample"),
+    "config of a report": (["--mode=report", "--config=configs/tiny.py"], "--config does not go with --mode=report"),
+    "steps of diffusers": (
+        ["--mode=export", "--format=diffusers", "--steps=5"],
+        "--steps does not go with --format=diff",
+    ),
     "no such show": (["--mode=sample", "--show=dance"], "--show=dance.*interpolation"),
     "sampler of a show": (["--mode=sample", "--show=variations", "--steps=5"], "--steps does not go with --show"),
     "no such format": (["--mode=sample", "--out=x.gif"], "--out=x.gif must end in .png .* .npz"),
@@ -88,12 +95,11 @@ BAD = {
 
 @pytest.mark.parametrize("args, message", BAD.values(), ids=BAD)
 def test_bad_input_is_one_line(tmp_path, args, message):
-    done = train(tmp_path / "new", *args)
-    assert done.returncode != 0
-    assert "Traceback" not in done.stderr
-    complaint = [line for line in done.stderr.splitlines() if "help" not in line]
-    assert len(complaint) == 1, done.stderr
-    assert re.search(message, complaint[0]), complaint
+    config = [] if args[0].startswith("--mode") else ["--config=configs/tiny.py"]
+    done = main(*config, f"--workdir={tmp_path / 'new'}", *args)
+    assert done.returncode == 1
+    assert re.fullmatch("error: [^\n]+\n", done.stderr), done.stderr
+    assert re.search(message, done.stderr), done.stderr
     assert not (tmp_path / "new").exists()
 
 
@@ -135,6 +141,61 @@ def test_prepare_makes_the_cache_that_training_uses(tmp_path):
     before = (folder / "manifest.json").stat().st_mtime_ns
     assert "1,797 images" in main("--mode=prepare", "--config=configs/digits.py", cache).stdout
     assert (folder / "manifest.json").stat().st_mtime_ns == before
+
+
+# The network of tests/data/diffusers as a config of its own.
+FIXTURE = (
+    *("--config=configs/default.py", "--config.data.image_size=8", "--config.model.channels=4"),
+    *("--config.model.multipliers=(1,2,2)", "--config.model.attention_resolutions=(4,)"),
+    *("--config.model.num_groups=2", "--config.model.num_res_blocks=1", "--config.model.dropout=0.2"),
+    *("--config.train.num_steps=2", "--config.train.batch_size=4", "--config.sampling.num=4"),
+    *("--config.sampling.sampler=dpmpp_2m", "--config.sampling.steps=5"),
+)
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faces")
+    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), np.uint8)):
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    return folder
+
+
+def done(*args):
+    result = main(*args, devices=1)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_an_imported_run_is_evaluated_and_trained_on(tmp_path, faces):
+    """With the config that it was imported with."""
+    workdir, file = f"--workdir={tmp_path / 'run'}", tmp_path / "run" / "config.json"
+    config = [*FIXTURE, f"--config.data.path={faces}", f"--config.data.cache_dir={tmp_path / 'cache'}"]
+    done("--mode=import", "--from=tests/data/diffusers", workdir, *config)
+    assert "bits_per_dim" in done("--mode=evaluate", workdir, "--num=2")
+    assert "trained to step 2" in done(workdir, *config)
+    file.write_text(file.read_text().replace(str(faces), "/nowhere"))
+    refused = main("--mode=evaluate", workdir, "--num=2")
+    assert re.search(r"'/nowhere' does not exist.*\(data\.\* of this run are in .*config\.json\)", refused.stderr)
+
+
+def test_a_run_imported_without_images_takes_those_of_its_training(tmp_path, faces):
+    workdir, file = f"--workdir={tmp_path / 'run'}", tmp_path / "run" / "config.json"
+    done("--mode=import", "--from=tests/data/diffusers", workdir)
+    for mode in ("--mode=evaluate", "--show=interpolation"):
+        refused = main("--mode=sample", mode, workdir)
+        assert refused.returncode == 1
+        assert refused.stderr.strip().endswith(
+            f"{file} names no images (data.path is empty, the run was imported): write data.path there"
+        )
+    config = [*FIXTURE, f"--config.data.path={faces}", f"--config.data.cache_dir={tmp_path / 'cache'}"]
+    refused = main(workdir, *config, "--config.model.num_res_blocks=2")
+    assert "holds another run (config.model.num_res_blocks: 1 there, 2 here)" in refused.stderr
+    assert "trained to step 2" in done(workdir, *config)
+    content = json.loads(file.read_text())
+    assert content["data"]["path"] == str(faces) and content["model"]["dropout"] == 0.2
+    moved = main(workdir, *config, "--config.data.path=elsewhere")
+    assert f"holds another run (config.data.path: '{faces}' there, 'elsewhere' here)" in moved.stderr
 
 
 def test_debug_shows_the_traceback(tmp_path):

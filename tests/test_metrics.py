@@ -361,3 +361,18 @@ FOUR_D = np.zeros((10, 4))
 def test_errors_say_what_is_wrong(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_moments_in_place_of_the_reference():
+    """As fixed as they are: the extrapolation is the same, the interval is that of a vast reference."""
+    generator = rng(0)
+    x, y = generator.standard_normal((120, 3)), generator.standard_normal((150, 3)) + 0.5
+    moments = metrics.Moments.of(y)
+    assert metrics.frechet_extrapolated(x, moments, rng(1)) == metrics.frechet_extrapolated(x, y, rng(1))
+    low, high = metrics.frechet_interval(x, moments, rng(2))
+    draws = [metrics.frechet_of_features(x[i], y) for i in rng(2).integers(120, size=(200, 120))]
+    tails = np.quantile(draws - np.mean(draws), [0.975, 0.025])
+    np.testing.assert_allclose((low, high), metrics.frechet_of_features(x, y) - tails, rtol=1e-9)
+    for formula in (metrics.frechet_interval, metrics.frechet_extrapolated):
+        with pytest.raises(ValueError, match="x has 2 features and y 3"):
+            formula(x[:, :2], moments, rng())

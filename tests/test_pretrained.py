@@ -57,6 +57,13 @@ def update(file, **keys):
     file.write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
 
 
+def without_dropout():
+    """As the fixture was written: dropout is the reference's."""
+    config = default.get_config()
+    config.model.dropout = 0.0
+    return config
+
+
 def assert_same(tensors, others):
     assert tensors.keys() == others.keys()
     for name, tensor in tensors.items():
@@ -70,7 +77,7 @@ def assert_same_params(params, others):
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("imported") / "run"
-    pretrained.import_diffusers(str(FOLDER), str(workdir), default.get_config())
+    pretrained.import_diffusers(str(FOLDER), str(workdir), without_dropout())
     return workdir
 
 
@@ -127,7 +134,7 @@ def test_the_network_is_that_of_diffusers(imported, outputs, scale, atol):
 def test_tensors_stay_bit_for_bit(imported, tmp_path):
     pretrained.export_diffusers(str(imported), str(tmp_path / "out"))
     assert_same(load(tmp_path / "out"), load(FOLDER))
-    pretrained.import_diffusers(str(tmp_path / "out"), str(tmp_path / "again"), default.get_config())
+    pretrained.import_diffusers(str(tmp_path / "out"), str(tmp_path / "again"), without_dropout())
     first, again = (
         sample.ema_params(sample.read_config(workdir), workdir)[1] for workdir in (imported, tmp_path / "again")
     )
@@ -193,7 +200,6 @@ def test_the_config_of_the_published_network(tmp_path):
     config = default.get_config()
     pretrained._read_unet(config, tmp_path / "config.json")
     expected = cifar10.get_config()
-    expected.model.dropout = 0.0  # training's, which diffusers does not keep
     assert config.model == expected.model and config.data.image_size == 32 and config.data.channels == 3
     layout = pretrained._layout(config)
     assert sum(np.prod(shape) for _, shape in layout.values()) == 35_746_307
@@ -326,7 +332,7 @@ def test_another_network_is_refused(source, tmp_path, key, value):
 def test_the_same_network_in_other_words(imported, source):
     """8 channels in the two places with attention are one head of 8."""
     update(source / "unet/config.json", attention_head_dim=8, sample_size=[8, 8], time_embedding_dim=16, act_fn="swish")
-    config = default.get_config()
+    config = without_dropout()
     pretrained._read_unet(config, source / "unet/config.json")
     expected = from_config.flatten(sample.read_config(imported))
     assert {key: value for key, value in from_config.flatten(config).items() if expected[key] != value} == {}
@@ -478,6 +484,13 @@ def test_runs_that_diffusers_cannot_hold(untrained, tmp_path, key, value):
     with pytest.raises(UserError, match=f"config.{key}="):
         pretrained.export_diffusers(str(tmp_path / "run"), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_the_number_of_steps_is_told_where_it_is_not_the_pipelines(untrained, imported, tmp_path, capsys):
+    pretrained.export_diffusers(str(untrained), str(tmp_path / "20"))
+    assert "call it with num_inference_steps=20\n" in capsys.readouterr().out
+    pretrained.export_diffusers(str(imported), str(tmp_path / "1000"))
+    assert "num_inference_steps" not in capsys.readouterr().out
 
 
 def test_groups_that_divide_all_channels_alike(tmp_path):

@@ -19,7 +19,7 @@ def run(tmp_path_factory):
     return workdir
 
 
-SIZES = {"interpolation": (13, 4), "progressive": (10, 4), "variations": (5, 4), "inpainting": (7, 4)}
+SIZES = {"interpolation": (13, 4), "progressive": (11, 4), "variations": (5, 4), "inpainting": (7, 4)}
 
 
 @pytest.mark.parametrize("name, size", SIZES.items(), ids=SIZES)
@@ -37,6 +37,16 @@ def test_the_pictures(run, tmp_path, capsys, name, size):
     np.testing.assert_array_equal(np.asarray(Image.open(out)), again)
     show.show(run, name, seed=1, out=str(out), num=4)
     assert (np.asarray(Image.open(out)) != again).any()
+
+
+def test_progressive_ends_with_the_samples(run, tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(show, "_save", lambda out, rows, *labels: saved.append((rows, *labels)))
+    show.show(run, "progressive", seed=0, out=str(tmp_path / "x.png"), num=4)
+    (rows, _, columns), of = saved[0], show._Run(run, 0, "")
+    assert columns[0] == "t = 20" and columns[-1] == "t = 0"
+    keys = of.keys(4)
+    np.testing.assert_array_equal(rows[:, -1], of.compiled(show.sampling.reverse_chain)(of.latents(keys), keys))
 
 
 @pytest.mark.parametrize("ending", ["gif", "webp"])

@@ -125,6 +125,7 @@ MUTANTS = [
     ("figures", "process.forward(s, image, t, eps_bar)", "process.forward(s, image, t - 1, eps_bar)"),
     ("figures", "jnp.where(due == t, x_0[None], seen)", "jnp.where(due == t, x[None], seen)"),
     ("figures", "jnp.where(due == t, x_0[None], seen)", "jnp.where(due == t - 1, x_0[None], seen)"),
+    ("figures", "jnp.where(due == 0, x[None], seen)", "seen"),
     ("figures", "s.num_steps + t, x.shape", "t, x.shape"),
     ("figures", "process.forward(s, x_0, t, noise)", "process.forward(s, x_0, t - 1, noise)"),
     ("figures", "jnp.where(known, process.forward", "jnp.where(~known, process.forward"),

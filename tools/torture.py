@@ -55,8 +55,9 @@ def start(workdir, devices=1, code=None, args=(), **overrides):
     settings = {"train.num_steps": STEPS.value} | CONFIG
     settings |= {key.replace("__", "."): value for key, value in overrides.items()}
     program = ["-c", f"import sys; {code}; import main; main.main()"] if code else ["main.py"]
-    command = [sys.executable, *program, "--config=configs/tiny.py", f"--workdir={workdir}"]
-    command += [f"--config.{key}={value}" for key, value in settings.items()]
+    command = [sys.executable, *program, f"--workdir={workdir}"]
+    if not any(arg.startswith("--mode=") for arg in args):  # training; the other modes take the run's config
+        command += ["--config=configs/tiny.py", *(f"--config.{key}={value}" for key, value in settings.items())]
     return subprocess.Popen(
         [*command, *args], env=env, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )

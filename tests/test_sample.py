@@ -1,0 +1,133 @@
+"""What --mode=sample writes, and what it says of it."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from conftest import tiny_config
+
+from diffusion_jax import checkpoint, sample, state
+from diffusion_jax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A run that was never trained."""
+    workdir = tmp_path_factory.mktemp("run")
+    config, rng = tiny_config(), np.random.default_rng(0)
+    checkpoint.write_config(workdir, config)
+    shapes = state.abstract_state(config)
+    random = jax.tree.map(lambda leaf: np.asarray(rng.normal(0, 0.1, leaf.shape)).astype(leaf.dtype), shapes)
+    with checkpoint.open_manager(workdir) as manager:
+        checkpoint.save(manager, 0, random)
+    return workdir
+
+
+@pytest.fixture
+def shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "SHARD", 3)
+    return tmp_path / "shards"
+
+
+def content(folder):
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def test_fewer_images_than_the_shards_hold_are_refused(workdir, shards):
+    sample.sample(workdir, 8, 1, f"{shards}/")
+    before = content(shards)
+    for fewer in (7, 4, 2):
+        with pytest.raises(UserError, match=f"--num={fewer} is less than the 8 images that --out=.*shards/ holds"):
+            sample.sample(workdir, fewer, 1, f"{shards}/")
+    assert content(shards) == before
+
+
+def test_the_last_shard_grows(workdir, shards):
+    """And a shorter one that a kill has left beside it goes."""
+    sample.sample(workdir, 5, 1, f"{shards}/")
+    (shards / "00000003-00000003.npz").write_bytes(b"of an earlier, smaller --num")
+    (shards / "notes-of-mine.npz").write_bytes(b"")
+    sample.sample(workdir, 7, 1, f"{shards}/")
+    names = ["00000000-00000002.npz", "00000003-00000005.npz", "00000006-00000006.npz"]
+    assert sorted(content(shards)) == [*names, "notes-of-mine.npz", "samples.json"]
+
+
+def set_keys(workdir, **keys):
+    """Of the run's config.json, as its owner may."""
+    config = checkpoint.read_config(workdir).unlock()
+    config.update_from_flattened_dict({key.replace("__", "."): value for key, value in keys.items()})
+    checkpoint.write_config(workdir, config)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("sampling__clip", False),
+        ("sampling__sigma", "posterior"),
+        ("sampling__sampler", "ddim"),
+        ("model__dtype", "bfloat16"),
+        ("schedule__num_steps", 19),
+    ],
+)
+def test_shards_of_another_chain_are_refused(workdir, shards, key, value):
+    """The flags are the same, what they leave to the config is not."""
+    sample.sample(workdir, 2, 1, f"{shards}/")
+    before = (workdir / "config.json").read_text()
+    try:
+        set_keys(workdir, **{key: value})
+        with pytest.raises(UserError, match="holds samples of another run"):
+            sample.sample(workdir, 4, 1, f"{shards}/")
+    finally:
+        (workdir / "config.json").write_text(before)
+
+
+def test_the_same_chain_in_other_words(workdir, shards):
+    """What the config has anyway need not be said, and what the sampler does not use is none of its business."""
+    sample.sample(workdir, 2, 1, f"{shards}/", sampler="ddim", steps=20)
+    before = (workdir / "config.json").read_text()
+    try:
+        set_keys(workdir, sampling__sigma="posterior")
+        sample.sample(workdir, 3, 1, f"{shards}/", sampler="ddim", eta=0.0)
+    finally:
+        (workdir / "config.json").write_text(before)
+
+
+def test_samples_say_what_made_them(workdir, tmp_path):
+    sample.sample(workdir, 5, 1, str(tmp_path / "samples.npz"), sampler="ddim", steps=4, eta=1)
+    with np.load(tmp_path / "samples.npz", allow_pickle=False) as file:
+        assert set(file) == {"arr_0", "about"} and file["arr_0"].shape == (5, 8, 8, 1)
+        about = json.loads(str(file["about"]))
+    checksum = about.pop("checksum")
+    chain = {"sampler": "ddim", "steps": 4, "schedule": "su_linear, T = 20", "eta": 1.0}
+    chain |= {"sigma": None, "clip": True, "dtype": "float32"}
+    assert about == {"workdir": str(workdir), "step": 0, "seed": 1, "first": 0, "num": 5} | chain
+    sample.sample(workdir, 2, 1, f"{tmp_path}/shards/")
+    of_shards = json.loads((tmp_path / "shards" / "samples.json").read_text())
+    assert of_shards["checksum"] == checksum and of_shards["sigma"] == "beta" and of_shards["steps"] == 20
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"num": 0}, "num=0 must be at least 1"),
+        ({"num": -1}, "num=-1 must be at least 1"),
+        ({"num": 2.0}, r"num=2\.0 must be of type int"),
+        ({"num": True}, "num=True must be of type int"),
+        ({"clip": (-1, 1)}, r"clip=\(-1, 1\) must be of type bool"),
+        ({"clip": 1}, "clip=1 must be of type bool"),
+        ({"steps": "5"}, "steps='5' must be of type int"),
+        ({"eta": "1"}, "eta='1' must be of type float"),
+        ({"dtype": np.float32}, "dtype=.* must be of type str"),
+        ({"sampler": 3}, "sampler=3 must be of type str"),
+        ({"eta": 0.0}, r"eta=0\.0 is ddim's, and the sampler is ancestral: leave it out, or choose ddim"),
+        ({"eta": 1, "sampler": "dpmpp_2m"}, "eta=1 is ddim's, and the sampler is dpmpp_2m"),
+    ],
+)
+def test_arguments_that_cannot_be_used(workdir, given, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        sample.load(workdir, **given)
+
+
+def test_numbers_of_numpy_are_numbers(workdir):
+    sample.load(workdir, num=np.int64(2), sampler="ddim", steps=np.int32(3), eta=np.float32(0.5), clip=False)
