@@ -88,8 +88,8 @@ def model(config: ConfigDict) -> unet.UNet:
         dropout=config.model.dropout,
         num_groups=config.model.num_groups,
         dtype=_DTYPES[config.model.dtype],
-        attention=_ATTENTION[config.model.attention],
-        remat=config.train.remat,
+        attention=_ATTENTION[config.model.get("attention", "xla")],  # runs from before these keys have none
+        remat=config.train.get("remat", False),
     )
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import process, sampling, schedule
+from diffusion_jax import process, sampling, schedule, unet
 
 KEYS = jax.random.split(jax.random.key(0), 3)
 X = np.random.default_rng(1).standard_normal((3, 2, 2, 1)).astype(np.float32)
@@ -248,3 +248,33 @@ def test_a_stopped_chain_goes_on_from_where_it_is(name):
     rest = jax.jit(lambda x: chain(x, 8))(x)
     if name != "dpmpp_2m":  # which forgets the step before
         np.testing.assert_array_equal(rest, jax.jit(lambda x: chain(x, 20))(X))
+
+
+@pytest.mark.parametrize("clip", [None, (-1.0, 1.0)])
+def test_a_window_changes_nothing_of_a_real_network(clip):
+    """Convolutions, attention and constants are where XLA would round otherwise."""
+    model = unet.UNet(channels=16, multipliers=(1, 2), num_res_blocks=1, attention_resolutions=(4,), num_groups=8)
+    s = schedule.ho_linear(1000)
+    keys = jax.random.split(jax.random.key(0), 4)
+    x = sampling.normal(keys, sampling.LATENT, (8, 8, 1))
+    params = model.init(jax.random.key(1), x, jnp.ones(4, jnp.int32))
+    params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(p.size), p.shape), params)
+
+    def chain(window=None):
+        return jax.jit(
+            lambda x: sampling.reverse_chain(
+                lambda x, t: model.apply(params, x, t),
+                s,
+                schedule.sigma_beta(s),
+                x,
+                keys,
+                100,
+                clip=clip,
+                window=window,
+            )
+        )(x)
+
+    seen = []
+    watched, t = chain(sampling.Window(lambda t, x_0: seen.append(t), every=20, look=lambda x, x_0: x_0))
+    assert t == 0 and len(seen) == 5
+    np.testing.assert_array_equal(watched, chain())
