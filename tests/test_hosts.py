@@ -68,3 +68,12 @@ def test_a_held_tpu(monkeypatch):
 def test_a_process_that_is_one_too_many():
     with pytest.raises(UserError, match=r"--process_id=2 must be one of 0 to --num_processes=2 - 1"):
         hosts.initialize(coordinator="127.0.0.1:1", num_processes=2, process_id=2)
+
+
+def test_flags_of_the_cpu_are_for_versions_that_know_them():
+    reduce, onednn = "--xla_cpu_experimental_ynn_fusion_type", "--xla_cpu_experimental_onednn_custom_call"
+    assert hosts._with_cpu_flags("", "0.10.2") == f"{reduce}=LIBRARY_FUSION_TYPE_REDUCE"
+    assert hosts._with_cpu_flags("--a=1", "0.12.0.1") == f"--a=1 {reduce}=LIBRARY_FUSION_TYPE_REDUCE {onednn}=true"
+    assert hosts._with_cpu_flags(f"{reduce}= {onednn}=false", "0.12.0") == f"{reduce}= {onednn}=false"
+    assert hosts._with_cpu_flags("--a=1", "0.11.3") == "--a=1"
+    assert hosts._with_cpu_flags("", "0.100.0") == ""
