@@ -49,7 +49,7 @@ def get_config() -> ConfigDict:
     train.batch_size = 128  # images per step over all devices
     train.accumulate = 1  # parts of a device's share of the batch, one after another: less memory, the same step
     train.remat = False  # compute the blocks' activations again on the way back: less memory, more time
-    train.steps_per_dispatch = 1  # steps in one program: for small networks, whose steps cost less than their start
+    train.steps_per_dispatch = 1  # steps in one program, for small networks on accelerators; slow on the CPU
     train.learning_rate = 2e-4  # Adam's, after the warm-up
     train.warmup_steps = 5000  # steps of linear warm-up from 0; 0: none
     train.grad_clip = 1.0  # largest norm of the gradient

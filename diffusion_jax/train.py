@@ -205,14 +205,18 @@ def mends(config: ConfigDict) -> str:
 
 
 def _dispatches(config, start):
-    """(k, the step after): the steps to take at a time. Where something is to be done after a step, they end there."""
-    every = [config.train.checkpoint_every, config.train.sample_every, config.train.evaluate_every]
-    step, end = start, config.train.num_steps
-    while step < end:
-        due = min(end, *(step - step % n + n for n in every if n))
-        k = min(config.train.steps_per_dispatch, due - step)
-        step += k
-        yield k, step
+    """(k, the step after): the steps to take at a time. Where something is to be done after a step, they end there.
+
+    Whatever `start` is, they end at the same steps.
+    """
+    train, step = config.train, start
+    every = [
+        n for n in (train.steps_per_dispatch, train.checkpoint_every, train.sample_every, train.evaluate_every) if n
+    ]
+    while step < train.num_steps:
+        end = min(train.num_steps, *(step - step % n + n for n in every))
+        yield end - step, end
+        step = end
 
 
 def _program(config, dataset_images, dataset, start, ks, local):
