@@ -53,7 +53,7 @@ class GroupNorm(nn.Module):
         groups = math.gcd(self.num_groups, channels)
 
         def group_mean(per_channel):  # [B, C] -> [B, C]
-            means = per_channel.reshape(len(x), groups, -1).mean(axis=-1)
+            means = per_channel.reshape(-1, groups, channels // groups).mean(axis=-1)
             return jnp.repeat(means, channels // groups, axis=-1)
 
         x = x.astype(jnp.float32)
