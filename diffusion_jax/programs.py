@@ -164,21 +164,23 @@ def hbm_bytes(hlo: str) -> tuple[float, float]:
     names = re.split(r"^(?:ENTRY )?(%[\w.\-]+) \(.*\{$", hlo, flags=re.MULTILINE)
     bodies = dict(zip(names[1::2], names[2::2], strict=True))
     entry = re.search(r"^ENTRY (%[\w.\-]+)", hlo, re.MULTILINE)[1]
-    outside, loops, seen = _traffic(bodies[entry]), _called(bodies[entry]), set()
-    inside = 0.0
-    while loops:
-        if (name := loops.pop()) not in seen:
+    moved, ahead, seen = [0.0, 0.0], [(entry, 0)], set()
+    while ahead:
+        name, in_loop = ahead.pop()
+        if name not in seen:
             seen.add(name)
-            inside += _traffic(bodies[name])
-            loops += _called(bodies[name])
-    return outside, inside
+            moved[in_loop] += _traffic(bodies[name])
+            ahead += [(body, 1) for body in re.findall(r"\bbody=(%[\w.\-]+)", bodies[name])]
+            ahead += [(called, in_loop) for called in _called(bodies[name])]
+    return tuple(moved)
 
 
 def _called(computation):
-    """Bodies of loops and branches; fusions and reductions are one instruction each."""
-    loops = re.findall(r"\b(?:body|true_computation|false_computation)=(%[\w.\-]+)", computation)
+    """What calls and branches go to; fusions and reductions are one instruction each."""
+    calls = re.findall(r" call\(.*\bto_apply=(%[\w.\-]+)", computation)
+    either = re.findall(r"\b(?:true_computation|false_computation)=(%[\w.\-]+)", computation)
     branches = re.findall(r"branch_computations=\{(.*?)\}", computation)
-    return loops + [name for names in branches for name in names.split(", ")]
+    return calls + either + [name for names in branches for name in names.split(", ")]
 
 
 def _traffic(computation):
