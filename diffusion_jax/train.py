@@ -35,35 +35,13 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
       hosts.Stopped: told to by a signal, after saving.
     """
     began = time.monotonic()
-    # ------------------------------------------------------------ what can be refused is refused first
     devices, processes = jax.device_count(), jax.process_count()
     main = jax.process_index() == 0  # the process that writes and prints
-    check_batch(config, devices)
     workdir = checkpoint.absolute(workdir)
-    if (earlier := checkpoint.read_config(workdir)) is not None:
-        from_config.check_same_run(earlier, config, workdir)
-    dataset_images = from_config.images(config)
-    dataset = data.batches(
-        dataset_images,
-        seed=config.seed,
-        batch_size=config.train.batch_size,
-        process_index=jax.process_index(),
-        process_count=processes,
-    )
-    if main:
-        checkpoint.write_config(workdir, config)
-    hosts.check_shared(workdir)
+    dataset_images, dataset = _begin(config, workdir, main)
 
-    # ------------------------------------------------------------ state and step
-    s = from_config.schedule(config)
-    if main and s.alpha_bar[-1] > 0.05:
-        print(
-            f"warning: alpha_bar_T = {s.alpha_bar[-1]:.3f}: x_T still holds that share of the image, sampling starts "
-            "without it; choose another config.schedule.name or a larger config.schedule.num_steps"
-        )
     sample_fn = from_config.sample_fn(config)
     monitor = _monitor(config, dataset_images) if config.train.evaluate_every else None
-    learning_rate = from_config.learning_rate(config)
     local = (jax.local_device_count(), config.train.batch_size // devices)
     indices = (jax.process_index() + processes * np.arange(math.prod(local))).reshape(local)
 
@@ -82,54 +60,24 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
             lowered = program(dispatches[0][0]).lower(state, (pixels, indices))  # which it need not do again
             _foresee(config, lowered, room, config.train.num_steps - start, main)
 
-        # -------------------------------------------------------- the loop
         with (
             hosts.StopSignals() as signals,
             MetricsLog(workdir, start, config.train.log_every) if main else contextlib.nullcontext() as log,
             _progress(config, start) as bar,
         ):
-            pending, bad_steps = collections.deque(), 0
-
-            def record():  # the metrics of the oldest dispatch not yet looked at
-                nonlocal bad_steps
-                first, k, metrics = pending.popleft()
-                metrics = {
-                    name: np.asarray(value)[0] for name, value in jax.device_get(metrics).items()
-                }  # of one device
-                if main and first == start + 1:
-                    bar.write(f"first step after {time.monotonic() - began:.1f} s, compiled", file=sys.stdout)
-                for i in range(k):
-                    line = {name: float(value[i]) for name, value in metrics.items()}
-                    bad_steps = bad_steps + 1 if line["skipped"] else 0
-                    if bad_steps > config.train.max_bad_steps or not math.isfinite(line["param_norm"]):
-                        raise FloatingPointError(_not_finite(first + i, line, manager))
-                    line["learning_rate"] = float(learning_rate(first + i - 1))
-                    if main and (line := log.add(first + i, line, config.train.batch_size)):
-                        bar.set_postfix_str(
-                            f"loss {line['loss'] or math.nan:.4f}, {line['images_per_second']:.0f} images/s"
-                        )
-                bar.update(k)
-
+            watch = _Watch(config, manager, log, bar, began)
             for k, step in dispatches:
                 state, metrics = program(k)(state, (next(feed), indices))
-                pending.append((step - k + 1, k, metrics))
-                if len(pending) > 2:  # by now this one is done, or nearly: the device never runs dry
-                    record()
+                watch.add(step - k + 1, k, metrics)
                 checkpoint.check(manager)
 
-                draws = config.train.sample_every and step % config.train.sample_every == 0
-                looks = monitor and step % config.train.evaluate_every == 0
+                draws = _due(config.train.sample_every, step)
+                looks = _due(config.train.evaluate_every, step)
+                saves = _due(config.train.checkpoint_every, step) or step == config.train.num_steps
                 signum = signals.agreed(manager, step)
                 # Drawing takes a while: whoever is stopped meanwhile has lost nothing.
-                if (
-                    step % config.train.checkpoint_every == 0
-                    or step == config.train.num_steps
-                    or draws
-                    or looks
-                    or signum
-                ):
-                    while pending:
-                        record()
+                if saves or draws or looks or signum:
+                    watch.rest()
                     checkpoint.save(manager, step, state)
                 if signum:
                     checkpoint.wait(manager)
@@ -144,12 +92,79 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
                 if draws:
                     _draw(sample_fn, state, config.seed, workdir, main)
 
-    # ------------------------------------------------------------ the end
     state = jax.device_get(state)
     grid = _draw(sample_fn, state, config.seed, workdir, main)
     if main:
         print(f"trained to step {state.step}; samples: {grid}")
     return state
+
+
+def _begin(config, workdir, main):
+    """(images, their batches), after all that can be refused was; the workdir then holds the config."""
+    check_batch(config, jax.device_count())
+    if (earlier := checkpoint.read_config(workdir)) is not None:
+        from_config.check_same_run(earlier, config, workdir)
+    dataset_images = from_config.images(config)
+    dataset = data.batches(
+        dataset_images,
+        seed=config.seed,
+        batch_size=config.train.batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    if main:
+        checkpoint.write_config(workdir, config)
+    hosts.check_shared(workdir)
+    s = from_config.schedule(config)
+    if main and s.alpha_bar[-1] > 0.05:
+        print(
+            f"warning: alpha_bar_T = {s.alpha_bar[-1]:.3f}: x_T still holds that share of the image, sampling starts "
+            "without it; choose another config.schedule.name or a larger config.schedule.num_steps"
+        )
+    return dataset_images, dataset
+
+
+class _Watch:
+    """Looks at the metrics of the steps, two dispatches late, so that the device never runs dry."""
+
+    def __init__(self, config, manager, log, bar, began):
+        self._config, self._manager, self._log, self._bar, self._began = config, manager, log, bar, began
+        self._learning_rate = from_config.learning_rate(config)
+        self._pending, self._bad_steps = collections.deque(), 0
+
+    def add(self, first, k, metrics):
+        """Metrics [D, k] of the k steps from `first`, which may be still to come."""
+        self._pending.append((first, k, metrics))
+        if len(self._pending) > 2:  # by now this one is done, or nearly
+            self._oldest()
+
+    def rest(self):
+        while self._pending:
+            self._oldest()
+
+    def _oldest(self):
+        first, k, metrics = self._pending.popleft()
+        metrics = {name: np.asarray(value)[0] for name, value in jax.device_get(metrics).items()}  # of one device
+        if self._log and self._began:
+            self._bar.write(f"first step after {time.monotonic() - self._began:.1f} s, compiled", file=sys.stdout)
+            self._began = None
+        for i in range(k):
+            self._look(first + i, {name: float(value[i]) for name, value in metrics.items()})
+        self._bar.update(k)
+
+    def _look(self, step, line):
+        train = self._config.train
+        self._bad_steps = self._bad_steps + 1 if line["skipped"] else 0
+        if self._bad_steps > train.max_bad_steps or not math.isfinite(line["param_norm"]):
+            raise FloatingPointError(_not_finite(step, line, self._manager))
+        line["learning_rate"] = float(self._learning_rate(step - 1))
+        if self._log and (line := self._log.add(step, line, train.batch_size)):
+            self._bar.set_postfix_str(f"loss {line['loss'] or math.nan:.4f}, {line['images_per_second']:.0f} images/s")
+
+
+def _due(every, step):
+    """Whether something that is done every so many steps, 0: never, is to be done after this one."""
+    return bool(every) and step % every == 0
 
 
 def check_batch(config: ConfigDict, devices: int) -> None:

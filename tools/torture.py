@@ -123,6 +123,19 @@ def fresh(name):
 # ---------------------------------------------------------------- kills
 
 
+def _stop_in_flight(process, workdir, pause):
+    """Stops the process `pause` seconds into a save; whether one is unfinished: a slow machine may have ended it."""
+    while process.poll() is None:
+        if in_flight(workdir):
+            time.sleep(pause)
+            process.send_signal(signal.SIGSTOP)
+            if in_flight(workdir):
+                return True
+            process.send_signal(signal.SIGCONT)
+        time.sleep(0.0005)
+    return False
+
+
 def kills(failures):
     """A run that is killed at random moments and started again, until it is done."""
     rng, whole, workdir = random.Random(SEED.value), baseline(), fresh("killed")
@@ -140,11 +153,11 @@ def kills(failures):
         goal = max(first, STEPS.value * i // len(moments)) + rng.randrange(1, 10)
         while process.poll() is None and max(losses(workdir), default=0) < goal:
             time.sleep(0.005)
-        if moment == "kill in flight":
-            while process.poll() is None and not in_flight(workdir):
-                time.sleep(0.0005)
-        time.sleep(rng.random() * 0.02)
-        flying = in_flight(workdir)
+        pause = rng.random() * 0.02
+        flying = _stop_in_flight(process, workdir, pause / 10) if moment == "kill in flight" else False
+        if not flying:
+            time.sleep(pause)
+            flying = in_flight(workdir)
         newest = max(committed(workdir), default=0)
         process.send_signal(signal.SIGTERM if moment == "term" else signal.SIGKILL)
         code, output = finish(process)
@@ -193,10 +206,11 @@ _FORGET_STATE = (
 def mutants(failures):
     """A run that is stopped once and resumed by a program that forgets something: the comparison must see it."""
     steps = {"train__num_steps": 20}
-    whole, caught = baseline(**steps), []
+    whole, half, caught = baseline(**steps), fresh("half"), []
+    finish(start(half, train__num_steps=10))
     for name, forget in FORGETS.items():
         workdir = fresh("mutant")
-        finish(start(workdir, train__num_steps=10))
+        shutil.copytree(half, workdir)
         code = forget if "go =" in forget else f"{_FORGET_STATE}{forget}"
         code, output = finish(start(workdir, code=code, **steps))
         if code != 0:
@@ -351,21 +365,18 @@ def together(workdir, processes, devices, extra=(), **overrides):
 
 
 def devices(failures):
-    """One run on changing numbers of devices, another on changing numbers of processes."""
-    steps, largest = 10, 0.0
-    for shapes in (((1, 4), (1, 2), (1, 8), (1, 1)), ((2, 2), (1, 4), (2, 2))):
-        total = steps * len(shapes)
-        whole, workdir = baseline(train__num_steps=total), fresh("devices")
-        for i, (processes, count) in enumerate(shapes):
-            for process in together(workdir, processes, count, train__num_steps=steps * (i + 1)):
-                code, output = finish(process)
-                if code != 0:
-                    failures.append(f"devices: {processes} x {count}: exit code {code}, {output[-500:]}")
-        expected, found = losses(whole), losses(workdir)
-        if sorted(found) != sorted(expected):
-            failures.append(f"devices: {shapes}: steps {sorted(found)}")
-            continue
-        largest = max(largest, *(abs(found[step]["loss"] - expected[step]["loss"]) for step in expected))
+    """One run on changing numbers of devices and processes."""
+    steps, shapes = 10, ((1, 4), (2, 2), (1, 2), (1, 8), (2, 2), (1, 1))  # processes, devices of each
+    whole, workdir = baseline(train__num_steps=steps * len(shapes)), fresh("devices")
+    for i, (processes, count) in enumerate(shapes):
+        for process in together(workdir, processes, count, train__num_steps=steps * (i + 1)):
+            code, output = finish(process)
+            if code != 0:
+                failures.append(f"devices: {processes} x {count}: exit code {code}, {output[-500:]}")
+    expected, found = losses(whole), losses(workdir)
+    if sorted(found) != sorted(expected):
+        failures.append(f"devices: {shapes}: steps {sorted(found)}")
+    largest = max(abs(found[step]["loss"] - expected[step]["loss"]) for step in expected.keys() & found.keys())
     if largest > 1e-6:
         failures.append(f"devices: losses differ by {largest}")
     grey, bits = _samples_of_processes(workdir, failures), _evaluation_of_processes(workdir, failures)
