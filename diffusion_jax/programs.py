@@ -151,6 +151,7 @@ def link_bytes(found: dict[str, dict], num_chips: int) -> float:
 
 
 _INSTRUCTION = re.compile(r"\s*(?:ROOT )?(%[\w.\-]+) = (.*?) ([\w\-]+)\((.*)")
+_SLICES = {"slice", "dynamic-slice", "gather"}  # which of their first operand read what they return
 _NO_TRAFFIC = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", "while", "conditional", "call"}
 
 
@@ -195,8 +196,10 @@ def _traffic(computation):
             sides = [(size, hbm) for size, hbm in arrays if size > 4]  # the rest is a semaphore
             total += min((size for size, _ in sides), default=0) * sum(hbm for _, hbm in sides)
         elif opcode not in _NO_TRAFFIC and not opcode.endswith("-done"):
-            operands = re.findall(r"%[\w.\-]+", rest.partition(")")[0])
-            total += in_hbm[name] + sum(in_hbm.get(operand, 0) for operand in operands)
+            read = [in_hbm.get(operand, 0) for operand in re.findall(r"%[\w.\-]+", rest.partition(")")[0])]
+            if opcode in _SLICES:
+                read[0] = min(read[0], sum(size for size, _ in arrays))
+            total += in_hbm[name] + sum(read)
     return total
 
 

@@ -56,9 +56,10 @@ class GroupNorm(nn.Module):
             means = per_channel.reshape(-1, groups, channels // groups).mean(axis=-1)
             return jnp.repeat(means, channels // groups, axis=-1)
 
-        x = x.astype(jnp.float32)
-        near = group_mean(lax.stop_gradient(x[:, x.shape[1] // 2, x.shape[2] // 2]))[:, None, None]
-        moved = x - near
+        # The pixel is taken before the cast: of the cast x XLA would make an array, to take it from.
+        centre = lax.stop_gradient(x[:, x.shape[1] // 2, x.shape[2] // 2])
+        near = group_mean(centre.astype(jnp.float32))[:, None, None]
+        moved = x.astype(jnp.float32) - near
         mean = group_mean(moved.mean(axis=(1, 2)))
         variance = group_mean((moved**2).mean(axis=(1, 2))) - mean**2
         scale = self.param("scale", nn.initializers.ones, (channels,))
