@@ -138,8 +138,8 @@ MUTANTS = [
 ]
 
 
-def run(mutant, cache: str) -> bool:
-    """Whether the tests pass with one mutant planted (None: none); `cache` is a folder for compiled programs."""
+def run(mutant) -> bool:
+    """Whether the tests pass with one mutant planted (None: none)."""
     with tempfile.TemporaryDirectory() as copy:
         for folder in ("diffusion_jax", "configs", "tests"):
             shutil.copytree(ROOT / folder, f"{copy}/{folder}", ignore=shutil.ignore_patterns("__pycache__"))
@@ -148,17 +148,15 @@ def run(mutant, cache: str) -> bool:
             module, before, after = mutant
             file = pathlib.Path(copy, "diffusion_jax", f"{module}.py")
             file.write_text(file.read_text().replace(before, after))
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-p", "no:cacheprovider"]
-        env = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}
-
-        def passes(tests):
-            return (
-                subprocess.run([*command, *tests], cwd=copy, env=env, capture_output=True, check=False).returncode == 0
-            )
-
         # Those of its own name first: most mutants go no further.
         own = [name for name in TESTS if mutant and mutant[0] in name]
-        return (not own or passes(own)) and passes([name for name in TESTS if name not in own])
+        others = [name for name in TESTS if name not in own]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-p", "no:cacheprovider"]
+        return all(
+            subprocess.run([*command, *tests], cwd=copy, capture_output=True, check=False).returncode == 0
+            for tests in (own, others)
+            if tests
+        )
 
 
 def main():
@@ -168,12 +166,14 @@ def main():
             sys.exit(f"{module}.py holds {before!r} {count} times, not once: mend MUTANTS")
     survivors = 0
     with tempfile.TemporaryDirectory() as cache, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        if not run(None, cache):
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache)  # compiled programs, for all
+        passes, *results = [pool.submit(run, mutant) for mutant in (None, *MUTANTS)]
+        if not passes.result():
+            pool.shutdown(cancel_futures=True)
             sys.exit("the tests fail without any mutant")
-        results = pool.map(lambda mutant: run(mutant, cache), MUTANTS)
-        for mutant, survived in zip(MUTANTS, results, strict=True):
-            survivors += survived
-            print("SURVIVED" if survived else "caught", *mutant, sep=" | ", flush=True)
+        for mutant, result in zip(MUTANTS, results, strict=True):
+            survivors += result.result()
+            print("SURVIVED" if result.result() else "caught", *mutant, sep=" | ", flush=True)
     print(f"{len(MUTANTS) - survivors} of {len(MUTANTS)} mutants caught")
     sys.exit(survivors > 0)
 
