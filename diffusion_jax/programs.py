@@ -159,8 +159,9 @@ def hbm_bytes(hlo: str) -> tuple[float, float]:
     """Bytes that a compiled program moves to and from the chip's memory: (outside its loops, in one turn of each).
 
     Each instruction reads its operands and writes its result; what the compiler has put into the
-    vector memory on the chip (S(1) in the layout) does not count, and an asynchronous copy or slice
-    counts what it moves. An estimate: a fusion may read a part of an operand alone.
+    vector memory on the chip (S(1) in the layout) does not count. Of an operand that is only sliced,
+    in a fusion too, the slices count, and of an asynchronous copy or slice what it moves. An estimate:
+    an operand may be read twice, or in part by other means.
     """
     names = re.split(r"^(?:ENTRY )?(%[\w.\-]+) \(.*\{$", hlo, flags=re.MULTILINE)
     bodies = dict(zip(names[1::2], names[2::2], strict=True))
@@ -170,7 +171,7 @@ def hbm_bytes(hlo: str) -> tuple[float, float]:
         name, in_loop = ahead.pop()
         if name not in seen:
             seen.add(name)
-            moved[in_loop] += _traffic(bodies[name])
+            moved[in_loop] += _traffic(bodies[name], bodies)
             ahead += [(body, 1) for body in re.findall(r"\bbody=(%[\w.\-]+)", bodies[name])]
             ahead += [(called, in_loop) for called in _called(bodies[name])]
     return tuple(moved)
@@ -184,7 +185,7 @@ def _called(computation):
     return calls + either + [name for names in branches for name in names.split(", ")]
 
 
-def _traffic(computation):
+def _traffic(computation, bodies):
     total, in_hbm = 0.0, {}
     for line in computation.splitlines():
         if not (match := _INSTRUCTION.match(line)):
@@ -196,11 +197,38 @@ def _traffic(computation):
             sides = [(size, hbm) for size, hbm in arrays if size > 4]  # the rest is a semaphore
             total += min((size for size, _ in sides), default=0) * sum(hbm for _, hbm in sides)
         elif opcode not in _NO_TRAFFIC and not opcode.endswith("-done"):
-            read = [in_hbm.get(operand, 0) for operand in re.findall(r"%[\w.\-]+", rest.partition(")")[0])]
+            reads = [in_hbm.get(operand, 0) for operand in _operands(rest)]
             if opcode in _SLICES:
-                read[0] = min(read[0], sum(size for size, _ in arrays))
-            total += in_hbm[name] + sum(read)
+                reads[0] = min(reads[0], array_bytes(shape))
+            elif opcode == "fusion":
+                sliced = _sliced(bodies[re.search(r"\bcalls=(%[\w.\-]+)", rest)[1]])
+                reads = [min(size, sliced.get(i, size)) for i, size in enumerate(reads)]
+            total += in_hbm[name] + sum(reads)
     return total
+
+
+def _operands(rest):
+    return re.findall(r"%[\w.\-]+", rest.partition(")")[0])
+
+
+def _sliced(fused):
+    """{operand of a fused computation that it only slices: bytes of the slices}."""
+    number, sizes = {}, {}  # of the parameter that an instruction is, but for its shape
+    for line in fused.splitlines():
+        if not (match := _INSTRUCTION.match(line)):
+            continue
+        name, shape, opcode, rest = match.groups()
+        if opcode == "parameter":
+            number[name] = int(rest.partition(")")[0])
+        for i, operand in enumerate(_operands(rest)):
+            if operand not in number:
+                continue
+            if opcode == "bitcast":
+                number[name] = number[operand]
+            else:
+                size = array_bytes(shape) if opcode in _SLICES and i == 0 else math.inf
+                sizes[number[operand]] = sizes.get(number[operand], 0) + size
+    return sizes
 
 
 def roofline(chip: Chip, flops: float, hbm_bytes: float, link_bytes: float) -> dict:

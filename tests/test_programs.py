@@ -92,6 +92,14 @@ MOVES = """\
   ROOT %add = f32[8]{0:T(128)} add(%a, %a)
 }
 
+%fused_slice (a: f32[4,8], b: f32[8]) -> f32[8] {
+  %a = f32[4,8]{1,0:T(4,128)} parameter(0)
+  %b = f32[8]{0:T(128)} parameter(1)
+  %flat = f32[32]{0:T(128)} bitcast(%a)
+  %first = f32[8]{0:T(128)} slice(%flat), slice={[0:8]}
+  ROOT %sum = f32[8]{0:T(128)} add(%first, %b)
+}
+
 %body (c: (s32[], f32[8])) -> (s32[], f32[8]) {
   %c = (s32[]{:T(128)}, f32[8]{0:T(128)}) parameter(0)
   %x = f32[8]{0:T(128)} get-tuple-element(%c), index=1
@@ -108,6 +116,7 @@ ENTRY %main.1_spmd (p: f32[8], q: f32[4,8]) -> f32[8] {
   %slice-start = ((f32[4,8]{1,0:T(4,128)}), f32[1,8]{1,0:T(4,128)S(1)}, s32[]{:S(2)}) slice-start(%q), slice={[0:1]}
   %slice-done = f32[1,8]{1,0:T(4,128)S(1)} slice-done(%slice-start)
   %row = f32[1,8]{1,0:T(4,128)} slice(%q), slice={[0:1], [0:8]}
+  %part = f32[8]{0:T(128)} fusion(%q, %p), kind=kLoop, calls=%fused_slice
   %all = (s32[]{:T(128)}, f32[8]{0:T(128)}) while(%init), condition=%condition, body=%body
   %out = f32[8]{0:T(128)} get-tuple-element(%all), index=1
   ROOT %sum = f32[8]{0:T(128)} fusion(%out, %copy-done, %slice-done), kind=kLoop, calls=%fused
@@ -116,10 +125,15 @@ ENTRY %main.1_spmd (p: f32[8], q: f32[4,8]) -> f32[8] {
 
 
 def test_bytes_of_the_chips_memory():
-    """Outside: 32 copied, 32 of a slice, 32 and 32 of another, 32 read and 32 written; inside: 32, then 32 and 32."""
-    assert programs.hbm_bytes(MOVES) == (6 * 32, 3 * 32)
+    """Each array has 32 bytes, but for q, which has 128 and of which parts are read.
+
+    Outside: the copy, the slice, 2 of the other slice, 3 of the fusion with a slice, 2 of the sum; inside: 1 and 2.
+    """
+    assert programs.hbm_bytes(MOVES) == (9 * 32, 3 * 32)
     both = MOVES.replace("f32[8]{0:T(128)S(1)}, f32[8]{0:T(128)}, u32", "f32[8]{0:T(128)}, f32[8]{0:T(128)}, u32")
-    assert programs.hbm_bytes(both)[0] == 7 * 32  # a copy within the HBM is read and written
+    assert programs.hbm_bytes(both)[0] == 10 * 32  # a copy within the HBM is read and written
+    whole = MOVES.replace("add(%first, %b)", "add(%first, %a)")
+    assert programs.hbm_bytes(whole)[0] == 9 * 32 + 128 - 32  # q is read whole
 
 
 def test_the_loops_of_a_compiled_program_are_found():
