@@ -43,6 +43,13 @@ def assert_same(a, b):
         np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    """Linux grants a process 65,530 memory maps, a compiled program takes several, and XLA crashes without them."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def rough():
     """Four steps as unlike each other as can be: an index that is off by one shows."""

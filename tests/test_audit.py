@@ -32,6 +32,7 @@ def test_golden_numbers_of_cifar10():
     assert {name: found[name] for name in GOLDEN} == GOLDEN
 
 
+@pytest.mark.slow
 def test_golden_numbers_of_256():
     found = audit.settings(celebahq256.get_config())
     here = {
@@ -45,6 +46,7 @@ def test_golden_numbers_of_256():
     assert {name: found[name] for name in expected} == expected
 
 
+@pytest.mark.slow
 def test_the_network_is_probed(monkeypatch):
     """Other networks show: kernels that start otherwise, another step, another embedding."""
     config = tiny_config()
@@ -125,6 +127,7 @@ def test_every_departure_is_told(tmp_path, capsys):
     assert text.strip() in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_other_sizes_are_held_against_the_nearer_one(capsys):
     for config, size in ((digits.get_config(), 32), (celeba.get_config(), 32), (tiny_config(), 32)):
         audit.audit(config)

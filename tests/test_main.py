@@ -167,6 +167,7 @@ def done(*args):
     return result.stdout
 
 
+@pytest.mark.slow
 def test_an_imported_run_is_evaluated_and_trained_on(tmp_path, faces):
     """With the config that it was imported with."""
     workdir, file = f"--workdir={tmp_path / 'run'}", tmp_path / "run" / "config.json"
@@ -179,6 +180,7 @@ def test_an_imported_run_is_evaluated_and_trained_on(tmp_path, faces):
     assert re.search(r"'/nowhere' does not exist.*\(data\.\* of this run are in .*config\.json\)", refused.stderr)
 
 
+@pytest.mark.slow
 def test_a_run_imported_without_images_takes_those_of_its_training(tmp_path, faces):
     workdir, file = f"--workdir={tmp_path / 'run'}", tmp_path / "run" / "config.json"
     done("--mode=import", "--from=tests/data/diffusers", workdir)

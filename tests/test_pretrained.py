@@ -179,6 +179,7 @@ def test_the_imported_run_samples(imported):
     assert x.shape == (1, 8, 8, 3) and np.isfinite(x).all() and x.std() > 0.01
 
 
+@pytest.mark.slow
 def test_an_imported_run_trains_on(untrained, tmp_path):
     """A run of our own, there and back: grey, no attention but in the middle, another schedule."""
     pretrained.export_diffusers(str(untrained), str(tmp_path / "out"))

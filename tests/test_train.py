@@ -115,6 +115,7 @@ def test_another_seed_is_another_run(uninterrupted, tmp_path):
     assert lines(tmp_path)[0]["loss"] != lines(uninterrupted[0])[0]["loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["simple", "step", "weighted_step", "vlb", "vlb by importance"])
 def test_every_loss_teaches_to_predict_the_noise(tmp_path, loss):
     """Measured by (15), which is 1 for the initial network, whatever it is trained by."""
