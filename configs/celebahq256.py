@@ -22,5 +22,5 @@ def get_config():
     config.train.batch_size = 64
     config.train.learning_rate = 2e-5
     config.sampling.sigma = "posterior"
-    config.sampling.num = 16
+    config.sampling.num = 16  # on 8 chips 64 take less time an image: docs/performance.md
     return config
