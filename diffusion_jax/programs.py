@@ -197,12 +197,10 @@ def _traffic(computation, bodies):
             sides = [(size, hbm) for size, hbm in arrays if size > 4]  # the rest is a semaphore
             total += min((size for size, _ in sides), default=0) * sum(hbm for _, hbm in sides)
         elif opcode not in _NO_TRAFFIC and not opcode.endswith("-done"):
-            reads = [in_hbm.get(operand, 0) for operand in _operands(rest)]
-            if opcode in _SLICES:
-                reads[0] = min(reads[0], array_bytes(shape))
-            elif opcode == "fusion":
+            sliced = {0: array_bytes(shape)} if opcode in _SLICES else {}
+            if opcode == "fusion":
                 sliced = _sliced(bodies[re.search(r"\bcalls=(%[\w.\-]+)", rest)[1]])
-                reads = [min(size, sliced.get(i, size)) for i, size in enumerate(reads)]
+            reads = [min(in_hbm.get(operand, 0), sliced.get(i, math.inf)) for i, operand in enumerate(_operands(rest))]
             total += in_hbm[name] + sum(reads)
     return total
 
