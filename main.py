@@ -119,14 +119,14 @@ def _import():
 
 
 def _evaluate():
-    from diffusion_jax.evaluate import evaluate
+    from diffusion_jax.evaluation.evaluate import evaluate
 
     what = {"samples": SAMPLES.value, "inception_path": INCEPTION.value, "reference": REFERENCE.value}
     evaluate(WORKDIR.value, seed=SEED.value, num=NUM.value, splits=tuple(SPLITS.value), **what)
 
 
 def _report():
-    from diffusion_jax.report import report
+    from diffusion_jax.evaluation.report import report
 
     report(WORKDIR.value, OUT.value)
 

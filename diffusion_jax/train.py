@@ -268,7 +268,7 @@ def _draw(sample_fn, state, seed, workdir, main):
 
 
 def _monitor(config, dataset_images):
-    from diffusion_jax.monitor import Monitor  # imports SciPy and scikit-learn, which takes a second
+    from diffusion_jax.evaluation.monitor import Monitor  # imports SciPy and scikit-learn, which takes a second
 
     return Monitor(config, dataset_images)
 

@@ -4,7 +4,7 @@ import json
 
 from etils import epath
 
-from diffusion_jax import report
+from diffusion_jax.evaluation import report
 from diffusion_jax.log import MetricsLog
 
 

@@ -143,7 +143,8 @@ def compare_chains(args, folder):
     import jax
 
     import diffusion_jax
-    from diffusion_jax import metrics, pretrained, quality, sampling, schedule
+    from diffusion_jax import pretrained, sampling, schedule
+    from diffusion_jax.evaluation import metrics, quality
 
     with contextlib.redirect_stdout(sys.stderr):
         pretrained.export_diffusers(args.workdir, str(folder / "exported"))

@@ -10,7 +10,8 @@ and its ceiling, the distance from Gaussian noise to the real digits.
 import numpy as np
 from absl import app, flags
 
-from diffusion_jax import data, metrics, quality, sources
+from diffusion_jax import data, sources
+from diffusion_jax.evaluation import metrics, quality
 
 SAMPLES = flags.DEFINE_string("samples", None, "the .npz that --mode=sample wrote", required=True)
 

@@ -6,7 +6,8 @@ import pytest
 from conftest import tiny_config
 from etils import epath
 
-from diffusion_jax import from_config, images, metrics, monitor, quality, state
+from diffusion_jax import from_config, images, state
+from diffusion_jax.evaluation import metrics, monitor, quality
 
 
 def test_samples_are_compared_with_held_out_images_and_searched_for_among_training_images(tmp_path):

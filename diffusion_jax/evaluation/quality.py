@@ -11,8 +11,8 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from diffusion_jax import metrics
 from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation import metrics
 
 MAX_FEATURES = 4096  # of a covariance: 134 MB
 MANIFOLD = 10_000  # rows, at most, whose neighbours are looked for: the usual number, and already 10^8 pairs

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import inception
 from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation import inception
 from tools import convert_inception, inception_fixture
 
 NAME = "Mixed_7c.branch3x3dbl_3b.conv.weight"

@@ -9,8 +9,9 @@ import pytest
 from conftest import tiny_config
 from PIL import Image
 
-from diffusion_jax import evaluate, from_config, likelihood, quality, sample, train
+from diffusion_jax import from_config, likelihood, sample, train
 from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation import evaluate, quality
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ import pytest
 import threadpoolctl
 from scipy import linalg
 
-from diffusion_jax import metrics
-from diffusion_jax.metrics import Moments
+from diffusion_jax.evaluation import metrics
+from diffusion_jax.evaluation.metrics import Moments
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax import from_config, images, losses, metrics, quality, sampling
+from diffusion_jax import from_config, images, losses, sampling
+from diffusion_jax.evaluation import metrics, quality
 
 HELD_OUT = 512  # images of the held-out loss
 SAMPLES = 256  # of DPM-Solver++(2M) with STEPS steps

@@ -18,20 +18,10 @@ import tqdm
 from jax.experimental import multihost_utils
 from scipy.special import gammaln
 
-from diffusion_jax import (
-    checkpoint,
-    from_config,
-    images,
-    inception,
-    likelihood,
-    metrics,
-    monitor,
-    quality,
-    sample,
-    schedule,
-)
+from diffusion_jax import checkpoint, from_config, images, likelihood, sample, schedule
 from diffusion_jax.errors import UserError
-from diffusion_jax.report import report
+from diffusion_jax.evaluation import inception, metrics, monitor, quality
+from diffusion_jax.evaluation.report import report
 from diffusion_jax.show import show
 
 _SECTIONS = {"samples": "Samples", "samples_to_statistics": "Samples against saved statistics"}

@@ -1,0 +1,1 @@
+"""Likelihood bound, sample quality, and the report of a run."""
