@@ -87,7 +87,7 @@ def _sample():
 
 
 def _show():
-    from diffusion_jax.show import show
+    from diffusion_jax.pictures.shows import show
 
     _refuse_how("--show, which takes all steps of the ancestral sampler")
     out = OUT.value or f"{SHOW.value}.{'gif' if SHOW.value == 'animation' else 'png'}"

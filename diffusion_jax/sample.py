@@ -12,8 +12,9 @@ import tqdm
 from etils import epath
 from jax.experimental import multihost_utils
 
-from diffusion_jax import checkpoint, export, from_config, images, sampling
+from diffusion_jax import checkpoint, export, from_config, sampling
 from diffusion_jax.errors import UserError
+from diffusion_jax.pictures import grids
 from diffusion_jax.state import abstract_state
 
 SHARD = 1024  # images of one file
@@ -133,7 +134,7 @@ def sample(workdir, num: int, seed: int, out: str, **how) -> None:
         elif out.endswith(".png"):
             samples = make(0, num)
             if jax.process_index() == 0:
-                images.save_png(out, images.grid(samples))
+                grids.save_png(out, grids.grid(samples))
         else:
             _save_npz(epath.Path(out), make(0, num), about=np.array(json.dumps({**about, "first": 0, "num": num})))
     if jax.process_index() == 0:
@@ -152,7 +153,7 @@ def _share(sample_fn, params, seed, first, num, per_call, bar):
     processes, made = jax.process_count(), []
     for done in range(0, num, per_call * processes):
         own = first + done + per_call * jax.process_index()
-        x = images.to_uint8(sample_fn(params, jax.random.key(seed), own))
+        x = grids.to_uint8(sample_fn(params, jax.random.key(seed), own))
         made.append(multihost_utils.process_allgather(x, tiled=True) if processes > 1 else x)
         bar.update(min(per_call * processes, num - done))
     return np.concatenate(made)[:num]

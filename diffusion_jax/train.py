@@ -14,9 +14,10 @@ import tqdm
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from diffusion_jax import checkpoint, data, from_config, hosts, images, programs
+from diffusion_jax import checkpoint, data, from_config, hosts, programs
 from diffusion_jax.errors import UserError
 from diffusion_jax.log import MetricsLog
+from diffusion_jax.pictures import grids
 from diffusion_jax.state import TrainState, abstract_state, init_state, replicate
 from diffusion_jax.step import AXIS, configured_step, pmapped, resident, several
 
@@ -263,7 +264,7 @@ def _draw(sample_fn, state, seed, workdir, main):
     if not path.exists():
         x = sample_fn(jax.device_get(state.ema_params), jax.random.key(seed))
         if main:
-            images.save_png(path, images.grid(images.to_uint8(x)))
+            grids.save_png(path, grids.grid(grids.to_uint8(x)))
     return path
 
 

@@ -18,7 +18,7 @@ import tempfile
 ROOT = pathlib.Path(__file__).parent.parent
 TESTS = [
     f"tests/test_{name}.py"
-    for name in ("schedule", "process", "losses", "sampling", "fast_sampling", "figures", "likelihood", "order")
+    for name in ("schedule", "process", "losses", "sampling", "fast_sampling", "pictures/figures", "likelihood", "order")
 ]
 
 # (module, text that stands in it exactly once, what replaces it)
@@ -121,15 +121,15 @@ MUTANTS = [
     ("losses", "error = deviation**2 * beta_bar**2 /", "error = deviation**2 * beta_bar /"),
     ("losses", "p[1] = 0.5 * error[1] / std**2", "p[1] = error[1] / std**2"),
     ("losses", "alpha_bar[1:-1] * (beta[2:] / beta_bar[2:]) ** 2", "alpha_bar[2:] * (beta[2:] / beta_bar[2:]) ** 2"),
-    ("figures", "(1 - weight) * x_t + weight * y_t", "weight * x_t + (1 - weight) * y_t"),
-    ("figures", "process.forward(s, image, t, eps_bar)", "process.forward(s, image, t - 1, eps_bar)"),
-    ("figures", "jnp.where(due == t, x_0[None], seen)", "jnp.where(due == t, x[None], seen)"),
-    ("figures", "jnp.where(due == t, x_0[None], seen)", "jnp.where(due == t - 1, x_0[None], seen)"),
-    ("figures", "jnp.where(due == 0, x[None], seen)", "seen"),
-    ("figures", "s.num_steps + t, x.shape", "t, x.shape"),
-    ("figures", "process.forward(s, x_0, t, noise)", "process.forward(s, x_0, t - 1, noise)"),
-    ("figures", "jnp.where(known, process.forward", "jnp.where(~known, process.forward"),
-    ("figures", "return jnp.where(known, x_0, x)", "return x"),
+    ("pictures/figures", "(1 - weight) * x_t + weight * y_t", "weight * x_t + (1 - weight) * y_t"),
+    ("pictures/figures", "process.forward(s, image, t, eps_bar)", "process.forward(s, image, t - 1, eps_bar)"),
+    ("pictures/figures", "jnp.where(due == t, x_0[None], seen)", "jnp.where(due == t, x[None], seen)"),
+    ("pictures/figures", "jnp.where(due == t, x_0[None], seen)", "jnp.where(due == t - 1, x_0[None], seen)"),
+    ("pictures/figures", "jnp.where(due == 0, x[None], seen)", "seen"),
+    ("pictures/figures", "s.num_steps + t, x.shape", "t, x.shape"),
+    ("pictures/figures", "process.forward(s, x_0, t, noise)", "process.forward(s, x_0, t - 1, noise)"),
+    ("pictures/figures", "jnp.where(known, process.forward", "jnp.where(~known, process.forward"),
+    ("pictures/figures", "return jnp.where(known, x_0, x)", "return x"),
     ("order", "_mix(epoch ^ _mix(_word(seed, i)))", "_mix(_mix(_word(seed, i)))"),
     ("order", "_mix(epoch ^ _mix(_word(seed, i)))", "_mix(epoch + _word(seed, 0))"),
     ("order", "seed + i * 0x9E3779B9", "i * 0x9E3779B9"),

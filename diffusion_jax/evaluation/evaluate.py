@@ -18,11 +18,12 @@ import tqdm
 from jax.experimental import multihost_utils
 from scipy.special import gammaln
 
-from diffusion_jax import checkpoint, from_config, images, likelihood, sample, schedule
+from diffusion_jax import checkpoint, from_config, likelihood, sample, schedule
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import inception, metrics, monitor, quality
 from diffusion_jax.evaluation.report import report
-from diffusion_jax.show import show
+from diffusion_jax.pictures import grids
+from diffusion_jax.pictures.shows import show
 
 _SECTIONS = {"samples": "Samples", "samples_to_statistics": "Samples against saved statistics"}
 MANY = 10_000  # images, at most, that PNG and histograms code, and held-out ones whose neighbours are looked for
@@ -258,7 +259,7 @@ def png_bits(pixels) -> float:
     for first in range(0, len(pixels), 1000):
         some = pixels[first : first + 1000]
         file = io.BytesIO()
-        images.to_pillow(some.reshape(-1, *some.shape[2:])).save(file, format="PNG", optimize=True)
+        grids.to_pillow(some.reshape(-1, *some.shape[2:])).save(file, format="PNG", optimize=True)
         num_bytes += file.tell()
     return 8 * num_bytes / pixels.size
 
@@ -308,7 +309,7 @@ def _nearest(generated, datasets, folder):
         found["median_of_held_out"] = float(np.median(metrics.nearest(quality.pixels(held_out), _Pixels(train))[0]))
         how["held_out_images"] = len(held_out)
     if jax.process_index() == 0:
-        images.save_png(folder / "nearest.png", monitor.nearest_pairs(generated, train, index, distance))
+        grids.save_png(folder / "nearest.png", monitor.nearest_pairs(generated, train, index, distance))
     return found, how
 
 

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax import from_config, images, losses, sampling
+from diffusion_jax import from_config, losses, sampling
 from diffusion_jax.evaluation import metrics, quality
+from diffusion_jax.pictures import grids
 
 HELD_OUT = 512  # images of the held-out loss
 SAMPLES = 256  # of DPM-Solver++(2M) with STEPS steps
@@ -55,7 +56,7 @@ class Monitor:
         found = {}
         if self._held_out is not None:
             found |= self._loss_by_quarter(params)
-        generated = images.to_uint8(self._sample(params, self._key))
+        generated = grids.to_uint8(self._sample(params, self._key))
         x, train = quality.pixels(generated), quality.pixels(self._train)
         reference = train if self._held_out is None else quality.pixels(self._held_out)
         found["frechet_pixels"] = metrics.frechet_of_features(x, reference)
@@ -63,7 +64,7 @@ class Monitor:
         found["nearest_training_image"] = float(np.median(distance))
         if main:
             path = workdir / "samples" / f"nearest-{step}.png"
-            images.save_png(path, nearest_pairs(generated, self._train, index, distance))
+            grids.save_png(path, nearest_pairs(generated, self._train, index, distance))
         return found
 
     def _loss_by_quarter(self, params):
@@ -86,7 +87,7 @@ def nearest_pairs(generated, train, index, distance) -> np.ndarray:
     """
     closest = np.argsort(distance)[:SHOWN]
     pairs = np.concatenate([generated[closest], train[index[closest]]])
-    return images.labelled(pairs, ["sample", "nearest"], [f"{distance[i]:.2f}" for i in closest])
+    return grids.labelled(pairs, ["sample", "nearest"], [f"{distance[i]:.2f}" for i in closest])
 
 
 def _some(dataset):

@@ -6,8 +6,9 @@ import pytest
 from conftest import tiny_config
 from etils import epath
 
-from diffusion_jax import from_config, images, state
+from diffusion_jax import from_config, state
 from diffusion_jax.evaluation import metrics, monitor, quality
+from diffusion_jax.pictures import grids
 
 
 def test_samples_are_compared_with_held_out_images_and_searched_for_among_training_images(tmp_path):
@@ -15,7 +16,7 @@ def test_samples_are_compared_with_held_out_images_and_searched_for_among_traini
     train = from_config.images(config)
     look, params = monitor.Monitor(config, train), state.init_state(config).ema_params
     found = look(params, 3, epath.Path(tmp_path), True)
-    x = quality.pixels(images.to_uint8(look._sample(params, jax.random.key(config.seed))))
+    x = quality.pixels(grids.to_uint8(look._sample(params, jax.random.key(config.seed))))
     config.data.split = config.data.test_split
     y = quality.pixels(train[:])
     assert len(x) == monitor.SAMPLES

@@ -15,9 +15,10 @@ import pytest
 from conftest import tiny_config
 from PIL import Image
 
-from diffusion_jax import checkpoint, images
+from diffusion_jax import checkpoint
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import report
+from diffusion_jax.pictures import grids
 
 VOID = {"meta", "img"}
 LINE = {"loss": 0.5, "grad_norm": 1.0, "param_norm": 9.0, "learning_rate": 1e-3, "images_per_second": 50.0}
@@ -83,12 +84,12 @@ def run(tmp_path):
 def test_a_whole_run(run, capsys):
     write_metrics(run, [LINE | {"step": 10 * i, "loss": 1 / i, "images_per_second": 100.0 * i} for i in range(1, 31)])
     for step in (100, 300):
-        images.save_png(run / "samples" / f"{step}.png", np.full((4, 6, 1), step % 256, np.uint8))
+        grids.save_png(run / "samples" / f"{step}.png", np.full((4, 6, 1), step % 256, np.uint8))
         (run / "checkpoints" / str(step)).mkdir(parents=True)
     (run / "events.out.tfevents.1700000000.host").write_bytes(b"")
     curves = {"t": list(range(20)), "loss": [0.5] * 19 + [None]}
     folder = write_evaluation(run, 300, {"bits_per_dim": 3.25, "loss_by_t": curves})
-    images.save_png(folder / "progressive.png", np.zeros((2, 3, 3), np.uint8))
+    grids.save_png(folder / "progressive.png", np.zeros((2, 3, 3), np.uint8))
     write_evaluation(run, 100, {"older": 1})
 
     page = written(run)
@@ -195,7 +196,7 @@ def test_quarters_of_t(run):
 
 def test_at_most_twelve_grids(run):
     for i in range(1, 31):
-        images.save_png(run / "samples" / f"{100 * i}.png", np.zeros((2, 2, 1), np.uint8))
+        grids.save_png(run / "samples" / f"{100 * i}.png", np.zeros((2, 2, 1), np.uint8))
     (run / "samples" / "best.png").write_bytes(b"of another name")
     page = written(run)
     steps = [int(step.replace(",", "")) for step in re.findall(r"step ([\d,]+)", page.text)]
@@ -254,7 +255,7 @@ def test_everything_is_escaped(run):
     folder = write_evaluation(
         run, 5, {evil: evil, "list": [evil], "lists": {"t": [1] * 9, evil: [2] * 9}, "x": [{evil: 1}]}
     )
-    images.save_png(folder / "a&<b>'.png", np.zeros((2, 2, 1), np.uint8))
+    grids.save_png(folder / "a&<b>'.png", np.zeros((2, 2, 1), np.uint8))
     page = written(run)
     assert "<script" not in (run / "report.html").read_text()
     assert not page.all("script") and page.text.count(evil) >= 8

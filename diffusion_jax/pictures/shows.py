@@ -5,8 +5,9 @@ import functools
 import jax
 import numpy as np
 
-from diffusion_jax import data, figures, from_config, images, sample, sampling
+from diffusion_jax import data, from_config, sample, sampling
 from diffusion_jax.errors import UserError
+from diffusion_jax.pictures import figures, grids
 
 FRAMES = 50  # of an animation
 
@@ -138,7 +139,7 @@ def animation(run, out, num=16):
     jax.effects_barrier()
     states = [np.asarray(noise), *(x for t, x in frames if t > 0), last]
     if jax.process_index() == 0:
-        images.save_animation(out, [images.grid(images.to_uint8(x)) for x in states])
+        grids.save_animation(out, [grids.grid(grids.to_uint8(x)) for x in states])
 
 
 SHOWS = {show.__name__: show for show in (interpolation, progressive, variations, inpainting, animation)}
@@ -151,5 +152,5 @@ def _evenly(num_steps, num):
 
 def _save(out, rows, row_labels, column_labels):
     if jax.process_index() == 0:
-        tiles = images.to_uint8(rows).reshape(-1, *np.shape(rows)[2:])
-        images.save_png(out, images.labelled(tiles, row_labels, column_labels))
+        tiles = grids.to_uint8(rows).reshape(-1, *np.shape(rows)[2:])
+        grids.save_png(out, grids.labelled(tiles, row_labels, column_labels))

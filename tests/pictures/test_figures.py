@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import figures, process, sampling, schedule
+from diffusion_jax import process, sampling, schedule
+from diffusion_jax.pictures import figures
 
 KEYS = jax.random.split(jax.random.key(0), 3)
 X = np.random.default_rng(1).standard_normal((3, 2, 2, 1)).astype(np.float32)

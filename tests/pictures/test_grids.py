@@ -1,20 +1,20 @@
 import numpy as np
 from PIL import Image
 
-from diffusion_jax import images
+from diffusion_jax.pictures import grids
 
 
 def test_to_uint8_is_the_inverse_of_the_normalisation():
     pixels = np.arange(256, dtype=np.uint8)
-    np.testing.assert_array_equal(images.to_uint8(pixels.astype(np.float32) / 127.5 - 1), pixels)
+    np.testing.assert_array_equal(grids.to_uint8(pixels.astype(np.float32) / 127.5 - 1), pixels)
 
 
 def test_to_uint8_clips():
-    assert images.to_uint8(np.array([-3.0, 3.0])).tolist() == [0, 255]
+    assert grids.to_uint8(np.array([-3.0, 3.0])).tolist() == [0, 255]
 
 
 def test_small_images_are_enlarged_and_apart():
-    sheet = images.grid(np.full((5, 8, 8, 1), 255, np.uint8))
+    sheet = grids.grid(np.full((5, 8, 8, 1), 255, np.uint8))
     assert sheet.shape == (2 * 68 + 4, 3 * 68 + 4, 1)  # 2 rows of 3, tiles of 64 and gaps of 4
     white = sheet[..., 0] == 255
     assert white[4:68, 4:68].all() and not white[:4].any() and not white[:, 68:72].any()
@@ -23,7 +23,7 @@ def test_small_images_are_enlarged_and_apart():
 
 def test_large_images_keep_their_pixels():
     x = np.random.default_rng(0).integers(0, 256, (2, 80, 64, 3), np.uint8)
-    sheet = images.grid(x, columns=1)
+    sheet = grids.grid(x, columns=1)
     np.testing.assert_array_equal(sheet[5:85, 5:69], x[0])
     np.testing.assert_array_equal(sheet[90:170, 5:69], x[1])
 
@@ -31,6 +31,6 @@ def test_large_images_keep_their_pixels():
 def test_png_holds_what_was_saved(tmp_path):
     for channels in (1, 3):
         x = np.random.default_rng(0).integers(0, 256, (4, 6, channels), np.uint8)
-        images.save_png(tmp_path / "new" / "x.png", x)
+        grids.save_png(tmp_path / "new" / "x.png", x)
         saved = np.asarray(Image.open(tmp_path / "new" / "x.png"))
         np.testing.assert_array_equal(saved.reshape(x.shape), x)

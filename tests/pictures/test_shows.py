@@ -6,8 +6,9 @@ import pytest
 from conftest import tiny_config
 from PIL import Image
 
-from diffusion_jax import images, show, train
+from diffusion_jax import train
 from diffusion_jax.errors import UserError
+from diffusion_jax.pictures import grids, shows
 
 TILE = 64 + 4
 
@@ -25,43 +26,43 @@ SIZES = {"interpolation": (13, 4), "progressive": (11, 4), "variations": (5, 4),
 @pytest.mark.parametrize("name, size", SIZES.items(), ids=SIZES)
 def test_the_pictures(run, tmp_path, capsys, name, size):
     out = tmp_path / "new" / f"{name}.png"
-    show.show(run, name, seed=0, out=str(out), num=4)
+    shows.show(run, name, seed=0, out=str(out), num=4)
     assert f"{name} of step 1: {out}" in capsys.readouterr().out
     with Image.open(out) as picture:
         columns, rows = size
         width, height = columns * TILE + 4, rows * TILE + 4
-        assert picture.height == height + 2 * images.LABEL
+        assert picture.height == height + 2 * grids.LABEL
         assert width < picture.width < width + 150
         again = np.asarray(picture)
-    show.show(run, name, seed=0, out=str(out), num=4)
+    shows.show(run, name, seed=0, out=str(out), num=4)
     np.testing.assert_array_equal(np.asarray(Image.open(out)), again)
-    show.show(run, name, seed=1, out=str(out), num=4)
+    shows.show(run, name, seed=1, out=str(out), num=4)
     assert (np.asarray(Image.open(out)) != again).any()
 
 
 def test_progressive_ends_with_the_samples(run, tmp_path, monkeypatch):
     saved = []
-    monkeypatch.setattr(show, "_save", lambda out, rows, *labels: saved.append((rows, *labels)))
-    show.show(run, "progressive", seed=0, out=str(tmp_path / "x.png"), num=4)
-    (rows, _, columns), of = saved[0], show._Run(run, 0, "")
+    monkeypatch.setattr(shows, "_save", lambda out, rows, *labels: saved.append((rows, *labels)))
+    shows.show(run, "progressive", seed=0, out=str(tmp_path / "x.png"), num=4)
+    (rows, _, columns), of = saved[0], shows._Run(run, 0, "")
     assert columns[0] == "t = 20" and columns[-1] == "t = 0"
     keys = of.keys(4)
-    np.testing.assert_array_equal(rows[:, -1], of.compiled(show.sampling.reverse_chain)(of.latents(keys), keys))
+    np.testing.assert_array_equal(rows[:, -1], of.compiled(shows.sampling.reverse_chain)(of.latents(keys), keys))
 
 
 @pytest.mark.parametrize("ending", ["gif", "webp"])
 def test_the_animation_ends_with_the_samples(run, tmp_path, ending):
     out = tmp_path / f"chain.{ending}"
-    show.show(run, "animation", seed=0, out=str(out), num=4)
+    shows.show(run, "animation", seed=0, out=str(out), num=4)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(jax.random.key(0), 0), np.arange(4))
     with Image.open(out) as animation:
         assert animation.n_frames in ({21} if ending == "gif" else {20, 21})  # WebP joins frames that look alike
         animation.seek(animation.n_frames - 1)
         last = np.asarray(animation.convert("L")).astype(int)
-    chain = show._Run(run, 0, "").compiled(show.sampling.reverse_chain)
-    samples = images.to_uint8(chain(show._Run(run, 0, "").latents(keys), keys))
+    chain = shows._Run(run, 0, "").compiled(shows.sampling.reverse_chain)
+    samples = grids.to_uint8(chain(shows._Run(run, 0, "").latents(keys), keys))
     tolerance = 0 if ending == "gif" else 30  # WebP loses a little
-    assert abs(last - images.grid(samples)[..., 0]).max() <= tolerance
+    assert abs(last - grids.grid(samples)[..., 0]).max() <= tolerance
 
 
 def test_own_images(run, tmp_path):
@@ -69,7 +70,7 @@ def test_own_images(run, tmp_path):
     (tmp_path / "own").mkdir()
     for i in range(2):
         Image.new("RGB", (40, 30), "white").save(tmp_path / "own" / f"{i}.png")
-    own = show._Run(run, 0, str(tmp_path / "own"))
+    own = shows._Run(run, 0, str(tmp_path / "own"))
     own.config.data.cache_dir = str(tmp_path / "cache")
     np.testing.assert_array_equal(own.images(2), np.ones((2, 8, 8, 1)))
     with pytest.raises(UserError, match="3 images are wanted and there are 2"):
@@ -78,21 +79,21 @@ def test_own_images(run, tmp_path):
 
 def test_what_cannot_be_shown(run, tmp_path):
     with pytest.raises(UserError, match=r"--out=x\.jpg must end in \.png for --show=variations"):
-        show.show(run, "variations", 0, "x.jpg")
+        shows.show(run, "variations", 0, "x.jpg")
     with pytest.raises(UserError, match=r"must end in \.gif or \.webp for --show=animation"):
-        show.show(run, "animation", 0, "x.png")
+        shows.show(run, "animation", 0, "x.png")
     with pytest.raises(UserError, match="--num=0 must be at least 1"):
-        show.show(run, "variations", 0, "x.png", num=0)
+        shows.show(run, "variations", 0, "x.png", num=0)
     with pytest.raises(UserError, match="holds no run"):
-        show.show(tmp_path, "variations", 0, "x.png")
+        shows.show(tmp_path, "variations", 0, "x.png")
 
 
 def test_labels_stand_beside_their_rows_and_columns():
-    sheet = images.labelled(np.zeros((6, 64, 64, 1), np.uint8), ["a", "b"], ["1", "2", "3"])
-    left, top = sheet.shape[1] - (3 * TILE + 4), 2 * images.LABEL
+    sheet = grids.labelled(np.zeros((6, 64, 64, 1), np.uint8), ["a", "b"], ["1", "2", "3"])
+    left, top = sheet.shape[1] - (3 * TILE + 4), 2 * grids.LABEL
     assert sheet.shape[0] == 2 * TILE + 4 + top
     dark = sheet[..., 0] < 100
     assert [dark[top + i * TILE : top + (i + 1) * TILE, :left].any() for i in range(2)] == [True, True]
     assert [dark[:top, left + i * TILE : left + (i + 1) * TILE].any() for i in range(3)] == [True] * 3
     assert not dark[:top, :left].any()
-    np.testing.assert_array_equal(sheet[top:, left:], images.grid(np.zeros((6, 64, 64, 1), np.uint8), columns=3))
+    np.testing.assert_array_equal(sheet[top:, left:], grids.grid(np.zeros((6, 64, 64, 1), np.uint8), columns=3))

@@ -1,0 +1,1 @@
+"""Pictures: grids of images, and figures of what a trained model can do."""
