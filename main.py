@@ -132,7 +132,7 @@ def _report():
 
 
 def _plan():
-    from diffusion_jax.plan import plan
+    from diffusion_jax.planning.plan import plan
 
     if not TOPOLOGY.value:
         raise UserError("--topology is missing: give a TPU and its shape, e.g. v5e:2x4, or cpu or gpu")
@@ -140,7 +140,7 @@ def _plan():
 
 
 def _audit():
-    from diffusion_jax.audit import audit
+    from diffusion_jax.planning.audit import audit
 
     audit(CONFIG.value, OUT.value)
 

@@ -14,10 +14,11 @@ import tqdm
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from diffusion_jax import checkpoint, data, from_config, hosts, programs
+from diffusion_jax import checkpoint, data, from_config, hosts
 from diffusion_jax.errors import UserError
 from diffusion_jax.log import MetricsLog
 from diffusion_jax.pictures import grids
+from diffusion_jax.planning import programs
 from diffusion_jax.state import TrainState, abstract_state, init_state, replicate
 from diffusion_jax.step import AXIS, configured_step, pmapped, resident, several
 

@@ -9,9 +9,10 @@ import pytest
 from conftest import assert_same, tiny_config
 from tensorboardX.proto import event_pb2
 
-from diffusion_jax import from_config, losses, process, programs, sample, sampling, train
+from diffusion_jax import from_config, losses, process, sample, sampling, train
 from diffusion_jax import state as states
 from diffusion_jax.errors import UserError
+from diffusion_jax.planning import programs
 
 
 def run(workdir, **overrides):

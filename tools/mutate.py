@@ -17,8 +17,9 @@ import tempfile
 
 ROOT = pathlib.Path(__file__).parent.parent
 TESTS = [
-    f"tests/test_{name}.py"
-    for name in ("schedule", "process", "losses", "sampling", "fast_sampling", "pictures/figures", "likelihood", "order")
+    *("tests/test_schedule.py", "tests/test_process.py", "tests/test_losses.py", "tests/test_likelihood.py"),
+    *("tests/test_sampling.py", "tests/test_fast_sampling.py", "tests/pictures/test_figures.py"),
+    "tests/data/test_order.py",
 ]
 
 # (module, text that stands in it exactly once, what replaces it)

@@ -3,8 +3,9 @@ from conftest import tiny_config
 from flax import linen as nn
 
 from configs import celebahq256, cifar10, lsun
-from diffusion_jax import audit, unet
+from diffusion_jax import unet
 from diffusion_jax.errors import UserError
+from diffusion_jax.planning import audit
 
 GOLDEN = {
     "parameters": 35_746_307,

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from diffusion_jax import programs
+from diffusion_jax.planning import programs
 
 HLO = """\
 %region_0.2 (a: f32[], b: f32[]) -> f32[] {

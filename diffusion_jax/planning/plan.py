@@ -21,9 +21,10 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from diffusion_jax import from_config, programs
+from diffusion_jax import from_config
 from diffusion_jax.errors import UserError, one_line
-from diffusion_jax.programs import CHIPS, DoesNotFit
+from diffusion_jax.planning import programs
+from diffusion_jax.planning.programs import CHIPS, DoesNotFit
 from diffusion_jax.state import abstract_state
 from diffusion_jax.step import AXIS, configured_step, resident
 from diffusion_jax.train import check_batch, does_not_fit

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from diffusion_jax import from_config, plan, programs, state
+from diffusion_jax import from_config, state
 from diffusion_jax.errors import UserError
+from diffusion_jax.planning import plan, programs
 from diffusion_jax.step import AXIS, configured_step, pmapped
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the package libtpu")
