@@ -96,7 +96,7 @@ def _show():
 
 def _export():
     if FORMAT.value == "diffusers":
-        from diffusion_jax.pretrained import export_diffusers
+        from diffusion_jax.interop.diffusers import export_diffusers
 
         _refuse_how("--format=diffusers, whose pipeline has a sampler of its own")
         export_diffusers(WORKDIR.value, OUT.value or "diffusers")
@@ -107,7 +107,7 @@ def _export():
 
 
 def _import():
-    from diffusion_jax.pretrained import import_diffusers
+    from diffusion_jax.interop.diffusers import import_diffusers
 
     if not FROM.value:
         raise UserError("--from is missing: give a folder of diffusers, a .safetensors file, or a repository's name")

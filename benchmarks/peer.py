@@ -21,7 +21,8 @@ from absl import app, flags
 
 from benchmarks import unet
 from benchmarks.unet import BATCH, CONFIG, PLATFORM, STEPS
-from diffusion_jax import from_config, hosts, pretrained
+from diffusion_jax import from_config, hosts
+from diffusion_jax.interop import diffusers
 from diffusion_jax.state import init_state
 
 TORCH = flags.DEFINE_string("torch", None, "Python of the environment with torch and diffusers", required=True)
@@ -59,7 +60,7 @@ class Peer:
 
 def write_model(config, params, folder):
     """diffusers' folder of the parameters, and what the network makes of some images: example.npz."""
-    pretrained.write_unet(config, params, folder / "unet")
+    diffusers.write_unet(config, params, folder / "unet")
     x = np.random.default_rng(0).standard_normal((2, *from_config.image_shape(config))).astype(np.float32)
     t = np.array([1, config.schedule.num_steps])
     y = jax.jit(from_config.network(config))({"params": params}, x, t)

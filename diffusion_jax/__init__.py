@@ -8,7 +8,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from diffusion_jax.export import load_exported
+    from diffusion_jax.interop.export import load_exported
     from diffusion_jax.sample import load, load_network
 
 __all__ = ["load", "load_exported", "load_network"]
@@ -17,6 +17,6 @@ __all__ = ["load", "load_exported", "load_network"]
 def __getattr__(name):
     """Imports on first use: the mathematics alone needs neither Flax nor Orbax."""
     if name in __all__:
-        module = importlib.import_module("diffusion_jax.export" if name == "load_exported" else "diffusion_jax.sample")
-        return getattr(module, name)
+        module = "diffusion_jax.interop.export" if name == "load_exported" else "diffusion_jax.sample"
+        return getattr(importlib.import_module(module), name)
     raise AttributeError(f"module 'diffusion_jax' has no attribute {name!r}")

@@ -12,8 +12,9 @@ import tqdm
 from etils import epath
 from jax.experimental import multihost_utils
 
-from diffusion_jax import checkpoint, export, from_config, sampling
+from diffusion_jax import checkpoint, from_config, sampling
 from diffusion_jax.errors import UserError
+from diffusion_jax.interop import export
 from diffusion_jax.pictures import grids
 from diffusion_jax.state import abstract_state
 

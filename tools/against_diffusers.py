@@ -114,12 +114,12 @@ def compare_network(args, folder, name):
 
     import diffusion_jax
     from configs import default
-    from diffusion_jax import pretrained
+    from diffusion_jax.interop import diffusers
 
     in_torch(args, "network", folder, name)
     workdir = folder / f"{name}-run"
     with contextlib.redirect_stdout(sys.stderr):
-        pretrained.import_diffusers(str(folder / name), str(workdir), default.get_config())
+        diffusers.import_diffusers(str(folder / name), str(workdir), default.get_config())
     apply_fn, params, _ = diffusion_jax.load_network(workdir)
     apply_fn = jax.jit(apply_fn)
     with np.load(folder / f"{name}.npz") as theirs:
@@ -128,7 +128,7 @@ def compare_network(args, folder, name):
             difference = float(abs(ours - theirs[kind]).max())
             say(network=name, inputs=f"x {by}", largest_difference=difference, deviation=float(theirs[kind].std()))
     with contextlib.redirect_stdout(sys.stderr):
-        pretrained.export_diffusers(str(workdir), str(folder / f"{name}-out"))
+        diffusers.export_diffusers(str(workdir), str(folder / f"{name}-out"))
     first, again = (
         safetensors.load_file(folder / end / "unet" / "diffusion_pytorch_model.safetensors")
         for end in (name, f"{name}-out")
@@ -143,11 +143,12 @@ def compare_chains(args, folder):
     import jax
 
     import diffusion_jax
-    from diffusion_jax import pretrained, sampling, schedule
+    from diffusion_jax import sampling, schedule
     from diffusion_jax.evaluation import metrics, quality
+    from diffusion_jax.interop import diffusers
 
     with contextlib.redirect_stdout(sys.stderr):
-        pretrained.export_diffusers(args.workdir, str(folder / "exported"))
+        diffusers.export_diffusers(args.workdir, str(folder / "exported"))
     apply_fn, params, s = diffusion_jax.load_network(args.workdir)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(5), np.arange(4))
     size = diffusion_jax.load(args.workdir, 1)[0](params, jax.random.key(0)).shape[1:]

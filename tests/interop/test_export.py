@@ -9,8 +9,9 @@ import pytest
 from conftest import tiny_config
 
 import diffusion_jax
-from diffusion_jax import export, from_config, sample, train
+from diffusion_jax import from_config, sample, train
 from diffusion_jax.errors import UserError
+from diffusion_jax.interop import export
 
 RNG = jax.random.key(3)
 

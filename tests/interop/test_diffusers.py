@@ -13,8 +13,9 @@ from safetensors import numpy as safetensors
 
 import diffusion_jax
 from configs import cifar10, default
-from diffusion_jax import checkpoint, from_config, pretrained, sample, state, train
+from diffusion_jax import checkpoint, from_config, sample, state, train
 from diffusion_jax.errors import UserError
+from diffusion_jax.interop import diffusers
 from tools import pretrained_fixture
 from tools.pretrained_fixture import FOLDER
 
@@ -77,7 +78,7 @@ def assert_same_params(params, others):
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("imported") / "run"
-    pretrained.import_diffusers(str(FOLDER), str(workdir), without_dropout())
+    diffusers.import_diffusers(str(FOLDER), str(workdir), without_dropout())
     return workdir
 
 
@@ -106,14 +107,14 @@ def source(tmp_path):
 
 
 def to_params(imported, source):
-    return pretrained._to_params(sample.read_config(imported), epath.Path(source) / "unet" / WEIGHTS)
+    return diffusers._to_params(sample.read_config(imported), epath.Path(source) / "unet" / WEIGHTS)
 
 
 def error(source, tmp_path, reference=None):
     """Of the import, which is to leave no run behind."""
     workdir = tmp_path / "refused"
     with pytest.raises(UserError) as raised:
-        pretrained.import_diffusers(str(source), str(workdir), reference or default.get_config())
+        diffusers.import_diffusers(str(source), str(workdir), reference or default.get_config())
     assert "\n" not in str(raised.value) and not (workdir / "config.json").exists()
     return str(raised.value)
 
@@ -132,9 +133,9 @@ def test_the_network_is_that_of_diffusers(imported, outputs, scale, atol):
 
 
 def test_tensors_stay_bit_for_bit(imported, tmp_path):
-    pretrained.export_diffusers(str(imported), str(tmp_path / "out"))
+    diffusers.export_diffusers(str(imported), str(tmp_path / "out"))
     assert_same(load(tmp_path / "out"), load(FOLDER))
-    pretrained.import_diffusers(str(tmp_path / "out"), str(tmp_path / "again"), without_dropout())
+    diffusers.import_diffusers(str(tmp_path / "out"), str(tmp_path / "again"), without_dropout())
     first, again = (
         sample.ema_params(sample.read_config(workdir), workdir)[1] for workdir in (imported, tmp_path / "again")
     )
@@ -143,7 +144,7 @@ def test_tensors_stay_bit_for_bit(imported, tmp_path):
 
 
 def test_exported_configs_are_those_that_diffusers_has_written(imported, tmp_path):
-    pretrained.export_diffusers(str(imported), str(tmp_path))
+    diffusers.export_diffusers(str(imported), str(tmp_path))
     for name in ("model_index.json", "unet/config.json", SCHEDULER):
         ours, theirs = (json.loads((folder / name).read_text()) for folder in (tmp_path, FOLDER))
         assert ours == {key: theirs[key] for key in ours}
@@ -182,8 +183,8 @@ def test_the_imported_run_samples(imported):
 @pytest.mark.slow
 def test_an_imported_run_trains_on(untrained, tmp_path):
     """A run of our own, there and back: grey, no attention but in the middle, another schedule."""
-    pretrained.export_diffusers(str(untrained), str(tmp_path / "out"))
-    pretrained.import_diffusers(str(tmp_path / "out"), str(tmp_path / "run"), tiny_config(train__num_steps=2))
+    diffusers.export_diffusers(str(untrained), str(tmp_path / "out"))
+    diffusers.import_diffusers(str(tmp_path / "out"), str(tmp_path / "run"), tiny_config(train__num_steps=2))
     config = sample.read_config(untrained)
     assert sample.read_config(tmp_path / "run").to_dict() == config.to_dict()
     before, original = (restore(workdir, config) for workdir in (tmp_path / "run", untrained))
@@ -199,10 +200,10 @@ def test_an_imported_run_trains_on(untrained, tmp_path):
 def test_the_config_of_the_published_network(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CIFAR10))
     config = default.get_config()
-    pretrained._read_unet(config, tmp_path / "config.json")
+    diffusers._read_unet(config, tmp_path / "config.json")
     expected = cifar10.get_config()
     assert config.model == expected.model and config.data.image_size == 32 and config.data.channels == 3
-    layout = pretrained._layout(config)
+    layout = diffusers._layout(config)
     assert sum(np.prod(shape) for _, shape in layout.values()) == 35_746_307
     assert layout["up_blocks.3.resnets.2.conv_shortcut.weight"] == (
         ("up_0_block_2", "nin_shortcut", "kernel"),
@@ -214,7 +215,7 @@ def test_the_config_of_the_published_network(tmp_path):
 
 def test_a_run_is_not_overwritten(imported):
     with pytest.raises(UserError, match=r"holds a run already.*config\.json"):
-        pretrained.import_diffusers(str(FOLDER), str(imported), default.get_config())
+        diffusers.import_diffusers(str(FOLDER), str(imported), default.get_config())
 
 
 # ---------------------------------------------------------------- sources
@@ -222,17 +223,17 @@ def test_a_run_is_not_overwritten(imported):
 
 def test_folder_file_or_bare_model(source):
     weights, scheduler = source / "unet" / WEIGHTS, source / SCHEDULER
-    assert pretrained._find(str(source)) == pretrained._find(str(weights)) == (weights, scheduler)
+    assert diffusers._find(str(source)) == diffusers._find(str(weights)) == (weights, scheduler)
     flat = shutil.copytree(source / "unet", source / "flat")
-    assert pretrained._find(str(flat)) == (flat / WEIGHTS, None)
+    assert diffusers._find(str(flat)) == (flat / WEIGHTS, None)
     beside = shutil.copy(scheduler, flat)
-    assert pretrained._find(str(flat / WEIGHTS)) == (flat / WEIGHTS, epath.Path(beside))
+    assert diffusers._find(str(flat / WEIGHTS)) == (flat / WEIGHTS, epath.Path(beside))
 
 
 def test_without_a_scheduler_the_chain_is_the_references(source, tmp_path):
     (source / SCHEDULER).unlink()
     reference = tiny_config(data__channels=3, sampling__sigma="posterior", sampling__steps=0)
-    pretrained.import_diffusers(str(source), str(tmp_path / "run"), reference)
+    diffusers.import_diffusers(str(source), str(tmp_path / "run"), reference)
     config = sample.read_config(tmp_path / "run")
     assert config.sampling.sigma == "posterior"
     assert config.sampling.to_dict() == reference.sampling.to_dict()
@@ -243,7 +244,7 @@ def test_a_repository_is_fetched(tmp_path, monkeypatch):
     calls = []
     fake = types.SimpleNamespace(snapshot_download=lambda name, **how: calls.append((name, how)) or str(FOLDER))
     monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
-    assert pretrained._find("google/ddpm-cifar10-32")[0] == epath.Path(FOLDER) / "unet" / WEIGHTS
+    assert diffusers._find("google/ddpm-cifar10-32")[0] == epath.Path(FOLDER) / "unet" / WEIGHTS
     ((name, how),) = calls
     assert name == "google/ddpm-cifar10-32"
     assert {f"unet/{WEIGHTS}", "config.json", SCHEDULER, "scheduler_config.json"} <= {*how["allow_patterns"]}
@@ -334,7 +335,7 @@ def test_the_same_network_in_other_words(imported, source):
     """8 channels in the two places with attention are one head of 8."""
     update(source / "unet/config.json", attention_head_dim=8, sample_size=[8, 8], time_embedding_dim=16, act_fn="swish")
     config = without_dropout()
-    pretrained._read_unet(config, source / "unet/config.json")
+    diffusers._read_unet(config, source / "unet/config.json")
     expected = from_config.flatten(sample.read_config(imported))
     assert {key: value for key, value in from_config.flatten(config).items() if expected[key] != value} == {}
 
@@ -418,7 +419,7 @@ def test_scheduler_to_config(source, variance, sigma, prediction, ours):
     )
     config = default.get_config()
     config.sampling.update({"sampler": "ddim", "steps": 7})
-    pretrained._read_scheduler(config, source / SCHEDULER)
+    diffusers._read_scheduler(config, source / SCHEDULER)
     assert config.sampling.to_dict() | {"num": 0, "eta": 0} == {
         **{"sampler": "ancestral", "steps": 0, "sigma": sigma, "clip": False, "num": 0, "eta": 0}
     }
@@ -438,7 +439,7 @@ def test_scheduler_to_config(source, variance, sigma, prediction, ours):
 def test_schedules_are_known_by_their_numbers(source, keys, name, num_steps):
     update(source / SCHEDULER, **keys)
     config = default.get_config()
-    pretrained._read_scheduler(config, source / SCHEDULER)
+    diffusers._read_scheduler(config, source / SCHEDULER)
     assert (config.schedule.name, config.schedule.num_steps) == (name, num_steps)
 
 
@@ -447,10 +448,10 @@ def test_schedules_are_known_by_their_numbers(source, keys, name, num_steps):
 def test_the_chain_there_and_back(tmp_path, name, sigma, prediction, clip):
     changes = {"sampling__sigma": sigma, "sampling__clip": clip, "model__prediction": prediction}
     config = tiny_config(schedule__name=name, schedule__num_steps=25, **changes)
-    given = pretrained._scheduler_config(config)
+    given = diffusers._scheduler_config(config)
     (tmp_path / "scheduler.json").write_text(json.dumps(given))
     back = default.get_config()
-    pretrained._read_scheduler(back, tmp_path / "scheduler.json")
+    diffusers._read_scheduler(back, tmp_path / "scheduler.json")
     for key in ("schedule.name", "schedule.num_steps", "sampling.sigma", "sampling.clip", "model.prediction"):
         assert from_config.flatten(back)[key] == from_config.flatten(config)[key]
     betas = given["trained_betas"]
@@ -466,7 +467,7 @@ def test_the_chain_there_and_back(tmp_path, name, sigma, prediction, clip):
 
 
 def test_the_averaged_parameters_are_exported(untrained, tmp_path):
-    pretrained.export_diffusers(str(untrained), str(tmp_path))
+    diffusers.export_diffusers(str(untrained), str(tmp_path))
     start = restore(untrained, sample.read_config(untrained))
     kernel = load(tmp_path)["mid_block.attentions.0.to_q.weight"].T
     np.testing.assert_array_equal(kernel, start.ema_params["mid_attn_1"]["q"]["kernel"])
@@ -483,31 +484,31 @@ def test_runs_that_diffusers_cannot_hold(untrained, tmp_path, key, value):
     config = tiny_config(**changes)
     checkpoint.write_config(tmp_path / "run", config)
     with pytest.raises(UserError, match=f"config.{key}="):
-        pretrained.export_diffusers(str(tmp_path / "run"), str(tmp_path / "out"))
+        diffusers.export_diffusers(str(tmp_path / "run"), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
 def test_the_number_of_steps_is_told_where_it_is_not_the_pipelines(untrained, imported, tmp_path, capsys):
-    pretrained.export_diffusers(str(untrained), str(tmp_path / "20"))
+    diffusers.export_diffusers(str(untrained), str(tmp_path / "20"))
     assert "call it with num_inference_steps=20\n" in capsys.readouterr().out
-    pretrained.export_diffusers(str(imported), str(tmp_path / "1000"))
+    diffusers.export_diffusers(str(imported), str(tmp_path / "1000"))
     assert "num_inference_steps" not in capsys.readouterr().out
 
 
 def test_groups_that_divide_all_channels_alike(tmp_path):
     """32 groups asked for, 16 in every layer of a network of 16 and 48 channels."""
     config = tiny_config(model__channels=16, model__multipliers=(1, 3), model__num_groups=16)
-    assert pretrained._unet_config(config)["norm_num_groups"] == 16
+    assert diffusers._unet_config(config)["norm_num_groups"] == 16
     config.model.update({"multipliers": (1,), "num_groups": 24})  # of 16 and 32 channels
-    assert pretrained._unet_config(config)["norm_num_groups"] == 8
+    assert diffusers._unet_config(config)["norm_num_groups"] == 8
 
 
 def test_places_that_cannot_be_written(untrained, tmp_path):
     (tmp_path / "file").write_text("")
     for out, message in (("", "is there already"), ("file", "is there already"), ("file/out", "cannot be written")):
         with pytest.raises(UserError, match=message):
-            pretrained.export_diffusers(str(untrained), str(tmp_path / out))
+            diffusers.export_diffusers(str(untrained), str(tmp_path / out))
     with pytest.raises(UserError, match="cannot be written"):
-        pretrained.import_diffusers(str(FOLDER), str(tmp_path / "file/run"), default.get_config())
+        diffusers.import_diffusers(str(FOLDER), str(tmp_path / "file/run"), default.get_config())
     with pytest.raises(UserError, match="holds no run"):
-        pretrained.export_diffusers(str(tmp_path), str(tmp_path / "out"))
+        diffusers.export_diffusers(str(tmp_path), str(tmp_path / "out"))

@@ -1,0 +1,1 @@
+"""Networks and samplers in formats that other programs read."""
