@@ -17,7 +17,8 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from diffusion_jax import data, from_config, hosts
+from diffusion_jax import from_config, hosts
+from diffusion_jax.data import pipeline
 from diffusion_jax.state import init_state, replicate
 from diffusion_jax.step import AXIS, configured_step, pmapped, resident, several
 
@@ -51,7 +52,7 @@ class Variant:
             self._images = replicate(images[:], AXIS)
         else:
             self._program = pmapped(several(step))
-            self._feed = data.batches(images, seed=config.seed, batch_size=self._batch)
+            self._feed = pipeline.batches(images, seed=config.seed, batch_size=self._batch)
         state, batch = replicate(self._start, AXIS), self._inputs(0)
         self.temporaries = self._program.lower(state, batch).compile().memory_analysis().temp_size_in_bytes
         self.seconds()

@@ -13,7 +13,8 @@ import time
 from absl import app, flags
 from ml_collections import config_flags
 
-from diffusion_jax import data, from_config
+from diffusion_jax import from_config
+from diffusion_jax.data import pipeline
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py")
 REPEATS = flags.DEFINE_integer("repeats", 5, "measurements of each kind")
@@ -21,8 +22,8 @@ SECONDS = flags.DEFINE_float("seconds", 2.0, "of each measurement")
 
 
 def iterate(images, config):
-    batches = data.batches(images, seed=0, batch_size=config.train.batch_size)
-    return data.iterate(batches, 0, images.num_threads)
+    batches = pipeline.batches(images, seed=0, batch_size=config.train.batch_size)
+    return pipeline.iterate(batches, 0, images.num_threads)
 
 
 def measure(batches, seconds):

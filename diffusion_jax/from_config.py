@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import optax  # noqa: TID251 (makes the optimizer)
 from ml_collections import ConfigDict  # noqa: TID251 (reads the config)
 
-from diffusion_jax import data, losses, process, sampling, sources, unet
+from diffusion_jax import losses, process, sampling, unet
 from diffusion_jax import schedule as schedules
+from diffusion_jax.data import pipeline, sources
 from diffusion_jax.errors import UserError
 
 _SCHEDULES = {"su_linear": schedules.su_linear, "ho_linear": schedules.ho_linear, "cosine": schedules.cosine}
@@ -100,9 +101,9 @@ def source(config: ConfigDict) -> sources.Source:
     )
 
 
-def images(config: ConfigDict) -> data.Cached | data.OnTheFly:
+def images(config: ConfigDict) -> pipeline.Cached | pipeline.OnTheFly:
     """The data set, data.*; makes its cache if there is none yet."""
-    return data.open_images(
+    return pipeline.open_images(
         source(config),
         image_size=config.data.image_size,
         channels=config.data.channels,

@@ -9,7 +9,8 @@ import optax
 from jax import lax
 from ml_collections import ConfigDict
 
-from diffusion_jax import from_config, order
+from diffusion_jax import from_config
+from diffusion_jax.data import order
 from diffusion_jax.schedule import Schedule
 from diffusion_jax.state import TrainState
 

@@ -14,7 +14,8 @@ import tqdm
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from diffusion_jax import checkpoint, data, from_config, hosts
+from diffusion_jax import checkpoint, from_config, hosts
+from diffusion_jax.data import pipeline
 from diffusion_jax.errors import UserError
 from diffusion_jax.log import MetricsLog
 from diffusion_jax.pictures import grids
@@ -107,7 +108,7 @@ def _begin(config, workdir, main):
     if (earlier := checkpoint.read_config(workdir)) is not None:
         from_config.check_same_run(earlier, config, workdir)
     dataset_images = from_config.images(config)
-    dataset = data.batches(
+    dataset = pipeline.batches(
         dataset_images,
         seed=config.seed,
         batch_size=config.train.batch_size,
@@ -243,7 +244,7 @@ def _program(config, dataset_images, dataset, start, ks, local):
         on_all = functools.cache(lambda k: pmapped(resident(step, k, config.seed, config.train.batch_size), None))
         return on_all, itertools.repeat(replicate(dataset_images[:], AXIS))
     on_all = pmapped(several(step))  # of as many as there are images for
-    return lambda k: on_all, _to_devices(data.iterate(dataset, start, dataset_images.num_threads), ks, local)
+    return lambda k: on_all, _to_devices(pipeline.iterate(dataset, start, dataset_images.num_threads), ks, local)
 
 
 def _to_devices(batches, ks, local):

@@ -143,7 +143,7 @@ def test_prepare_makes_the_cache_that_training_uses(tmp_path):
     assert (folder / "manifest.json").stat().st_mtime_ns == before
 
 
-# The network of tests/data/diffusers as a config of its own.
+# The network of tests/fixtures/diffusers as a config of its own.
 FIXTURE = (
     *("--config=configs/default.py", "--config.data.image_size=8", "--config.model.channels=4"),
     *("--config.model.multipliers=(1,2,2)", "--config.model.attention_resolutions=(4,)"),
@@ -172,7 +172,7 @@ def test_an_imported_run_is_evaluated_and_trained_on(tmp_path, faces):
     """With the config that it was imported with."""
     workdir, file = f"--workdir={tmp_path / 'run'}", tmp_path / "run" / "config.json"
     config = [*FIXTURE, f"--config.data.path={faces}", f"--config.data.cache_dir={tmp_path / 'cache'}"]
-    done("--mode=import", "--from=tests/data/diffusers", workdir, *config)
+    done("--mode=import", "--from=tests/fixtures/diffusers", workdir, *config)
     assert "bits_per_dim" in done("--mode=evaluate", workdir, "--num=2")
     assert "trained to step 2" in done(workdir, *config)
     file.write_text(file.read_text().replace(str(faces), "/nowhere"))
@@ -183,7 +183,7 @@ def test_an_imported_run_is_evaluated_and_trained_on(tmp_path, faces):
 @pytest.mark.slow
 def test_a_run_imported_without_images_takes_those_of_its_training(tmp_path, faces):
     workdir, file = f"--workdir={tmp_path / 'run'}", tmp_path / "run" / "config.json"
-    done("--mode=import", "--from=tests/data/diffusers", workdir)
+    done("--mode=import", "--from=tests/fixtures/diffusers", workdir)
     for mode in ("--mode=evaluate", "--show=interpolation"):
         refused = main("--mode=sample", mode, workdir)
         assert refused.returncode == 1

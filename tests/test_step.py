@@ -5,8 +5,9 @@ import optax
 import pytest
 from conftest import assert_same, tiny_config
 
-from diffusion_jax import data, from_config, losses, schedule, step
+from diffusion_jax import from_config, losses, schedule, step
 from diffusion_jax import state as states
+from diffusion_jax.data import pipeline
 
 
 def make_step(config, loss_fn=None, **how):
@@ -255,7 +256,7 @@ def test_several_steps_are_so_many_single_ones():
 def test_a_data_set_on_the_device_gives_the_batches_of_the_pipeline():
     """For any place in the run, across the end of an epoch."""
     dataset = np.random.default_rng(2).integers(0, 256, (37, 8, 8, 1), np.uint8)
-    wanted, indices = data.batches(dataset, seed=5, batch_size=8), np.arange(8).reshape(4, 2)
+    wanted, indices = pipeline.batches(dataset, seed=5, batch_size=8), np.arange(8).reshape(4, 2)
 
     def spy(state, images_and_indices):
         images, _ = images_and_indices

@@ -1,4 +1,4 @@
-"""Writes tests/data/inception.npz: torch-fidelity's features of random images under random weights.
+"""Writes tests/fixtures/inception.npz: torch-fidelity's features of random images under random weights.
 
     pip install torch && pip install --no-deps torch-fidelity && python -m tools.inception_fixture
 
@@ -16,7 +16,7 @@ import numpy as np
 
 SEED = 0
 SHAPE = (2, 40, 56, 3)
-FILE = pathlib.Path("tests/data/inception.npz")
+FILE = pathlib.Path("tests/fixtures/inception.npz")
 
 
 def random_weights(shapes, seed=SEED):

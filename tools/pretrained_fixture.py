@@ -1,4 +1,4 @@
-"""Writes tests/data/diffusers/: a small pipeline of diffusers with random weights, and what its network gives.
+"""Writes tests/fixtures/diffusers/: a small pipeline of diffusers with random weights, and what its network gives.
 
     pip install torch diffusers safetensors && python -m tools.pretrained_fixture
 
@@ -11,7 +11,7 @@ import pathlib
 import numpy as np
 
 SEED = 0
-FOLDER = pathlib.Path("tests/data/diffusers")
+FOLDER = pathlib.Path("tests/fixtures/diffusers")
 LOW_CONTRAST = 0.01
 # google/ddpm-cifar10-32's, but for the sizes; the middle level has attention.
 UNET = {

@@ -5,7 +5,8 @@ import functools
 import jax
 import numpy as np
 
-from diffusion_jax import data, from_config, sample, sampling
+from diffusion_jax import from_config, sample, sampling
+from diffusion_jax.data import pipeline
 from diffusion_jax.errors import UserError
 from diffusion_jax.pictures import figures, grids
 
@@ -71,7 +72,7 @@ class _Run:
             dataset = sample.read_images(config, self._workdir)
         if num > len(dataset):
             raise UserError(f"{num} images are wanted and there are {len(dataset)}: give more, or a smaller --num")
-        chosen = data.batches(dataset, seed=self._seed, batch_size=num)[0]
+        chosen = pipeline.batches(dataset, seed=self._seed, batch_size=num)[0]
         return chosen.astype(np.float32) / 127.5 - 1
 
 

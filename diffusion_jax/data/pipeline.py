@@ -24,9 +24,9 @@ import tqdm
 from etils import epath
 from PIL import Image  # noqa: TID251 (resizes the images)
 
-from diffusion_jax import order
+from diffusion_jax.data import order
+from diffusion_jax.data.sources import Source
 from diffusion_jax.errors import UserError
-from diffusion_jax.sources import Source
 
 _LOCAL = "~/.cache/diffusion_jax"
 _FORMAT = 1  # of the caches: raise it when the same settings give other pixels

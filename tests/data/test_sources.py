@@ -7,7 +7,7 @@ import pytest
 import tensorflow_datasets
 from PIL import Image
 
-from diffusion_jax import sources
+from diffusion_jax.data import sources
 from diffusion_jax.errors import UserError
 
 RNG = np.random.default_rng(0)

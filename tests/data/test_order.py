@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from diffusion_jax import order
+from diffusion_jax.data import order
 
 SIZES = [1, 2, 3, 4, 5, 16, 17, 1000, 4097]
 

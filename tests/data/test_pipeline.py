@@ -4,14 +4,15 @@ import os
 import resource
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax import data, order
+from diffusion_jax.data import order, pipeline
+from diffusion_jax.data.sources import Source
 from diffusion_jax.errors import UserError
-from diffusion_jax.sources import Source
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (150, 12, 10, 3), np.uint8)
 
@@ -31,7 +32,7 @@ def source(pictures=PICTURES, damaged=(), label=lambda i: i % 7, version="1"):
 def images(tmp_path):
     def open_images(source, **options):
         options = {"image_size": 10, "channels": 3, "cache_dir": str(tmp_path / "cache")} | options
-        return data.open_images(source, **options)
+        return pipeline.open_images(source, **options)
 
     return open_images
 
@@ -60,7 +61,7 @@ def caches(tmp_path):
 
 def test_decoded_once(images, tmp_path, monkeypatch):
     first = images(source())
-    monkeypatch.setattr(data, "_fit", None)
+    monkeypatch.setattr(pipeline, "_fit", None)
     second = images(source())
     np.testing.assert_array_equal(first[:], second[:])
     np.testing.assert_array_equal(second.labels, np.arange(150) % 7)
@@ -143,7 +144,7 @@ def test_leftovers_of_a_kill_are_removed(images, tmp_path):
 
 def test_another_process_may_be_first(images, monkeypatch):
     """Two processes make the same cache: the second finds it in place, and uses it."""
-    write, made = data._write_images, []
+    write, made = pipeline._write_images, []
 
     def slow_write(*args):
         result = write(*args)
@@ -152,8 +153,8 @@ def test_another_process_may_be_first(images, monkeypatch):
             made.append(images(source())[:])
         return result
 
-    monkeypatch.setattr(data, "_write_images", slow_write)
-    monkeypatch.setattr(data.os, "getpid", itertools.count().__next__)
+    monkeypatch.setattr(pipeline, "_write_images", slow_write)
+    monkeypatch.setattr(pipeline.os, "getpid", itertools.count().__next__)
     np.testing.assert_array_equal(images(source())[:], made[1])
 
 
@@ -181,7 +182,7 @@ def test_no_room_and_no_right(images, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cache_dir: .*cannot be written"):
         images(source(), cache_dir=str(tmp_path / "file"))
-    monkeypatch.setattr(data.shutil, "disk_usage", lambda _: os.terminal_size((0, 0)) and type("", (), {"free": 1000}))
+    monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
     with pytest.raises(UserError, match=r"free, and the cache takes .*cache_limit_gb"):
         images(source())
 
@@ -198,9 +199,9 @@ def test_on_the_fly_is_the_same(images, tmp_path, capsys):
     for index in (3, slice(5), np.array([149, 0])):
         np.testing.assert_array_equal(decoded[index], cached[index])
     options = {"seed": 0, "batch_size": 8}
-    ahead = data.iterate(data.batches(decoded, **options), 7, decoded.num_threads)
+    ahead = pipeline.iterate(pipeline.batches(decoded, **options), 7, decoded.num_threads)
     for step in range(7, 40):
-        np.testing.assert_array_equal(next(ahead), data.batches(cached, **options)[step])
+        np.testing.assert_array_equal(next(ahead), pipeline.batches(cached, **options)[step])
 
 
 def test_corrupt_on_the_fly(images):
@@ -209,7 +210,7 @@ def test_corrupt_on_the_fly(images):
     found = images(source(damaged=[2, 3]), cache_limit=0, skip_corrupt=True)
     np.testing.assert_array_equal(found[np.array([1, 2])], PICTURES[[1, 4], 1:11])
     broken = images(source(damaged=range(150)), cache_limit=0)
-    ahead = data.iterate(data.batches(broken, seed=0, batch_size=8), 0)
+    ahead = pipeline.iterate(pipeline.batches(broken, seed=0, batch_size=8), 0)
     with pytest.raises(UserError, match="truncated"):
         next(ahead)
 
@@ -221,7 +222,7 @@ NUMBERED = np.arange(20, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 1
 
 
 def batches(**options):
-    return data.batches(NUMBERED, **{"seed": 0, "batch_size": 8} | options)
+    return pipeline.batches(NUMBERED, **{"seed": 0, "batch_size": 8} | options)
 
 
 def test_each_epoch_holds_every_image_once_in_its_own_order():
@@ -253,7 +254,7 @@ def test_batches_follow_the_order():
 
 
 def test_iterate_starts_anywhere():
-    iterator = data.iterate(batches(), 1001)
+    iterator = pipeline.iterate(batches(), 1001)
     for step in range(1001, 1010):
         np.testing.assert_array_equal(next(iterator), batches()[step])
 
@@ -269,7 +270,7 @@ def test_each_process_reads_its_share_alone():
             read.append(len(indices))
             return NUMBERED[indices]
 
-    data.batches(Spy(), seed=0, batch_size=8, process_index=1, process_count=4)[3]
+    pipeline.batches(Spy(), seed=0, batch_size=8, process_index=1, process_count=4)[3]
     assert read == [2]
 
 
@@ -278,7 +279,7 @@ def test_memory_stays_flat(images):
     large = np.random.default_rng(0).integers(0, 256, (5000, 64, 64, 3), np.uint8)
     cached = images(source(large), image_size=64)
     del large
-    ahead = data.iterate(data.batches(cached, seed=0, batch_size=50), 0)
+    ahead = pipeline.iterate(pipeline.batches(cached, seed=0, batch_size=50), 0)
     for _ in range(30):
         next(ahead)
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,0 +1,1 @@
+"""Images from wherever a user keeps them, decoded once, in an order that is a function of the seed."""
