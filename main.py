@@ -21,8 +21,9 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from configs import default
-from diffusion_jax import from_config, hosts
+from diffusion_jax import from_config
 from diffusion_jax.errors import UserError, one_line
+from diffusion_jax.running import hosts
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "config file, see configs/ (to train or to prepare)")
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: config, checkpoints, metrics, samples")

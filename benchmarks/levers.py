@@ -17,8 +17,9 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from diffusion_jax import from_config, hosts
+from diffusion_jax import from_config
 from diffusion_jax.data import pipeline
+from diffusion_jax.running import hosts
 from diffusion_jax.state import init_state, replicate
 from diffusion_jax.step import AXIS, configured_step, pmapped, resident, several
 

@@ -21,8 +21,9 @@ from absl import app, flags
 
 from benchmarks import unet
 from benchmarks.unet import BATCH, CONFIG, PLATFORM, STEPS
-from diffusion_jax import from_config, hosts
+from diffusion_jax import from_config
 from diffusion_jax.interop import diffusers
+from diffusion_jax.running import hosts
 from diffusion_jax.state import init_state
 
 TORCH = flags.DEFINE_string("torch", None, "Python of the environment with torch and diffusers", required=True)

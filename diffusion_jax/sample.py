@@ -12,10 +12,11 @@ import tqdm
 from etils import epath
 from jax.experimental import multihost_utils
 
-from diffusion_jax import checkpoint, from_config, sampling
+from diffusion_jax import from_config, sampling
 from diffusion_jax.errors import UserError
 from diffusion_jax.interop import export
 from diffusion_jax.pictures import grids
+from diffusion_jax.running import checkpoint
 from diffusion_jax.state import abstract_state
 
 SHARD = 1024  # images of one file

@@ -14,12 +14,13 @@ import tqdm
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from diffusion_jax import checkpoint, from_config, hosts
+from diffusion_jax import from_config
 from diffusion_jax.data import pipeline
 from diffusion_jax.errors import UserError
-from diffusion_jax.log import MetricsLog
 from diffusion_jax.pictures import grids
 from diffusion_jax.planning import programs
+from diffusion_jax.running import checkpoint, hosts
+from diffusion_jax.running.log import MetricsLog
 from diffusion_jax.state import TrainState, abstract_state, init_state, replicate
 from diffusion_jax.step import AXIS, configured_step, pmapped, resident, several
 

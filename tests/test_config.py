@@ -9,8 +9,9 @@ import pytest
 from conftest import tiny_config
 
 from configs import default
-from diffusion_jax import checkpoint, from_config, schedule, unet
+from diffusion_jax import from_config, schedule, unet
 from diffusion_jax.errors import UserError
+from diffusion_jax.running import checkpoint
 
 NAMES = sorted(path.stem for path in pathlib.Path(default.__file__).parent.glob("*.py"))
 

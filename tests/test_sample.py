@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from diffusion_jax import checkpoint, sample, state
+from diffusion_jax import sample, state
 from diffusion_jax.errors import UserError
+from diffusion_jax.running import checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,8 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
-from diffusion_jax import checkpoint
 from diffusion_jax.errors import UserError
+from diffusion_jax.running import checkpoint
 from diffusion_jax.state import abstract_state
 from tools import bad_inputs
 

@@ -18,12 +18,13 @@ import tqdm
 from jax.experimental import multihost_utils
 from scipy.special import gammaln
 
-from diffusion_jax import checkpoint, from_config, likelihood, sample, schedule
+from diffusion_jax import from_config, likelihood, sample, schedule
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import inception, metrics, monitor, quality
 from diffusion_jax.evaluation.report import report
 from diffusion_jax.pictures import grids
 from diffusion_jax.pictures.shows import show
+from diffusion_jax.running import checkpoint
 
 _SECTIONS = {"samples": "Samples", "samples_to_statistics": "Samples against saved statistics"}
 MANY = 10_000  # images, at most, that PNG and histograms code, and held-out ones whose neighbours are looked for

@@ -13,8 +13,9 @@ import jax
 import numpy as np
 from etils import epath
 
-from diffusion_jax import checkpoint, sample
+from diffusion_jax import sample
 from diffusion_jax.errors import UserError, one_line
+from diffusion_jax.running import checkpoint
 from diffusion_jax.state import abstract_state
 
 GRIDS = 12  # of samples that are shown

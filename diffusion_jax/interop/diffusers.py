@@ -17,8 +17,9 @@ from ml_collections import ConfigDict
 from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
-from diffusion_jax import checkpoint, from_config
+from diffusion_jax import from_config
 from diffusion_jax.errors import UserError, one_line
+from diffusion_jax.running import checkpoint
 from diffusion_jax.sample import ema_params, read_config
 from diffusion_jax.state import TrainState, abstract_state
 

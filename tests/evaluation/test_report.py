@@ -15,10 +15,10 @@ import pytest
 from conftest import tiny_config
 from PIL import Image
 
-from diffusion_jax import checkpoint
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import report
 from diffusion_jax.pictures import grids
+from diffusion_jax.running import checkpoint
 
 VOID = {"meta", "img"}
 LINE = {"loss": 0.5, "grad_norm": 1.0, "param_norm": 9.0, "learning_rate": 1e-3, "images_per_second": 50.0}

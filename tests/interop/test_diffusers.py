@@ -13,9 +13,10 @@ from safetensors import numpy as safetensors
 
 import diffusion_jax
 from configs import cifar10, default
-from diffusion_jax import checkpoint, from_config, sample, state, train
+from diffusion_jax import from_config, sample, state, train
 from diffusion_jax.errors import UserError
 from diffusion_jax.interop import diffusers
+from diffusion_jax.running import checkpoint
 from tools import pretrained_fixture
 from tools.pretrained_fixture import FOLDER
 

@@ -5,7 +5,7 @@ import json
 from etils import epath
 
 from diffusion_jax.evaluation import report
-from diffusion_jax.log import MetricsLog
+from diffusion_jax.running.log import MetricsLog
 
 
 def test_a_look_at_the_run_leaves_the_curve_of_the_loss_true(tmp_path):

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from diffusion_jax import checkpoint
 from diffusion_jax.errors import UserError
+from diffusion_jax.running import checkpoint
 from tools import torture
 
 

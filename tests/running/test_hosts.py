@@ -3,8 +3,8 @@ import signal
 
 import pytest
 
-from diffusion_jax import hosts
 from diffusion_jax.errors import UserError
+from diffusion_jax.running import hosts
 
 
 def test_signals_are_kept_for_the_loop():
