@@ -9,7 +9,7 @@ Known numbers: Ho et al. did not train on it; Song et al. (DDIM, 2021, table 1) 
 3.26 for their DDPM with the fixed-large variance and 1000 steps. Not run to its end here.
 """
 
-from configs import default
+from diffusion_jax.configs import default
 
 
 def get_config():

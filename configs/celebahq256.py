@@ -9,7 +9,7 @@ Known numbers, of the paper: 113.7M parameters, 500,000 steps; it shows samples 
 no FID. Not run to its end here.
 """
 
-from configs import default
+from diffusion_jax.configs import default
 
 
 def get_config():

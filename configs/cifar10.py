@@ -8,7 +8,7 @@ Known numbers, of the paper (table 1): FID 3.17 and inception score 9.46 on 50,0
 samples after 800,000 steps; 35.7M parameters. Not run to its end here.
 """
 
-from configs import default
+from diffusion_jax.configs import default
 
 
 def get_config():

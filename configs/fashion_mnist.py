@@ -7,7 +7,7 @@ With the idx files add --config.data.path=FOLDER (docs/data.md).
 Known numbers: none; this configuration has not been run to its end.
 """
 
-from configs import default
+from diffusion_jax.configs import default
 
 
 def get_config():

@@ -8,7 +8,7 @@ Known numbers, of the paper (table 3): FID 7.89 on church after 1.2M steps, 6.36
 bedroom after 2.4M, 19.75 on cat after 1.8M. Not run to its end here.
 """
 
-from configs import celebahq256
+from diffusion_jax.configs import celebahq256
 
 
 def get_config():

@@ -5,7 +5,7 @@ python main.py --config=configs/tiny.py --workdir=runs/tiny
 Known numbers: none; its samples are noise.
 """
 
-from configs import digits
+from diffusion_jax.configs import digits
 
 
 def get_config():

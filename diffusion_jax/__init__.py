@@ -1,22 +1,33 @@
 """DDPM as pure functions in JAX and Flax.
 
-`load` and `load_network` are what a notebook needs; the modules are imported by name,
-e.g. `from diffusion_jax import schedule, sampling`.
+A notebook needs `load` and `load_network`. The modules are imported by name, e.g.
+`from diffusion_jax import schedule, sampling`.
 """
 
 import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from diffusion_jax.interop.export import load_exported
-    from diffusion_jax.sample import load, load_network
+    from diffusion_jax.interop.export import load_exported as load_exported
+    from diffusion_jax.sample import load as load
+    from diffusion_jax.sample import load_network as load_network
 
-__all__ = ["load", "load_exported", "load_network"]
+# Imported on first use: the mathematics alone needs neither Flax nor Orbax.
+_FUNCTIONS = {
+    "load": "diffusion_jax.sample",
+    "load_network": "diffusion_jax.sample",
+    "load_exported": "diffusion_jax.interop.export",
+}
+
+__all__ = ["__version__", "load", "load_exported", "load_network"]
+__version__ = "0.1.0"
 
 
-def __getattr__(name):
-    """Imports on first use: the mathematics alone needs neither Flax nor Orbax."""
-    if name in __all__:
-        module = "diffusion_jax.interop.export" if name == "load_exported" else "diffusion_jax.sample"
-        return getattr(importlib.import_module(module), name)
+def __getattr__(name: str) -> object:
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(_FUNCTIONS[name]), name)
     raise AttributeError(f"module 'diffusion_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

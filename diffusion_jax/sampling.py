@@ -235,7 +235,11 @@ def _check_grid(s, ts):
     return jnp.asarray(ts, jnp.int32)
 
 
-def make_sample(
+def image_keys(rng, indices):
+    return jax.vmap(jax.random.fold_in, (None, 0))(rng, indices)
+
+
+def make_indexed_sample_fn(
     apply_fn: Callable, s: Schedule, sigma, image_shape, clip=None, chain: Callable | None = None, window=None
 ) -> Callable:
     """sample(params, rng, indices [n], s=s, sigma=sigma) -> float32 [n, H, W, C]: images `indices` on one device.
@@ -279,7 +283,7 @@ def make_sample_fn(
     num, *image_shape = shape
     devices = jax.local_devices()[:num]
     per_device = -(-num // len(devices))
-    sample = make_sample(apply_fn, s, sigma, image_shape, clip, chain, window)
+    sample = make_indexed_sample_fn(apply_fn, s, sigma, image_shape, clip, chain, window)
     # The schedule is an argument, not a constant: the program is then the same for every T.
     pmapped = jax.pmap(sample, in_axes=(None, None, 0, None, None), devices=devices)
 

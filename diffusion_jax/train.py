@@ -7,212 +7,241 @@ import itertools
 import math
 import sys
 import time
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 import tqdm
+from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from diffusion_jax import from_config
-from diffusion_jax.data import pipeline
-from diffusion_jax.errors import UserError
+from diffusion_jax import parts, step
+from diffusion_jax.data import cache, pipeline, pixels
+from diffusion_jax.errors import UserError, one_line
 from diffusion_jax.pictures import grids
 from diffusion_jax.planning import programs
 from diffusion_jax.running import checkpoint, hosts
+from diffusion_jax.running import workdir as workdirs
+from diffusion_jax.running.config import check_batch, check_same_run
 from diffusion_jax.running.log import MetricsLog
-from diffusion_jax.state import TrainState, abstract_state, init_state, replicate
-from diffusion_jax.step import AXIS, configured_step, pmapped, resident, several
+from diffusion_jax.step import AXIS, TrainState
 
-_TIGHT = 0.9  # of a device's memory, from which on a warning is due
+_KINDS = ("sample", "evaluate", "checkpoint")  # of work that is due every so many steps, train.<kind>_every
+_TIGHT = 0.9  # share of a device's memory above which the step gets a warning
 
 
-def train(config: ConfigDict, workdir: str) -> TrainState:
-    """Trains to config.train.num_steps, from the last checkpoint of `workdir` if there is one.
+def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
+    """Trains to config.train.num_steps, from the last checkpoint of `workdir` if it has one.
 
     Returns:
       The final state, NumPy arrays.
 
     Raises:
-      UserError: the config, data or workdir cannot be used.
-      FloatingPointError: too many losses or gradients in a row that are not finite.
-      hosts.Stopped: told to by a signal, after saving.
+      UserError: the config, the data or the workdir cannot be used.
+      FloatingPointError: too many losses or gradients in a row are not finite.
+      hosts.Stopped: a signal stopped the run, which has saved its state.
     """
     began = time.monotonic()
-    devices, processes = jax.device_count(), jax.process_count()
-    main = jax.process_index() == 0  # the process that writes and prints
-    workdir = checkpoint.absolute(workdir)
-    dataset_images, dataset = _begin(config, workdir, main)
+    folder, run = workdirs.absolute(workdir), parts.build(config)
+    images = _begin(config, folder)
+    sample_fn = run.sample_fn()
+    monitor = _monitor(config, run, images) if config.train.evaluate_every else None
+    indices = _indices(config.train.batch_size)
+    is_main_process = jax.process_index() == 0  # it writes and prints
 
-    sample_fn = from_config.sample_fn(config)
-    monitor = _monitor(config, dataset_images) if config.train.evaluate_every else None
-    local = (jax.local_device_count(), config.train.batch_size // devices)
-    indices = (jax.process_index() + processes * np.arange(math.prod(local))).reshape(local)
-
-    with checkpoint.open_manager(workdir, config.train.keep_checkpoints) as manager:
-        state = checkpoint.restore(manager, abstract_state(config), set_aside=True) or init_state(config)
+    with checkpoint.open_manager(folder, config.train.keep_checkpoints) as manager:
+        state = checkpoint.restore(manager, run.abstract_state(), set_aside=True) or run.init_state()
         start = int(state.step)
-        if main:
-            num_parameters = sum(x.size for x in jax.tree.leaves(state.params))
-            print(f"{num_parameters:,} parameters, {devices} {jax.devices()[0].platform} device(s), from step {start}")
-        state = replicate(state, AXIS)
-        dispatches = list(_dispatches(config, start))
-        program, feed = _program(config, dataset_images, dataset, start, [k for k, _ in dispatches], local)
-        if dispatches and (room := programs.room(jax.local_devices()[0])):
-            pixels = next(feed)
-            feed = itertools.chain([pixels], feed)
-            lowered = program(dispatches[0][0]).lower(state, (pixels, indices))  # which it need not do again
-            _foresee(config, lowered, room, config.train.num_steps - start, main)
+        if is_main_process:
+            _announce(state, start)
+        state = step.replicate(state)
+        dispatches = list(_dispatches(config.train, start))
+        program, feed = _program(config, run, images, start, [k for k, _ in dispatches], indices.shape)
+        if dispatches:
+            batch = next(feed)
+            feed = itertools.chain([batch], feed)
+            _foresee(config, program(dispatches[0][0]), (state, (batch, indices)), config.train.num_steps - start)
 
         with (
             hosts.StopSignals() as signals,
-            MetricsLog(workdir, start, config.train.log_every) if main else contextlib.nullcontext() as log,
-            _progress(config, start) as bar,
+            MetricsLog(folder, start, config.train.log_every) if is_main_process else contextlib.nullcontext() as log,
+            _progress(start, config.train.num_steps) as bar,
         ):
-            watch = _Watch(config, manager, log, bar, began)
-            for k, step in dispatches:
+            watch = _Watch(config.train, run.learning_rate, manager, log, bar, began)
+            for k, end in dispatches:
                 state, metrics = program(k)(state, (next(feed), indices))
-                watch.add(step - k + 1, k, metrics)
+                watch.add(end - k + 1, k, metrics)
                 checkpoint.check(manager)
 
-                draws = _due(config.train.sample_every, step)
-                looks = _due(config.train.evaluate_every, step)
-                saves = _due(config.train.checkpoint_every, step) or step == config.train.num_steps
-                signum = signals.agreed(manager, step)
-                # Drawing takes a while: whoever is stopped meanwhile has lost nothing.
-                if saves or draws or looks or signum:
-                    watch.rest()
-                    checkpoint.save(manager, step, state)
+                due = {kind: _is_due(config.train[f"{kind}_every"], end) for kind in _KINDS}
+                signum = signals.agreed(manager, end)
+                # Samples and evaluations take a while: the state is saved before them.
+                if any(due.values()) or signum or end == config.train.num_steps:
+                    watch.finish()
+                    checkpoint.save(manager, end, state)
                 if signum:
                     checkpoint.wait(manager)
                     raise hosts.Stopped(
-                        f"stopped by a signal after step {step}, which is saved: the same command goes on", signum
+                        f"stopped by a signal after step {end}, which is saved: the same command goes on", signum
                     )
-                if looks:
+                if due["evaluate"]:
                     asked = time.monotonic()
-                    seen = monitor(jax.device_get(state.ema_params), step, workdir, main)
-                    if main:
-                        log.add_seen(step, seen, time.monotonic() - asked)
-                if draws:
-                    _draw(sample_fn, state, config.seed, workdir, main)
+                    measured = monitor(jax.device_get(state.ema_params), end, folder)
+                    if is_main_process:
+                        log.add_seen(end, measured, time.monotonic() - asked)
+                if due["sample"]:
+                    _draw_grid(sample_fn, state, config.seed, folder)
 
     state = jax.device_get(state)
-    grid = _draw(sample_fn, state, config.seed, workdir, main)
-    if main:
+    grid = _draw_grid(sample_fn, state, config.seed, folder)
+    if is_main_process:
         print(f"trained to step {state.step}; samples: {grid}")
     return state
 
 
-def _begin(config, workdir, main):
-    """(images, their batches), after all that can be refused was; the workdir then holds the config."""
+# ---------------------------------------------------------------- before the loop
+
+
+def prepare(config: ConfigDict) -> None:
+    """Opens the data set of a config, which makes its cache, and prints its size and place.
+
+    Raises:
+      UserError: see `sources.open_source` and `cache.open_images`.
+    """
+    start = time.monotonic()
+    images = parts.images(config)
+    count, height, width, channels = images.shape
+    place = f"cache: {images.folder}" if isinstance(images, cache.Cached) else "no cache"
+    print(f"{count:,} images, {height}x{width}x{channels}, ready in {time.monotonic() - start:.1f} s; {place}")
+
+
+def _begin(config, folder):
+    """Validates everything, writes config.json and returns the images."""
     check_batch(config, jax.device_count())
-    if (earlier := checkpoint.read_config(workdir)) is not None:
-        from_config.check_same_run(earlier, config, workdir)
-    dataset_images = from_config.images(config)
-    dataset = pipeline.batches(
-        dataset_images,
-        seed=config.seed,
-        batch_size=config.train.batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    if main:
-        checkpoint.write_config(workdir, config)
-    hosts.check_shared(workdir)
-    s = from_config.schedule(config)
-    if main and s.alpha_bar[-1] > 0.05:
+    if workdirs.holds_run(folder):
+        check_same_run(workdirs.read_config(folder), config, folder)
+    images = parts.images(config)
+    if jax.process_index() == 0:
+        workdirs.write_config(folder, config)
+    hosts.check_shared(folder)
+    alpha_bar = float(parts.schedule(config).alpha_bar[-1])
+    if jax.process_index() == 0 and alpha_bar > 0.05:
         print(
-            f"warning: alpha_bar_T = {s.alpha_bar[-1]:.3f}: x_T still holds that share of the image, sampling starts "
+            f"warning: alpha_bar_T = {alpha_bar:.3f}: x_T still holds that share of the image, sampling starts "
             "without it; choose another config.schedule.name or a larger config.schedule.num_steps"
         )
-    return dataset_images, dataset
+    return images
 
 
-class _Watch:
-    """Looks at the metrics of the steps, two dispatches late, so that the device never runs dry."""
-
-    def __init__(self, config, manager, log, bar, began):
-        self._config, self._manager, self._log, self._bar, self._began = config, manager, log, bar, began
-        self._learning_rate = from_config.learning_rate(config)
-        self._pending, self._bad_steps = collections.deque(), 0
-
-    def add(self, first, k, metrics):
-        """Metrics [D, k] of the k steps from `first`, which may be still to come."""
-        self._pending.append((first, k, metrics))
-        if len(self._pending) > 2:  # by now this one is done, or nearly
-            self._oldest()
-
-    def rest(self):
-        while self._pending:
-            self._oldest()
-
-    def _oldest(self):
-        first, k, metrics = self._pending.popleft()
-        metrics = {name: np.asarray(value)[0] for name, value in jax.device_get(metrics).items()}  # of one device
-        if self._log and self._began:
-            self._bar.write(f"first step after {time.monotonic() - self._began:.1f} s, compiled", file=sys.stdout)
-            self._began = None
-        for i in range(k):
-            self._look(first + i, {name: float(value[i]) for name, value in metrics.items()})
-        self._bar.update(k)
-
-    def _look(self, step, line):
-        train = self._config.train
-        self._bad_steps = self._bad_steps + 1 if line["skipped"] else 0
-        if self._bad_steps > train.max_bad_steps or not math.isfinite(line["param_norm"]):
-            raise FloatingPointError(_not_finite(step, line, self._manager))
-        line["learning_rate"] = float(self._learning_rate(step - 1))
-        if self._log and (line := self._log.add(step, line, train.batch_size)):
-            self._bar.set_postfix_str(f"loss {line['loss'] or math.nan:.4f}, {line['images_per_second']:.0f} images/s")
+def _indices(batch_size):
+    """Returns the numbers of this process's examples in the global batch, int [D, B] for its D devices."""
+    shape = (jax.local_device_count(), batch_size // jax.device_count())
+    return (jax.process_index() + jax.process_count() * np.arange(math.prod(shape))).reshape(shape)
 
 
-def _due(every, step):
-    """Whether something that is done every so many steps, 0: never, is to be done after this one."""
-    return bool(every) and step % every == 0
+def _announce(state, start):
+    num_parameters = sum(x.size for x in jax.tree.leaves(state.params))
+    devices = f"{jax.device_count()} {jax.devices()[0].platform} device(s)"
+    print(f"{num_parameters:,} parameters, {devices}, from step {start}")
 
 
-def check_batch(config: ConfigDict, devices: int) -> None:
-    """Raises UserError unless the batch divides among the devices, and a device's share among its parts."""
-    batch, parts = config.train.batch_size, config.train.accumulate
-    if batch % (devices * parts):
-        among = f"{devices} devices" + (f" of config.train.accumulate={parts} parts each" if parts > 1 else "")
-        raise UserError(
-            f"config.train.batch_size={batch} does not divide among {among}: make it a multiple of {devices * parts}"
+def _monitor(config, run, images):
+    from diffusion_jax.evaluation.monitor import Monitor  # imports SciPy and scikit-learn, which takes a second
+
+    held_out = parts.images(config, config.data.test_split) if config.data.test_split else None
+    return Monitor(run, images, held_out)
+
+
+def _dispatches(train, start):
+    """Yields (k, end): k steps in one program, the last of which is `end`.
+
+    A dispatch ends where something is due after a step, at the same steps whatever `start` is.
+    """
+    every = [train.steps_per_dispatch, train.checkpoint_every, train.sample_every, train.evaluate_every]
+    while start < train.num_steps:
+        end = min(train.num_steps, *(start - start % n + n for n in every if n))
+        yield end - start, end
+        start = end
+
+
+def _program(config, run, images, start, ks, shape):
+    """Returns (k -> the program of k steps on all devices, an iterator over the batches of the dispatches `ks`)."""
+    batch_size = config.train.batch_size
+    if config.data.on_device:
+        several = functools.cache(
+            lambda k: step.pmapped(step.resident(run.train_step, k, config.seed, batch_size), batch_axis=None)
         )
+        return several, itertools.repeat(step.replicate(images.examples(np.arange(len(images)))))
+    several = step.pmapped(step.several(run.train_step))  # as many as there are batches
+    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    dataset = pipeline.batches(images, seed=config.seed, batch_size=batch_size, **processes)
+    return lambda k: several, _to_devices(pipeline.iterate(dataset, start, images.num_threads), ks, shape)
 
 
-def _foresee(config, lowered, room, num_steps, main):
-    """Says what the steps to come need, as --mode=plan does. UserError if they do not fit into `room` bytes."""
-    device, num_devices = jax.local_devices()[0], jax.device_count()
+def _to_devices(
+    batches: Iterator[dict[str, np.ndarray]], ks: list[int], shape: tuple[int, int]
+) -> Iterator[dict[str, jax.Array]]:
+    """Yields batches of k steps, arrays [D, k, B, …] on the D local devices; two are on their way ahead of need."""
+    sharding = NamedSharding(Mesh(np.array(jax.local_devices()), (AXIS,)), PartitionSpec(AXIS))
+    ahead = collections.deque()
+
+    def stacked(*steps):
+        array = np.stack(steps)
+        return array.reshape(len(steps), *shape, *array.shape[2:]).swapaxes(0, 1)
+
+    for k in ks:
+        ahead.append(jax.device_put(jax.tree.map(stacked, *itertools.islice(batches, k)), sharding))
+        if len(ahead) > 2:
+            yield ahead.popleft()
+    yield from ahead
+
+
+# ---------------------------------------------------------------- memory and time, foreseen
+
+
+def _foresee(config, program, args, num_steps):
+    """Prints the memory and the least time of the steps to come.
+
+    Only a program that does not fit stops the run: an estimate that fails for another reason is left out.
+
+    Raises:
+      UserError: the program does not fit into a device.
+    """
+    device = jax.local_devices()[0]
+    room = programs.room(device)
+    if not room:
+        return
     try:
-        program = programs.compiled(lowered)
+        compiled = programs.compiled(program.lower(*args))  # kept: the first step does not compile again
+        peak = programs.memory_needed(compiled)
+        seconds = programs.least_seconds(compiled, device, config.train.accumulate)
     except programs.DoesNotFit as error:
         raise does_not_fit(config, device.device_kind, programs.shortage(error)) from None
-    need = programs.needs(program, programs.chip_of(device), num_devices, config.train.accumulate)
-    peak = need["memory"]["peak"]
+    except Exception as error:  # whatever a backend does not implement
+        print(f"no estimate of memory and time ({one_line(error, 200)})")
+        return
     sizes = f"{peak / 2**30:.2f} of {room / 2**30:.2f} GiB"
     if peak > room:
         raise does_not_fit(config, device.device_kind, sizes)
-    if not main:
+    if jax.process_index() != 0:
         return
-    if line := need["roofline"]:
-        hours = line["seconds"] * num_steps / 3600
-        print(
-            f"estimate: at least {line['seconds'] * 1e3:.3g} ms a step, {hours:.3g} hours to the end; {sizes} a device"
-        )
+    if seconds:
+        hours = seconds * num_steps / 3600
+        print(f"estimate: at least {seconds * 1e3:.3g} ms a step, {hours:.3g} hours to the end; {sizes} a device")
     if peak > _TIGHT * room:
-        print(f"warning: the step takes {sizes} of a device: should it run out of memory, {mends(config)}")
+        print(f"warning: the step takes {sizes} of a device: should it run out of memory, {remedies(config)}")
 
 
 def does_not_fit(config: ConfigDict, device: str, sizes: str) -> UserError:
-    """What to say of a train step that is too large for a device."""
+    """Returns the error for a train step that is too large for a device."""
     return UserError(
-        f"config.train.batch_size={config.train.batch_size} does not fit into a {device} ({sizes}): {mends(config)}"
+        f"config.train.batch_size={config.train.batch_size} does not fit into a {device} ({sizes}): {remedies(config)}"
     )
 
 
-def mends(config: ConfigDict) -> str:
-    """What makes the train step smaller, and is not done yet."""
+def remedies(config: ConfigDict) -> str:
+    """Returns the memory-saving options that are not enabled yet, in words."""
     train = config.train
     options = [
         None if config.model.dtype == "bfloat16" else "config.model.dtype=bfloat16",
@@ -223,64 +252,66 @@ def mends(config: ConfigDict) -> str:
     return f"set {', '.join(filter(None, options))}, lower config.train.batch_size, or take more devices"
 
 
-def _dispatches(config, start):
-    """(k, the step after): the steps to take at a time. Where something is to be done after a step, they end there.
-
-    Whatever `start` is, they end at the same steps.
-    """
-    train, step = config.train, start
-    every = [
-        n for n in (train.steps_per_dispatch, train.checkpoint_every, train.sample_every, train.evaluate_every) if n
-    ]
-    while step < train.num_steps:
-        end = min(train.num_steps, *(step - step % n + n for n in every))
-        yield end - step, end
-        step = end
+# ---------------------------------------------------------------- in the loop
 
 
-def _program(config, dataset_images, dataset, start, ks, local):
-    """(k -> k steps on all devices, the images for each of the dispatches `ks`)."""
-    step = configured_step(config)
-    if config.data.on_device:
-        on_all = functools.cache(lambda k: pmapped(resident(step, k, config.seed, config.train.batch_size), None))
-        return on_all, itertools.repeat(replicate(dataset_images[:], AXIS))
-    on_all = pmapped(several(step))  # of as many as there are images for
-    return lambda k: on_all, _to_devices(pipeline.iterate(dataset, start, dataset_images.num_threads), ks, local)
+class _Watch:
+    """Reads the metrics of the steps two dispatches late, so that the device never runs dry."""
+
+    def __init__(self, train, learning_rate, manager, log, bar, began):
+        self._train, self._learning_rate = train, learning_rate
+        self._manager, self._log, self._bar, self._began = manager, log, bar, began
+        self._pending, self._bad_steps = collections.deque(), 0
+
+    def add(self, first, k, metrics):
+        """Takes the metrics [D, k] of the k steps from `first`, which may not have run yet."""
+        self._pending.append((first, k, metrics))
+        if len(self._pending) > 2:  # by now the oldest has run, or nearly
+            self._read_oldest()
+
+    def finish(self):
+        """Reads the metrics of all steps so far."""
+        while self._pending:
+            self._read_oldest()
+
+    def _read_oldest(self):
+        first, k, metrics = self._pending.popleft()
+        metrics = {name: np.asarray(value)[0] for name, value in jax.device_get(metrics).items()}  # of one device
+        if self._log and self._began:
+            self._bar.write(f"first step after {time.monotonic() - self._began:.1f} s, compiled", file=sys.stdout)
+            self._began = None
+        for i in range(k):
+            self._read(first + i, {name: float(value[i]) for name, value in metrics.items()})
+        self._bar.update(k)
+
+    def _read(self, number, line):
+        self._bad_steps = self._bad_steps + 1 if line["skipped"] else 0
+        if self._bad_steps > self._train.max_bad_steps or not math.isfinite(line["param_norm"]):
+            raise FloatingPointError(_not_finite(number, line, self._manager))
+        line["learning_rate"] = float(self._learning_rate(number - 1))
+        if self._log and (line := self._log.add(number, line, self._train.batch_size)):
+            self._bar.set_postfix_str(f"loss {line['loss'] or math.nan:.4f}, {line['images_per_second']:.0f} images/s")
 
 
-def _to_devices(batches, ks, local):
-    """Yields uint8 [D, k, B, H, W, C] that lie on the D local devices; two are on their way ahead of need."""
-    sharding = NamedSharding(Mesh(np.array(jax.local_devices()), (AXIS,)), PartitionSpec(AXIS))
-    ahead = collections.deque()
-    for k in ks:
-        pixels = np.stack(list(itertools.islice(batches, k)))
-        pixels = pixels.reshape(k, *local, *pixels.shape[2:]).swapaxes(0, 1)
-        ahead.append(jax.device_put(pixels, sharding))
-        if len(ahead) > 2:
-            yield ahead.popleft()
-    yield from ahead
+def _is_due(every: int, number: int) -> bool:
+    """True if step `number` is a multiple of `every`; 0 means never."""
+    return bool(every) and number % every == 0
 
 
-def _draw(sample_fn, state, seed, workdir, main):
-    """Makes the grid of samples of this step, unless it is there already; process `main` writes it."""
-    path = workdir / "samples" / f"{state.step}.png"
+def _draw_grid(sample_fn, state, seed, folder) -> epath.Path:
+    """Draws the grid of samples of this step unless it exists; returns its path."""
+    path = folder / "samples" / f"{state.step}.png"
     if not path.exists():
         x = sample_fn(jax.device_get(state.ema_params), jax.random.key(seed))
-        if main:
-            grids.save_png(path, grids.grid(grids.to_uint8(x)))
+        if jax.process_index() == 0:
+            grids.save_png(path, grids.grid(pixels.to_uint8(x)))
     return path
 
 
-def _monitor(config, dataset_images):
-    from diffusion_jax.evaluation.monitor import Monitor  # imports SciPy and scikit-learn, which takes a second
-
-    return Monitor(config, dataset_images)
-
-
-def _progress(config, start):
+def _progress(start, num_steps):
     return tqdm.tqdm(
         initial=start,
-        total=config.train.num_steps,
+        total=num_steps,
         unit="step",
         desc="training",
         mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds; a log file needs fewer lines
@@ -288,10 +319,10 @@ def _progress(config, start):
     )
 
 
-def _not_finite(step, metrics, manager):
+def _not_finite(number, metrics, manager):
     name = next(name for name in ("loss", "grad_norm", "param_norm") if not math.isfinite(metrics[name]))
     return (
-        f"{name} is {metrics[name]} at step {step}; the last checkpoint is of step {manager.latest_step()}: lower "
+        f"{name} is {metrics[name]} at step {number}; the last checkpoint is of step {manager.latest_step()}: lower "
         "config.train.learning_rate, try float32 if config.model.dtype is bfloat16, or leave such steps out with "
         "config.train.max_bad_steps"
     )

@@ -1,37 +1,36 @@
-"""The numbers of a run for a table: bits/dim, rate and distortion, the loss by t, and the quality of samples.
+"""The evaluation of a run: bits/dim, rate and distortion, the loss by t, and the quality of samples.
 
-Everything goes to <workdir>/evaluation/<step>/: evaluation.json for machines, evaluation.md for people.
+All files go to <workdir>/evaluation/<step>/: evaluation.json for machines, evaluation.md for people.
 """
 
 import dataclasses
 import functools
 import hashlib
-import io
 import json
 import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import tqdm
-from jax.experimental import multihost_utils
-from scipy.special import gammaln
+from etils import epath
 
-from diffusion_jax import from_config, likelihood, sample, schedule
+from diffusion_jax import likelihood, parts, schedule
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation import inception, metrics, monitor, quality
+from diffusion_jax.evaluation import bound, inception, metrics, monitor, quality
 from diffusion_jax.evaluation.report import report
 from diffusion_jax.pictures import grids
 from diffusion_jax.pictures.shows import show
-from diffusion_jax.running import checkpoint
+from diffusion_jax.running import checkpoint, files
+from diffusion_jax.running.tables import markdown_table
+from diffusion_jax.running.workdir import absolute, read_config
+from diffusion_jax.sample import ema_params, read_images
 
 _SECTIONS = {"samples": "Samples", "samples_to_statistics": "Samples against saved statistics"}
-MANY = 10_000  # images, at most, that PNG and histograms code, and held-out ones whose neighbours are looked for
+MANY = 10_000  # largest number of held-out images whose nearest training images are searched
 
 
 def evaluate(
-    workdir,
+    workdir: epath.PathLike,
     *,
     seed: int = 0,
     num: int | None = None,
@@ -40,57 +39,60 @@ def evaluate(
     inception_path: str = "",
     reference: str = "",
 ) -> dict:
-    """Evaluates the last checkpoint of a run; goes on where an evaluation with the same arguments was stopped.
+    """Evaluates the last checkpoint of a run; resumes an evaluation with the same arguments.
 
     Args:
-      seed: of the noise, and of the choice of images.
+      seed: the seed of the noise and of the choice of images.
       num: images of each split, drawn without repetition; None: all.
-      splits: of the data set; default: config.data.split and config.data.test_split.
-      samples: what --mode=sample has written, to be compared with the first split; "": likelihood alone.
+      splits: splits of the data set; default: config.data.split and config.data.test_split.
+      samples: a file or folder that --mode=sample wrote, to be compared with the first split; "": the
+        likelihood alone.
       inception_path: weights of Inception v3, see `inception`; "": the features are pixels.
-      reference: statistics that another evaluation has saved, to be compared with in place of a split.
+      reference: statistics that another evaluation saved, to be compared with in place of a split.
 
     Returns:
-      What evaluation.json holds.
+      The content of evaluation.json.
 
     Raises:
-      UserError: no run, no checkpoint, no such split; samples or statistics that cannot be used.
+      UserError: there is no run, no checkpoint or no such split; samples or statistics cannot be used.
     """
     if num is not None and num < 1:
         raise UserError(f"--num={num} must be at least 1")
-    config = sample.read_config(workdir)
+    config = read_config(workdir)
+    run = parts.build(config)
     splits = splits or tuple(filter(None, (config.data.split, config.data.test_split)))
     extractor = _extractor(inception_path)
     generated = quality.read_samples(samples) if samples else None
     saved = quality.load_statistics(reference) if reference else None
     if reference and generated is None:
         raise UserError(f"--reference={reference} is to be compared with --samples: give them")
-    datasets = {split: _images(config, workdir, split) for split in splits}
-    step, params = sample.ema_params(config, workdir)
-    folder = checkpoint.absolute(workdir) / "evaluation" / str(step)
-    main = jax.process_index() == 0
-    if main:
-        folder.mkdir(parents=True, exist_ok=True)
-    result = {"step": step, "seed": seed, "protocol": _protocol(config, seed), "splits": {}}
-    result |= _of_earlier(folder)
+    datasets = {split: read_images(config, workdir, split) for split in splits}
+    step, params = ema_params(run, workdir)
+    folder = absolute(workdir) / "evaluation" / str(step)
+    sigma_name, sigma = _deviations(config, run)
+    result = {"step": step, "seed": seed, "protocol": _protocol(run, sigma_name, seed), "splits": {}}
+    result |= _earlier_samples(folder)
     for split, dataset in datasets.items():
         chosen = np.sort(np.random.default_rng(seed).permutation(len(dataset))[:num])
-        result["splits"][split] = _of_split(config, params, dataset, chosen, seed, folder / f"bound-{_stem(split)}.npz")
+        partial, identity = folder / f"bound-{_stem(split)}.npz", _identity(config, params, split, chosen, seed)
+        result["splits"][split] = bound.evaluate_split(
+            run, sigma, params, dataset, chosen, seed, config.train.batch_size, partial, identity
+        )
     if generated is not None:
         section = "samples" if saved is None else "samples_to_statistics"
-        result[section] = _of_samples(config, generated, samples, datasets, extractor, saved, seed, folder)
-    if main:
-        (folder / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
-        (folder / "evaluation.md").write_text(markdown(result))
+        result[section] = _evaluate_samples(config, generated, samples, datasets, extractor, saved, seed, folder)
+    if jax.process_index() == 0:
+        files.write_text(folder / "evaluation.json", json.dumps(result, indent=1) + "\n")
+        files.write_text(folder / "evaluation.md", markdown(result))
         print(markdown(result) + f"\n{folder / 'evaluation.json'}")
     show(workdir, "progressive", seed, str(folder / "progressive.png"))
-    if main:
+    if jax.process_index() == 0:
         report(workdir)
     return result
 
 
-def _of_earlier(folder):
-    """What an earlier evaluation of the step has found of samples, which this one replaces only by its like."""
+def _earlier_samples(folder):
+    """Returns the results for samples of an earlier evaluation of the step; a new one replaces only its like."""
     try:
         earlier = json.loads((folder / "evaluation.json").read_text())
         return {name: earlier[name] for name in _SECTIONS if name in earlier}
@@ -102,167 +104,31 @@ def _stem(split):
     return "".join(c if c.isalnum() else "-" for c in split).strip("-")
 
 
-def _images(config, workdir, split):
-    config = config.copy_and_resolve_references()
-    config.data.split = split
-    return sample.read_images(config, workdir)
+def _identity(config, params, split, chosen, seed):
+    """Returns a digest of everything that the numbers of a split depend on."""
+    values = [config.to_dict(), checkpoint.checksums(params), split, chosen.tolist(), seed]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _deviations(config):
-    """The reverse variance of the bound, which the greedy one has not: name and sigma [T + 1]."""
-    s = from_config.schedule(config)
+def _deviations(config, run):
+    """Returns name and sigma [T + 1] of the reverse variance in the bound, which a greedy chain lacks."""
     if config.sampling.sigma == "zero":
-        return "posterior", schedule.sigma_posterior(s)
-    return config.sampling.sigma, from_config.sigma(config)
+        return "posterior", schedule.sigma_posterior(run.schedule)
+    return config.sampling.sigma, run.sigma
 
 
-def _protocol(config, seed):
-    clip = from_config.clip(config)
+def _protocol(run, sigma_name, seed):
     return {
         "bound": "bits/dim by the variational bound over all steps, one draw of noise for each image and step",
         "parameters": "EMA",
-        "sigma": _deviations(config)[0],
-        "clip": None if clip is None else list(clip),
+        "sigma": sigma_name,
+        "clip": None if run.clip is None else list(run.clip),
         "decoder": "exact",
-        "decoder_std": float(likelihood.default_decoder_std(from_config.schedule(config))),
+        "decoder_std": float(likelihood.default_decoder_std(run.schedule)),
         "decoder_std_is": "posterior sigma of t = 2",
-        "T": config.schedule.num_steps,
+        "T": run.schedule.num_steps,
         "seed": seed,
     }
-
-
-# ---------------------------------------------------------------- the bound
-
-
-def _of_split(config, params, dataset, chosen, seed, partial):
-    """What is said of one split, from the images numbered `chosen`."""
-    each, sums = _bound(config, params, dataset, chosen, seed, partial)
-    n, (total, prior, decoder, squared_error) = len(chosen), each.mean(axis=0)
-    terms, squared_errors, losses = sums / n
-    rate, distortion = likelihood.rate_distortion(prior, terms, squared_errors)
-    ts = list(range(1, len(terms) + 1))
-    return {
-        "n": n,
-        "of": len(dataset),
-        "bits_per_dim": total,
-        "standard_error": each[:, 0].std(ddof=1) / math.sqrt(n) if n > 1 else None,
-        "prior": prior,
-        "decoder": decoder,
-        "rate": total - decoder,
-        "distortion": 127.5 * math.sqrt(squared_error),
-        "histogram_bits_per_dim": histogram_bits(dataset[chosen[:MANY]]),
-        "png_bits_per_dim": png_bits(dataset[chosen[:MANY]]),
-        "loss": float(losses.mean()),
-        "loss_by_t": {"t": ts, "loss": _short(losses)},
-        "rate_distortion": {"t": ts, "rate": _short(rate), "distortion": _short(distortion)},
-    }
-
-
-def _short(values):
-    return [float(f"{value:.6g}") for value in values]
-
-
-def _bound(config, params, dataset, chosen, seed, partial):
-    """(each [n, 4]: total, prior, decoder, squared error of t = 1; sums [3, T] over the images of `vlb_by_step`).
-
-    All is kept in the file `partial` after every batch. Image i draws its noise from (seed, i) alone: the
-    numbers do not depend on devices or processes, up to rounding.
-    """
-    processes, devices = jax.process_count(), jax.local_device_count()
-    per_device = max(1, config.train.batch_size // (processes * devices))
-    batch = per_device * devices * processes
-    bound, params, rng = _bound_fn(config), jax.device_put(params), jax.random.key(seed)
-    identity = _identity(config, params, chosen, seed)
-    each, sums = _read_partial(partial, identity, config.schedule.num_steps)
-    if processes > 1:
-        multihost_utils.sync_global_devices("read")  # before process 0 writes
-    with tqdm.tqdm(
-        total=len(chosen), initial=len(each), unit="image", desc=partial.stem, disable=jax.process_index() != 0
-    ) as bar:
-        for first in range(len(each), len(chosen), batch):
-            wanted = chosen[first : first + batch]
-            padded = np.resize(wanted, batch).reshape(processes, devices, per_device)[jax.process_index()]
-            found = jax.device_get(bound(params, rng, dataset[padded], padded))  # [D, B], [D, B, T] thrice
-            if processes > 1:
-                found = multihost_utils.process_allgather(found)
-            prior, *by_step = (np.float64(x).reshape(batch, *x.shape[found[0].ndim :])[: len(wanted)] for x in found)
-            by_step = np.stack(by_step)
-            terms, squared_errors, _ = by_step
-            new = np.stack([prior + terms.sum(axis=1), prior, terms[:, 0], squared_errors[:, 0]], axis=1)
-            each, sums = np.concatenate([each, new]), sums + by_step.sum(axis=1)
-            if jax.process_index() == 0:
-                _write_partial(partial, each, sums, identity)
-            bar.update(len(wanted))
-    return each, sums
-
-
-def _bound_fn(config):
-    """(params, rng, pixels uint8 [D, B, H, W, C], indices [D, B]) -> prior [D, B], and [D, B, T] thrice; pmapped."""
-    apply_fn, s, (_, sigma) = from_config.network(config), from_config.schedule(config), _deviations(config)
-    clip = from_config.clip(config)
-
-    def bound(params, rng, pixels, indices):
-        x_0 = pixels.astype(jnp.float32) / 127.5 - 1
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, indices)
-        eps_bar_fn = functools.partial(apply_fn, {"params": params})
-        prior = likelihood.prior_kl(s, x_0).mean(axis=(1, 2, 3)) / math.log(2)
-        by_step = likelihood.vlb_by_step(eps_bar_fn, s, sigma, x_0, keys, clip=clip)
-        return prior, *(x.T for x in by_step)
-
-    return jax.pmap(bound, in_axes=(None, None, 0, 0))
-
-
-def _identity(config, params, chosen, seed):
-    """Of everything that the numbers depend on."""
-    what = [config.to_dict(), checkpoint.checksums(params), chosen.tolist(), seed]
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
-
-
-def _read_partial(path, identity, num_steps):
-    """What is done already; nothing if the file is of something else."""
-    if path.exists():
-        with path.open("rb") as file, np.load(file) as content:
-            if str(content["identity"]) == identity:
-                return content["each"], content["sums"]
-    return np.zeros((0, 4)), np.zeros((3, num_steps))
-
-
-def _write_partial(path, each, sums, identity):
-    beside = path.with_name(f"{path.name}.partial")
-    with beside.open("wb") as file:
-        np.savez(file, each=each, sums=sums, identity=np.array(identity))
-    beside.replace(path)
-
-
-# ---------------------------------------------------------------- coders to compare with
-
-
-def histogram_bits(pixels) -> float:
-    """Bits/dim of uint8 [n, H, W, C] when each position is coded by the histogram of what was seen there so far.
-
-    An adaptive code, Krichevsky & Trofimov (1981): nothing needs to be sent but the images. Each level counts
-    a part of an image beforehand, the best of 1/2, 1/16 and 1/256.
-    """
-    flat = pixels.reshape(len(pixels), -1)
-    counts = np.stack([np.bincount(column, minlength=256) for column in flat.T])
-
-    def nats(a):
-        return (gammaln(len(flat) + 256 * a) - gammaln(256 * a)) * len(counts) - (
-            gammaln(counts + a) - gammaln(a)
-        ).sum()
-
-    return float(min(map(nats, (1 / 2, 1 / 16, 1 / 256))) / flat.size / math.log(2))
-
-
-def png_bits(pixels) -> float:
-    """Bits/dim of uint8 [n, H, W, C] as PNG, many below one another in a file, so that its head costs little."""
-    num_bytes = 0
-    for first in range(0, len(pixels), 1000):
-        some = pixels[first : first + 1000]
-        file = io.BytesIO()
-        grids.to_pillow(some.reshape(-1, *some.shape[2:])).save(file, format="PNG", optimize=True)
-        num_bytes += file.tell()
-    return 8 * num_bytes / pixels.size
 
 
 # ---------------------------------------------------------------- samples
@@ -276,7 +142,7 @@ def _extractor(path):
     return "inception-2015-12-05", checksum, features
 
 
-def _of_samples(config, generated, path, datasets, extractor, saved, seed, folder):
+def _evaluate_samples(config, generated, path, datasets, extractor, saved, seed, folder):
     """The quality of samples against the first split, or against saved statistics; nearest training images."""
     name, checksum, features = extractor
     split, dataset = next(iter(datasets.items()))
@@ -337,7 +203,8 @@ def markdown(result: dict) -> str:
     lines = [f"# Evaluation of step {result['step']}", ""]
     names = ("n", "bits_per_dim", "standard_error", "rate", "distortion", "prior", "loss")
     names += ("histogram_bits_per_dim", "png_bits_per_dim")
-    lines += _table(["split", *names], [[split, *(x[name] for name in names)] for split, x in result["splits"].items()])
+    rows = [[split, *(x[name] for name in names)] for split, x in result["splits"].items()]
+    lines += markdown_table(["split", *names], rows, _cell)
     lines += [
         "",
         f"Bits/dim by the variational bound over T = {protocol['T']} steps; sigma {protocol['sigma']}, x_0 clipped to "
@@ -350,19 +217,14 @@ def markdown(result: dict) -> str:
         shown = np.unique(np.linspace(0, len(t) - 1, 11).round().astype(int))[::-1]
         lines += ["", f"## Progressive coding, {split}", ""]
         rows = [[t[i], rate[i], distortion[i], x["loss_by_t"]["loss"][i]] for i in shown]
-        lines += _table(["t", "rate, bits/dim", "distortion", "loss (15)"], rows)
+        lines += markdown_table(["t", "rate, bits/dim", "distortion", "loss (15)"], rows, _cell)
     for section in [name for name in _SECTIONS if name in result]:
         found = dict(result[section])
         how = found.pop("protocol")
         lines += ["", f"## {_SECTIONS[section]}", ""]
-        lines += _table(["", "value"], found.items())
+        lines += markdown_table(["", "value"], found.items(), _cell)
         lines += ["", *(f"- {name}: {'; '.join(f'{k}: {_cell(v)}' for k, v in x.items())}" for name, x in how.items())]
     return "\n".join(lines) + "\n"
-
-
-def _table(head, rows):
-    rows = [[_cell(value) for value in row] for row in rows]
-    return [" | ".join(["", *row, ""]).strip() for row in (map(str, head), ["---"] * len(head), *rows)]
 
 
 def _cell(value):

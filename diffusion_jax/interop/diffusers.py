@@ -13,15 +13,18 @@ import re
 import jax
 import numpy as np
 from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
-from diffusion_jax import from_config
+from diffusion_jax import parts
 from diffusion_jax.errors import UserError, one_line
-from diffusion_jax.running import checkpoint
-from diffusion_jax.sample import ema_params, read_config
-from diffusion_jax.state import TrainState, abstract_state
+from diffusion_jax.running import checkpoint, files
+from diffusion_jax.running import config as configs
+from diffusion_jax.running.workdir import absolute, read_config, write_config
+from diffusion_jax.sample import ema_params
+from diffusion_jax.step import TrainState
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _SCHEDULER = "scheduler_config.json"
@@ -125,19 +128,19 @@ def import_diffusers(source: str, workdir: str, reference: ConfigDict) -> None:
     _read_unet(config, weights.parent / "config.json")
     if scheduler is not None:
         _read_scheduler(config, scheduler)
-    from_config.check(config, reference)
+    configs.check(config)
     params = _to_params(config, weights)
-    opt_state = jax.device_get(from_config.optimizer(config).init(params))
+    opt_state = jax.device_get(parts.optimizer(config).init(params))
     state = TrainState(np.zeros((), np.int32), params, jax.tree.map(np.copy, params), opt_state)
     with checkpoint.open_manager(workdir) as manager:
         checkpoint.save(manager, 0, state)
-    checkpoint.write_config(workdir, config)  # last: without it there is no run
+    write_config(workdir, config)  # last: without it there is no run
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"{count:,} parameters of {source}, {config.schedule.name} of {config.schedule.num_steps} steps: {workdir}")
 
 
 def _new_workdir(workdir):
-    path = checkpoint.absolute(workdir)
+    path = absolute(workdir)
     for name in ("config.json", "checkpoints"):
         if (path / name).exists():
             raise UserError(f"--workdir={workdir} holds a run already, or a part of one ({name}): give another workdir")
@@ -275,7 +278,7 @@ def _schedule_name(config, file, given):
 def _beta_squared(config, name):
     """Ho's β_t of a schedule, float64 [T]."""
     other = ConfigDict({"schedule": {"name": name, "num_steps": config.schedule.num_steps}})
-    return np.asarray(from_config.schedule(other).beta, np.float64)[1:] ** 2
+    return np.asarray(parts.schedule(other).beta, np.float64)[1:] ** 2
 
 
 def _need(file, given, key, holds, wanted):
@@ -314,15 +317,11 @@ def _to_params(config, file):
             raise UserError(
                 f"{file} lacks the tensor {name}, {_torch_shape(name, shape)}: it is not of this config.json"
             )
-        *modules, leaf = keys
-        place = params
-        for module in modules:
-            place = place.setdefault(module, {})
-        place[leaf] = _to_flax(file, name, tensors.pop(name), shape)
+        params[keys] = _to_flax(file, name, tensors.pop(name), shape)
     if tensors:
         some = ", ".join(sorted(tensors)[:5]) + (", …" if len(tensors) > 5 else "")
         raise UserError(f"{file} has {len(tensors)} tensors that are not in this network: {some}")
-    return params
+    return unflatten_dict(params)
 
 
 def _read_tensors(file):
@@ -341,8 +340,7 @@ def _layout(config):
     """{diffusers' name: (keys, shape)} of every parameter of the network."""
     levels = len(config.model.multipliers)
     layout = {}
-    for path, leaf in jax.tree.leaves_with_path(abstract_state(config).params):
-        keys = tuple(key.key for key in path)
+    for keys, leaf in flatten_dict(parts.build(config).abstract_state().params).items():
         layout[_torch_name(keys, levels)] = keys, leaf.shape
     return layout
 
@@ -404,15 +402,14 @@ def export_diffusers(workdir: str, out: str) -> None:
         },
         f"scheduler/{_SCHEDULER}": _scheduler_config(config),
     }
-    step, params = ema_params(config, workdir)
+    step, params = ema_params(parts.build(config), workdir)
     folder = epath.Path(out).expanduser()
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"--out={out} is there already: give a new folder")
-        (folder / "scheduler").mkdir(parents=True, exist_ok=True)
         write_unet(config, params, folder / "unet")
         for name, content in configs.items():
-            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+            files.write_text(folder / name, json.dumps(content, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"--out={out} cannot be written ({one_line(error)}): give another folder") from None
     print(f"diffusers model of step {step}: {out}")
@@ -423,11 +420,11 @@ def export_diffusers(workdir: str, out: str) -> None:
 def write_unet(config: ConfigDict, params, folder: epath.Path) -> None:
     """Writes a UNet2DModel of diffusers: its config and its weights. UserError if it has no such network."""
     unet_config = _unet_config(config)
-    flat = {tuple(key.key for key in path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+    flat = flatten_dict(params)
     tensors = {name: _to_torch(name, flat[keys]) for name, (keys, _) in _layout(config).items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / _WEIGHTS).write_bytes(safetensors.save(tensors, {"format": "pt"}))
-    (folder / "config.json").write_text(json.dumps(unet_config, indent=2) + "\n")
+    with files.replacing(folder / _WEIGHTS) as file:
+        file.write(safetensors.save(tensors, {"format": "pt"}))
+    files.write_text(folder / "config.json", json.dumps(unet_config, indent=2) + "\n")
 
 
 def _unet_config(config):

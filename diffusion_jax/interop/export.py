@@ -9,26 +9,48 @@ An .npz with these arrays:
 """
 
 import hashlib
-import io
 import json
+from collections.abc import Callable
 
 import jax
 import jax.export
 import numpy as np
 from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
 
+from diffusion_jax import parts
 from diffusion_jax.errors import UserError, one_line
+from diffusion_jax.running import files
+from diffusion_jax.running.workdir import read_config
+from diffusion_jax.sample import ema_params, with_sampling
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
-def export(config, params, step: int, sample, out: str) -> None:
-    """Writes the sampler of a run.
+def export_sampler(workdir: epath.PathLike, out: str, **settings) -> None:
+    """Writes the sampler of the last checkpoint as one file, see `export`.
+
+    Args:
+      settings: sampler, steps and eta of `diffusion_jax.load`.
+
+    Raises:
+      UserError: see `diffusion_jax.load` and `export`.
+    """
+    config = with_sampling(read_config(workdir), **settings)
+    run = parts.build(config)
+    step, params = ema_params(run, workdir)
+    export(config.to_dict(), params, step, run.indexed_sample_fn(), out)
+    if jax.process_index() == 0:
+        print(f"sampler of step {step}, {epath.Path(out).stat().length / 1e6:.1f} MB: {out}")
+
+
+def export(config: dict, params: dict, step: int, sample: Callable, out: str) -> None:
+    """Writes a sampler as one file.
 
     Args:
       config: the run's config as a dict, kept in the file for whoever reads it.
       params: nested dicts of arrays.
-      sample: (params, rng, indices [n]) -> float32 [n, H, W, C], of any n: `sampling.make_sample`.
+      sample: (params, rng, indices [n]) -> float32 [n, H, W, C], of any n: `sampling.make_indexed_sample_fn`.
       out: where; ends in .npz.
 
     Raises:
@@ -36,7 +58,7 @@ def export(config, params, step: int, sample, out: str) -> None:
     """
     if not out.endswith(".npz"):
         raise UserError(f"--out={out} must end in .npz")
-    flat = {f"params/{'/'.join(path)}": np.asarray(leaf) for path, leaf in _flatten(params)}
+    flat = {f"params/{path}": np.asarray(leaf) for path, leaf in flatten_dict(params, sep="/").items()}
 
     def program(params, key_data, indices):
         return sample(params, jax.random.wrap_key_data(key_data), indices)
@@ -48,20 +70,15 @@ def export(config, params, step: int, sample, out: str) -> None:
 
     about = {"config": config, "step": int(step), "platforms": PLATFORMS, "jax": jax.__version__}
     arrays = {"program": np.frombuffer(exported.serialize(), np.uint8), "about": np.array(json.dumps(about)), **flat}
-    content = io.BytesIO()
-    np.savez(content, checksum=np.array(_checksum(arrays)), **arrays)
-    path = epath.Path(out)
-    partial = path.with_name(f"{path.name}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content.getvalue())
-        partial.replace(path)
+        with files.replacing(out) as file:
+            np.savez(file, checksum=np.array(_checksum(arrays)), **arrays)
     except OSError as error:
         raise UserError(f"--out={out} cannot be written ({error}): give another file") from None
 
 
-def load_exported(path):
-    """The sampler of a file that `--mode=export` has written; needs JAX, NumPy and flatbuffers.
+def load_exported(path: epath.PathLike) -> tuple[Callable, dict]:
+    """Loads the sampler of a file that `--mode=export` wrote.
 
         sample_fn, params = diffusion_jax.load_exported("sampler.npz")
         x = sample_fn(params, jax.random.key(0), 16)  # float32 [16, H, W, C]
@@ -85,14 +102,8 @@ def load_exported(path):
             f"{path} was written by jax {about['jax']}, and jax {jax.__version__} cannot read it ({reason}): use "
             "that version, or export again with this one"
         ) from None
-    params = {}
-    for name in arrays:
-        if name.startswith("params/"):
-            *folders, leaf = name.split("/")[1:]
-            place = params
-            for folder in folders:
-                place = place.setdefault(folder, {})
-            place[leaf] = arrays[name]
+    flat = {name.removeprefix("params/"): array for name, array in arrays.items() if name.startswith("params/")}
+    params = unflatten_dict(flat, sep="/")
 
     def sample_fn(params, rng, num, first=0):
         return call(params, jax.random.key_data(rng), np.arange(first, first + num, dtype=np.int32))
@@ -120,12 +131,3 @@ def _checksum(arrays):
         digest.update(name.encode() + str((arrays[name].dtype, arrays[name].shape)).encode())
         digest.update(np.ascontiguousarray(arrays[name]).tobytes())
     return digest.hexdigest()
-
-
-def _flatten(tree, path=()):
-    """(path, leaf) of nested dicts."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, (*path, key))
-        else:
-            yield (*path, key), value

@@ -6,13 +6,10 @@ import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont  # noqa: TID251 (Pillow writes the pictures)
 
+from diffusion_jax.running import files
+
 MIN_TILE = 64  # pixels: smaller images are enlarged to about this size in a grid
 LABEL = 14  # pixels: height of the letters beside it
-
-
-def to_uint8(x) -> np.ndarray:
-    """float [..., C] in [−1, 1], clipped, to uint8 0..255 of the same shape."""
-    return np.rint((np.clip(np.asarray(x), -1, 1) + 1) * 127.5).astype(np.uint8)
 
 
 def grid(x, columns=None) -> np.ndarray:
@@ -59,14 +56,12 @@ def labelled(x, row_labels, column_labels) -> np.ndarray:
 
 def save_animation(path, frames, milliseconds=80) -> None:
     """Writes uint8 [H, W, 1 or 3] frames as an endless GIF or WebP, by the ending of `path`; the last stays longer."""
-    path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     first, *rest = map(to_pillow, frames)
     durations = [milliseconds] * len(rest) + [2000]
-    with path.open("wb") as file:
+    with files.replacing(path) as file:
         first.save(
             file,
-            format=path.suffix[1:],
+            format=epath.Path(path).suffix[1:],
             save_all=True,
             append_images=rest,
             duration=durations,
@@ -82,7 +77,5 @@ def to_pillow(x) -> Image.Image:
 
 def save_png(path, x) -> None:
     """Writes uint8 [H, W, 1 or 3] as PNG, making the folder where it is missing."""
-    path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
+    with files.replacing(path) as file:
         to_pillow(x).save(file, format="PNG")

@@ -1,14 +1,15 @@
-"""Pictures of what a trained model can do: `figures` on the images and the checkpoint of a run."""
+"""Pictures of what a trained model can do: `figures` applied to the images and the checkpoint of a run."""
 
 import functools
 
 import jax
 import numpy as np
 
-from diffusion_jax import from_config, sample, sampling
-from diffusion_jax.data import pipeline
+from diffusion_jax import parts, sample, sampling
+from diffusion_jax.data import pipeline, pixels
 from diffusion_jax.errors import UserError
 from diffusion_jax.pictures import figures, grids
+from diffusion_jax.running.workdir import read_config
 
 FRAMES = 50  # of an animation
 
@@ -39,41 +40,40 @@ class _Run:
     """The network, schedule and images of a run, for functions of `figures` and `sampling`."""
 
     def __init__(self, workdir, seed, path):
-        self.config = sample.read_config(workdir)
-        self.step, self._params = sample.ema_params(self.config, workdir)
-        self.s, self._sigma = from_config.schedule(self.config), from_config.sigma(self.config)
-        self._apply, self._clip = from_config.network(self.config), from_config.clip(self.config)
-        self.shape, self.key, self._path = from_config.image_shape(self.config), jax.random.key(seed), path
-        self._seed, self._workdir = seed, workdir
+        self._config = read_config(workdir)
+        self._parts = parts.build(self._config)
+        self.step, self._params = sample.ema_params(self._parts, workdir)
+        self.s, self.shape = self._parts.schedule, self._parts.image_shape
+        self._seed, self._key = seed, jax.random.key(seed)
+        self._workdir, self._path = workdir, path
 
     def compiled(self, formula, **static):
-        """formula(eps_bar_fn, s, sigma, …, clip=clip, **static) as one program of arrays, returned in NumPy."""
+        """Compiles formula(eps_bar_fn, s, sigma, …, clip=clip, **static) as one program from NumPy to NumPy."""
 
         def program(params, *arrays, **named):
-            eps_bar_fn = functools.partial(self._apply, {"params": params})
-            return formula(eps_bar_fn, self.s, self._sigma, *arrays, clip=self._clip, **static, **named)
+            eps_bar_fn = functools.partial(self._parts.network, {"params": params})
+            return formula(eps_bar_fn, self.s, self._parts.sigma, *arrays, clip=self._parts.clip, **static, **named)
 
         program = functools.partial(jax.jit(program), jax.device_put(self._params))
         return lambda *arrays, **named: jax.device_get(program(*arrays, **named))
 
-    def keys(self, num, of=0):
-        return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(self.key, of), np.arange(num))
+    def keys(self, num, stream=0):
+        return sampling.image_keys(jax.random.fold_in(self._key, stream), np.arange(num))
 
     def latents(self, keys):
         return sampling.normal(keys, sampling.LATENT, self.shape)
 
     def images(self, num):
-        """`num` of the data set's, chosen by the seed: float32 [num, H, W, C] in [-1, 1]."""
-        config = self.config
+        """Returns `num` images of the data set, chosen by the seed: float32 [num, H, W, C] in [-1, 1]."""
         if self._path:
+            config = self._config.copy_and_resolve_references()
             config.data.source, config.data.path = "files", self._path
-            dataset = from_config.images(config)
+            dataset = parts.images(config)
         else:
-            dataset = sample.read_images(config, self._workdir)
+            dataset = sample.read_images(self._config, self._workdir)
         if num > len(dataset):
             raise UserError(f"{num} images are wanted and there are {len(dataset)}: give more, or a smaller --num")
-        chosen = pipeline.batches(dataset, seed=self._seed, batch_size=num)[0]
-        return chosen.astype(np.float32) / 127.5 - 1
+        return pixels.from_uint8(pipeline.batches(dataset, seed=self._seed, batch_size=num)[0]["image"])
 
 
 def interpolation(run, out, num=6):
@@ -97,7 +97,7 @@ def progressive(run, out, num=8):
 
 def variations(run, out, num=8):
     """Chains that part at t, one t a row: the earlier they part, the more they differ."""
-    num_steps, keys = run.s.num_steps, run.keys(num, of=1)
+    num_steps, keys = run.s.num_steps, run.keys(num, stream=1)
     first, rows, parts = run.keys(1), [], _evenly(num_steps, 4)
     x = run.latents(first)
     for before, t in zip([num_steps, *parts], parts, strict=False):
@@ -115,7 +115,7 @@ def inpainting(run, out, num=6, completions=5):
     known = ~np.stack([np.broadcast_to([lower, centre][i % 2], (height, width))[..., None] for i in range(num)])
     real, fill, columns = run.images(num), run.compiled(figures.inpaint), []
     for completion in range(completions):
-        keys = run.keys(num, of=completion)
+        keys = run.keys(num, stream=completion)
         columns.append(fill(real, known, run.latents(keys), keys))
     rows = np.stack([real, np.where(known, real, 0), *columns], axis=1)
     _save(
@@ -140,7 +140,7 @@ def animation(run, out, num=16):
     jax.effects_barrier()
     states = [np.asarray(noise), *(x for t, x in frames if t > 0), last]
     if jax.process_index() == 0:
-        grids.save_animation(out, [grids.grid(grids.to_uint8(x)) for x in states])
+        grids.save_animation(out, [grids.grid(pixels.to_uint8(x)) for x in states])
 
 
 SHOWS = {show.__name__: show for show in (interpolation, progressive, variations, inpainting, animation)}
@@ -153,5 +153,5 @@ def _evenly(num_steps, num):
 
 def _save(out, rows, row_labels, column_labels):
     if jax.process_index() == 0:
-        tiles = grids.to_uint8(rows).reshape(-1, *np.shape(rows)[2:])
+        tiles = pixels.to_uint8(rows).reshape(-1, *np.shape(rows)[2:])
         grids.save_png(out, grids.labelled(tiles, row_labels, column_labels))

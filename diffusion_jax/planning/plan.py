@@ -4,14 +4,13 @@ import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
-import inspect
 import json
 import math
 import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +20,15 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from diffusion_jax import from_config
+from diffusion_jax import parts
 from diffusion_jax.errors import UserError, one_line
 from diffusion_jax.planning import programs
 from diffusion_jax.planning.programs import CHIPS, DoesNotFit
-from diffusion_jax.state import abstract_state
-from diffusion_jax.step import AXIS, configured_step, resident
-from diffusion_jax.train import check_batch, does_not_fit
+from diffusion_jax.running import files
+from diffusion_jax.running.config import check_batch
+from diffusion_jax.running.tables import markdown_table
+from diffusion_jax.step import AXIS, resident
+from diffusion_jax.train import does_not_fit
 
 SAMPLES = 50_000  # images that the literature's FID takes
 LARGEST = 4096  # images per chip and step, beyond which the search does not go
@@ -103,7 +104,7 @@ def plan(config: ConfigDict, topology: str, out: str | None = None, search: bool
         "chips": num_chips,
         "chip": chip._asdict() if chip else None,
         "dtype": config.model.dtype,
-        "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(abstract_state(config).params)),
+        "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(parts.build(config).abstract_state().params)),
         "train": train | _whole(train, batch, num_chips, 1, config.train.num_steps),
         "sampling": chain | _whole(chain, num, num_chips, num_steps, num_steps * calls),
         "largest_batch_per_chip": {"estimate": _room(train["memory"], batch, chip) if chip else None},
@@ -120,7 +121,7 @@ def plan(config: ConfigDict, topology: str, out: str | None = None, search: bool
 
 def _write(report, out):
     if out:
-        epath.Path(out).write_text(json.dumps(report, indent=2) + "\n")
+        files.write_text(out, json.dumps(report, indent=2) + "\n")
 
 
 # ---------------------------------------------------------------------------- the chips
@@ -172,28 +173,29 @@ def _no_compiler(topology, line):
 # ---------------------------------------------------------------------------- the programs
 
 
-def lower_train_step(config: ConfigDict, devices, batch_per_chip: int):
-    """The train step on `devices`, lowered; no pmap can lower it for absent chips."""
-    step, num = configured_step(config), batch_per_chip * len(devices)
-    shape, in_spec = (num, *from_config.image_shape(config)), _SPLIT
+def lower_train_step(config: ConfigDict, devices: Sequence[jax.Device], batch_per_chip: int) -> jax.stages.Lowered:
+    """Lowers the train step for `devices` by a shard_map: a pmap cannot be lowered for absent chips."""
+    run, num = parts.build(config), batch_per_chip * len(devices)
+    step, num_images, in_spec = run.train_step, num, _SPLIT
     if config.data.on_device:
-        step, in_spec = resident(step, 1, config.seed, num), _REPLICATED
-        shape = (len(from_config.source(config)), *from_config.image_shape(config))
-    batch = (jax.ShapeDtypeStruct(shape, jnp.uint8), jax.ShapeDtypeStruct((num,), jnp.int32))
-    args, in_specs = (abstract_state(config), *batch), (_REPLICATED, in_spec, _SPLIT)
+        step, num_images, in_spec = resident(step, 1, config.seed, num), len(parts.source(config)), _REPLICATED
+    batch = {"image": jax.ShapeDtypeStruct((num_images, *run.image_shape), jnp.uint8)}
+    args = (run.abstract_state(), batch, jax.ShapeDtypeStruct((num,), jnp.int32))
+    in_specs = (_REPLICATED, in_spec, _SPLIT)
     return _lower(lambda state, *batch: step(state, batch), devices, args, in_specs, _REPLICATED, donate_argnums=0)
 
 
-def lower_chain(config: ConfigDict, devices, num_per_chip: int):
-    """The sampling chain on `devices`, lowered: the body of `sampling.make_sample_fn`, all steps in its scan."""
+def lower_chain(config: ConfigDict, devices: Sequence[jax.Device], num_per_chip: int) -> jax.stages.Lowered:
+    """Lowers the sampling chain for `devices`: the body of `sampling.make_sample_fn`, all steps in its scan."""
+    run = parts.build(config)
 
     def arguments():
-        s, sigma = jax.tree.map(jnp.asarray, (from_config.schedule(config), from_config.sigma(config)))
+        s, sigma = jax.tree.map(jnp.asarray, (run.schedule, run.sigma))
         return jax.random.key(0), jnp.zeros(num_per_chip * len(devices), jnp.int32), s, sigma
 
-    args = (abstract_state(config).ema_params, *jax.eval_shape(arguments))
+    args = (run.abstract_state().ema_params, *jax.eval_shape(arguments))
     specs = (_REPLICATED, _REPLICATED, _SPLIT, _REPLICATED, _REPLICATED)
-    return _lower(from_config.sample(config), devices, args, specs, _SPLIT)
+    return _lower(run.indexed_sample_fn(), devices, args, specs, _SPLIT)
 
 
 def _lower(fn, devices, args, in_specs, out_specs, **how):
@@ -214,7 +216,7 @@ def _measure(topology, lower: Callable, chip, num_chips: int, turns: int, steps:
       DoesNotFit: the compiler says so.
     """
     lowered = lower()
-    parts = (topology, _version("jaxlib"), _version("libtpu"), inspect.getsource(programs), lowered.as_text())
+    parts = (topology, _version("jaxlib"), _version("libtpu"), programs.COUNTING, lowered.as_text())
     digest = hashlib.sha256("\0".join(map(str, (*parts, chip, turns, steps))).encode()).hexdigest()[:32]
     kept = COMPILED.expanduser() / f"{digest}.json"
     if not kept.exists():
@@ -226,10 +228,7 @@ def _measure(topology, lower: Callable, chip, num_chips: int, turns: int, steps:
         except DoesNotFit as error:
             found = {"does_not_fit": str(error)}
         with contextlib.suppress(OSError):  # without a home it compiles again
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            partial = kept.with_name(f"{digest}.{os.getpid()}.partial")
-            partial.write_text(json.dumps(found))
-            partial.replace(kept)
+            files.write_text(kept, json.dumps(found))
     else:
         found = json.loads(kept.read_text())
     if "does_not_fit" in found:
@@ -322,13 +321,8 @@ def _say(line):
 def table(report: dict) -> str:
     """A plan as it is printed, Markdown."""
     train, chain, num = report["train"], report["sampling"], report["chips"]
-    rows = [("", "train step", f"sampling chain, {chain['steps_per_image']:,} steps")]
-    rows += [(name, fn(train), fn(chain)) for name, fn in _rows(report)]
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    head_row = ("", "train step", f"sampling chain, {chain['steps_per_image']:,} steps")
+    lines = markdown_table(head_row, [(name, fn(train), fn(chain)) for name, fn in _rows(report)])
     head = [
         f"{report['topology']}: {num:,} × {report['device']}, {report['parameters']:,} parameters, {report['dtype']}"
     ]

@@ -42,6 +42,18 @@ def room(device) -> int | None:
     return (device.memory_stats() or {}).get("bytes_limit")
 
 
+COUNTING = 1  # raise it when `needs` counts otherwise: plans keep what was counted
+
+
+def memory_needed(program) -> int:
+    return memory(program.memory_analysis())["peak"]
+
+
+def least_seconds(program, device, turns=1):
+    chip = chip_of(device)
+    return (program.cost_analysis() or {}).get("flops", 0.0) * turns / chip.flops if chip else None
+
+
 class DoesNotFit(Exception):
     """A program needs more memory than the chip has; the compiler's words."""
 

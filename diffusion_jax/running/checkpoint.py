@@ -1,68 +1,34 @@
-"""The workdir of a run: its config, and its checkpoints in Orbax's format.
+"""Checkpoints in Orbax's format.
 
-    config.json · checkpoints/<step>/ · metrics.jsonl · samples/<step>.png · TensorBoard events
-
-A checkpoint is the training state as NumPy arrays, with no device axis, no random key and
-no position in the data: all that is a function of the step.
+A checkpoint is the training state as NumPy arrays, without device axis, random key or position in the
+data: these are functions of the step.
 """
 
 import contextlib
-import json
-import os
 import shutil
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp  # noqa: TID251 (the room of Orbax)
-import tensorstore  # what Orbax writes with
+import tensorstore  # Orbax writes with it
 from etils import epath
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict  # noqa: TID251 (config.json)
 from orbax.checkpoint.checkpoint_managers import LatestN  # noqa: TID251
 
 from diffusion_jax.errors import UserError, one_line
-
-
-def write_config(workdir, config: ConfigDict) -> None:
-    """Writes config.json, making the workdir where it is missing.
-
-    Raises:
-      UserError: the workdir cannot be written.
-    """
-    workdir = absolute(workdir)
-    partial = workdir / "config.json.partial"
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-        partial.replace(workdir / "config.json")
-    except OSError as error:
-        raise UserError(f"--workdir={workdir} cannot be written ({error}): give another folder") from None
-
-
-def read_config(workdir) -> ConfigDict | None:
-    """The config of the run in `workdir`, None where there is no run.
-
-    Raises:
-      UserError: config.json is not JSON.
-    """
-    file = absolute(workdir) / "config.json"
-    if not file.exists():
-        return None
-    try:
-        return ConfigDict(json.loads(file.read_text())).lock()
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON ({error}): restore it, or give another workdir") from None
+from diffusion_jax.running.workdir import absolute
 
 
 @contextlib.contextmanager
-def open_manager(workdir, keep: int = 3, read_only: bool = False) -> Iterator[ocp.CheckpointManager]:
-    """Orbax's manager of the run's checkpoints, which on leaving waits for the last save.
+def open_manager(workdir: epath.PathLike, keep: int = 3, read_only: bool = False) -> Iterator[ocp.CheckpointManager]:
+    """Opens Orbax's manager of the run's checkpoints; on leaving, waits for the last save.
 
     Args:
-      keep: how many of the latest checkpoints stay.
-      read_only: touch nothing: a training run may be writing there.
+      keep: number of the latest checkpoints that stay.
+      read_only: True writes and deletes nothing, as a training run may be writing there.
 
     Raises:
       UserError: the last save failed.
@@ -74,15 +40,15 @@ def open_manager(workdir, keep: int = 3, read_only: bool = False) -> Iterator[oc
     try:
         yield manager
     except BaseException:
-        with contextlib.suppress(Exception):  # what happened first is what the user is told
+        with contextlib.suppress(Exception):  # the user is told the first error
             manager.close()
         raise
     wait(manager)
     manager.close()
 
 
-def save(manager: ocp.CheckpointManager, step: int, state) -> None:
-    """Starts to write the state (a pytree of arrays) as checkpoint `step`; copies it first.
+def save(manager: ocp.CheckpointManager, step: int, state: Any) -> None:
+    """Copies the state, a pytree of arrays, and starts to write it as checkpoint `step`.
 
     Raises:
       UserError: the disk is full.
@@ -96,26 +62,26 @@ def save(manager: ocp.CheckpointManager, step: int, state) -> None:
 
 
 def check(manager: ocp.CheckpointManager) -> None:
-    """Raises UserError if a save that was started has failed meanwhile. Costs nothing."""
+    """Raises UserError if a save has failed since the last check. Does not wait."""
     with _saving(manager):
         manager.check_for_errors()
 
 
 def wait(manager: ocp.CheckpointManager) -> None:
-    """Returns when what was started to be saved is on disk; raises UserError if it cannot be."""
+    """Waits until the last save is on disk; raises UserError if it fails."""
     with _saving(manager):
         manager.wait_until_finished()
         manager.check_for_errors()
 
 
-def restore(manager: ocp.CheckpointManager, like, set_aside: bool = False):
-    """The newest checkpoint that is whole, as NumPy arrays; None where there is none at all.
+def restore(manager: ocp.CheckpointManager, like: Any, set_aside: bool = False) -> Any:
+    """Returns the newest checkpoint that is whole, as NumPy arrays; None if there is no checkpoint.
 
-    Newer ones that are damaged are said to be so.
+    Reports newer checkpoints that are damaged.
 
     Args:
       like: a pytree of arrays, or of their shapes, as it was saved.
-      set_aside: rename what is damaged to "damaged-<step>", out of the way of the steps to come.
+      set_aside: True renames damaged checkpoints to "damaged-<step>", out of the way of the steps to come.
 
     Raises:
       UserError: there are checkpoints, and none can be read; nothing is renamed then.
@@ -124,7 +90,7 @@ def restore(manager: ocp.CheckpointManager, like, set_aside: bool = False):
     for step in sorted(manager.all_steps(), reverse=True):
         try:
             state = _read(manager, step, like)
-        except Exception as error:  # whatever Orbax and tensorstore make of a damaged file
+        except Exception as error:  # Orbax and tensorstore raise many types for a damaged file
             damaged[step] = one_line(error, 200) or type(error).__name__
             continue
         for bad, reason in damaged.items():
@@ -141,17 +107,17 @@ def restore(manager: ocp.CheckpointManager, like, set_aside: bool = False):
     return None
 
 
-def checksums(state) -> dict[str, int]:
-    """{path of a leaf: CRC-32 of its bytes}: Orbax has none, and would restore a flipped bit in silence."""
+def checksums(state: Any) -> dict[str, int]:
+    """Returns {path of a leaf: CRC-32 of its bytes}. Orbax has no checksums and restores a flipped bit silently."""
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
     return {jax.tree_util.keystr(path): zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8)) for path, leaf in leaves}
 
 
 def _read(manager, step, like):
-    _probe(manager.directory / str(step) / "state", len(jax.tree.leaves(like)))
+    _probe(manager.directory / str(step) / "state")
     args = ocp.args.Composite(state=ocp.args.StandardRestore(like), checksums=ocp.args.JsonRestore())
-    found = manager.restore(step, args=args)
-    state, stored = found["state"], found["checksums"]
+    restored = manager.restore(step, args=args)
+    state, stored = restored["state"], restored["checksums"]
     actual = checksums(state)
     wrong = [path for path in actual.keys() | stored.keys() if actual.get(path) != stored.get(path)]
     if wrong:
@@ -161,19 +127,15 @@ def _read(manager, step, like):
     return state
 
 
-def _probe(folder, num_arrays):
-    """Reads every value of the state's database once, one by one, and counts its arrays.
+def _probe(folder):
+    """Reads every value of the state's database once, one by one.
 
-    Where a file is damaged this raises one error; Orbax reads all leaves at a time, and
-    hundreds of tracebacks come from tensorstore's threads.
+    A damaged file raises one error here. Orbax reads all leaves at a time, and a damaged file then prints
+    hundreds of tracebacks from tensorstore's threads.
     """
-    base = str(folder) if "://" in str(folder) else f"file://{folder}"
-    database = tensorstore.KvStore.open({"driver": "ocdbt", "base": f"{base}/"}).result()
-    keys = database.list().result()
-    found = sum(key.endswith(b"/.zarray") for key in keys)
-    if found != num_arrays:
-        raise ValueError(f"it holds {found} of {num_arrays} arrays")
-    for key in keys:
+    base = f"{folder}/" if "://" in str(folder) else {"driver": "file", "path": f"{folder}/"}
+    database = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
+    for key in database.list().result():
         database.read(key).result()
 
 
@@ -191,7 +153,7 @@ def _set_aside(manager, step):
 
 @contextlib.contextmanager
 def _saving(manager):
-    """Turns what goes wrong with a save into one line."""
+    """Turns the errors of a save into one line."""
     try:
         yield
     except Exception as error:  # Orbax raises its own, tensorstore's and the system's
@@ -203,7 +165,7 @@ def _saving(manager):
 
 
 def _check_room(manager, step, num_bytes):
-    """Before, not while, a checkpoint is written: the oldest is deleted only when the newest is there."""
+    """Raises UserError if the disk is too full: the oldest checkpoint is deleted only after the newest is written."""
     if "://" in str(manager.directory):
         return
     free = shutil.disk_usage(manager.directory).free
@@ -218,16 +180,3 @@ def _check_room(manager, step, num_bytes):
 def _last(manager):
     step = manager.latest_step()
     return "no checkpoint has been written yet" if step is None else f"the last checkpoint is of step {step}"
-
-
-def absolute(workdir) -> epath.Path:
-    """The workdir's absolute path; Orbax refuses a relative one, but only at the first save.
-
-    Raises:
-      UserError: it is a file.
-    """
-    path = epath.Path(workdir).expanduser()
-    path = path if path.is_absolute() else epath.Path(os.getcwd()) / path
-    if path.exists() and not path.is_dir():
-        raise UserError(f"--workdir={workdir} is a file: give a folder")
-    return path

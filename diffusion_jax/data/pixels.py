@@ -1,0 +1,18 @@
+"""The two scales of images: uint8 on disk and in the input pipeline, [−1, 1] in the mathematics."""
+
+from typing import TypeVar
+
+import jax
+import numpy as np
+
+Array = TypeVar("Array", np.ndarray, jax.Array)
+
+
+def from_uint8(pixels: Array) -> Array:
+    """Maps the levels 0..255 to [−1, 1]: float32 of the same shape, NumPy or JAX as `pixels`."""
+    return pixels.astype(np.float32) / 127.5 - 1
+
+
+def to_uint8(x: jax.typing.ArrayLike) -> np.ndarray:
+    """Clips to [−1, 1] and rounds to the nearest of the levels 0..255: uint8 of the same shape."""
+    return np.rint((np.clip(np.asarray(x), -1, 1) + 1) * 127.5).astype(np.uint8)

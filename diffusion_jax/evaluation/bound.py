@@ -1,0 +1,164 @@
+"""The bound on the likelihood of a data set, image by image, and simple coders to compare it with."""
+
+import functools
+import io
+import math
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import tqdm
+from etils import epath
+from jax.experimental import multihost_utils
+from scipy.special import gammaln
+
+from diffusion_jax import likelihood, sampling
+from diffusion_jax.data import pixels
+from diffusion_jax.data.cache import Cached, OnTheFly
+from diffusion_jax.parts import Parts
+from diffusion_jax.pictures import grids
+from diffusion_jax.running import files
+
+MANY = 10_000  # largest number of images that the coders code
+
+
+def evaluate_split(
+    run: Parts,
+    sigma: jax.Array,
+    params: dict,
+    dataset: Cached | OnTheFly,
+    chosen: np.ndarray,
+    seed: int,
+    batch_size: int,
+    partial: epath.Path,
+    identity: str,
+) -> dict:
+    """Measures the images numbered `chosen` of one split of the data.
+
+    Args:
+      sigma: [T + 1] deviations of the reverse steps in the bound.
+      chosen: int [n], sorted.
+      batch_size: images at a time over all devices.
+      partial: a file that keeps what is done; a second call with the same `identity` continues there.
+      identity: a digest of everything that the numbers depend on.
+
+    Returns:
+      Means over the images: bits_per_dim with its standard_error, prior, decoder, rate (bits/dim), distortion
+      (root mean square error, scale 0..255), loss (15), the loss and the progressive code by t, and the
+      bits/dim of two simple coders.
+    """
+    each, sums = _bound(run, sigma, params, dataset, chosen, seed, batch_size, partial, identity)
+    n, (total, prior, decoder, squared_error) = len(chosen), each.mean(axis=0)
+    terms, squared_errors, losses = sums / n
+    rate, distortion = likelihood.rate_distortion(prior, terms, squared_errors)
+    ts = list(range(1, len(terms) + 1))
+    return {
+        "n": n,
+        "of": len(dataset),
+        "bits_per_dim": total,
+        "standard_error": each[:, 0].std(ddof=1) / math.sqrt(n) if n > 1 else None,
+        "prior": prior,
+        "decoder": decoder,
+        "rate": total - decoder,
+        "distortion": 127.5 * math.sqrt(squared_error),
+        "histogram_bits_per_dim": histogram_bits(dataset[chosen[:MANY]]),
+        "png_bits_per_dim": png_bits(dataset[chosen[:MANY]]),
+        "loss": float(losses.mean()),
+        "loss_by_t": {"t": ts, "loss": _short(losses)},
+        "rate_distortion": {"t": ts, "rate": _short(rate), "distortion": _short(distortion)},
+    }
+
+
+def _short(values):
+    return [float(f"{value:.6g}") for value in values]
+
+
+def _bound(run, sigma, params, dataset, chosen, seed, batch_size, partial, identity):
+    """Returns (each [n, 4]: total, prior, decoder, squared error of t = 1; sums [3, T] of `vlb_by_step` over images).
+
+    The file `partial` keeps both after every batch. Image i draws its noise from (seed, i) alone, so the
+    numbers do not depend on devices or processes, up to rounding.
+    """
+    processes, devices = jax.process_count(), jax.local_device_count()
+    per_device = max(1, batch_size // (processes * devices))
+    batch = per_device * devices * processes
+    each, sums = _read_partial(partial, identity, run.schedule.num_steps)
+    bound, params, rng = _bound_fn(run, sigma), jax.device_put(params), jax.random.key(seed)
+    if processes > 1:
+        multihost_utils.sync_global_devices("read")  # before process 0 writes
+    with tqdm.tqdm(
+        total=len(chosen), initial=len(each), unit="image", desc=partial.stem, disable=jax.process_index() != 0
+    ) as bar:
+        for first in range(len(each), len(chosen), batch):
+            wanted = chosen[first : first + batch]
+            padded = np.resize(wanted, batch).reshape(processes, devices, per_device)[jax.process_index()]
+            arrays = jax.device_get(bound(params, rng, dataset[padded], padded))  # [D, B], [D, B, T] thrice
+            if processes > 1:
+                arrays = multihost_utils.process_allgather(arrays)
+            prior, *by_step = (np.float64(x).reshape(batch, *x.shape[arrays[0].ndim :])[: len(wanted)] for x in arrays)
+            by_step = np.stack(by_step)
+            terms, squared_errors, _ = by_step
+            new = np.stack([prior + terms.sum(axis=1), prior, terms[:, 0], squared_errors[:, 0]], axis=1)
+            each, sums = np.concatenate([each, new]), sums + by_step.sum(axis=1)
+            if jax.process_index() == 0:
+                _write_partial(partial, each, sums, identity)
+            bar.update(len(wanted))
+    return each, sums
+
+
+def _bound_fn(run: Parts, sigma: jax.Array) -> Callable:
+    """Returns (params, rng, images uint8 [D, B, H, W, C], indices [D, B]) -> prior [D, B] and three [D, B, T]."""
+
+    def bound(params, rng, images, indices):
+        x_0, keys = pixels.from_uint8(images), sampling.image_keys(rng, indices)
+        eps_bar_fn = functools.partial(run.network, {"params": params})
+        prior = likelihood.prior_kl(run.schedule, x_0).mean(axis=(1, 2, 3)) / math.log(2)
+        by_step = likelihood.vlb_by_step(eps_bar_fn, run.schedule, sigma, x_0, keys, clip=run.clip)
+        return prior, *(x.T for x in by_step)
+
+    return jax.pmap(bound, in_axes=(None, None, 0, 0))
+
+
+def _read_partial(path, identity, num_steps):
+    """Returns what the file holds; empty arrays if it belongs to another measurement."""
+    if path.exists():
+        with path.open("rb") as file, np.load(file) as content:
+            if str(content["identity"]) == identity:
+                return content["each"], content["sums"]
+    return np.zeros((0, 4)), np.zeros((3, num_steps))
+
+
+def _write_partial(path, each, sums, identity):
+    with files.replacing(path) as file:
+        np.savez(file, each=each, sums=sums, identity=np.array(identity))
+
+
+# ---------------------------------------------------------------- coders
+
+
+def histogram_bits(images: np.ndarray) -> float:
+    """Returns bits/dim of uint8 [n, H, W, C] when the past values at each position predict the next one.
+
+    This adaptive code of Krichevsky & Trofimov (1981) sends nothing but the images. Each level starts with
+    a count of 1/2, 1/16 or 1/256, whichever codes best.
+    """
+    flat = images.reshape(len(images), -1)
+    counts = np.stack([np.bincount(column, minlength=256) for column in flat.T])
+
+    def nats(a):
+        return (gammaln(len(flat) + 256 * a) - gammaln(256 * a)) * len(counts) - (
+            gammaln(counts + a) - gammaln(a)
+        ).sum()
+
+    return float(min(map(nats, (1 / 2, 1 / 16, 1 / 256))) / flat.size / math.log(2))
+
+
+def png_bits(images: np.ndarray) -> float:
+    """Returns bits/dim of uint8 [n, H, W, C] as PNG. A file holds up to 1,000 images, so that its head costs little."""
+    num_bytes = 0
+    for first in range(0, len(images), 1000):
+        some = images[first : first + 1000]
+        file = io.BytesIO()
+        grids.to_pillow(some.reshape(-1, *some.shape[2:])).save(file, format="PNG", optimize=True)
+        num_bytes += file.tell()
+    return 8 * num_bytes / images.size

@@ -1,0 +1,254 @@
+"""From a config to the objects of a run, built once; below this module nothing knows a config.
+
+Each builder takes the whole config, whose keys `configs/default.py` explains. `build` calls them all.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from diffusion_jax import losses, process, sampling, step, unet
+from diffusion_jax import schedule as schedules
+from diffusion_jax.data import cache, sources
+
+_SCHEDULES = {"su_linear": schedules.su_linear, "ho_linear": schedules.ho_linear, "cosine": schedules.cosine}
+_SIGMAS = {"zero": schedules.sigma_zero, "beta": schedules.sigma_beta, "posterior": schedules.sigma_posterior}
+_STEP_LOSSES = {"step": losses.step_loss, "weighted_step": losses.weighted_step_loss}
+# model.prediction: ε̄ as formula(s, x_t, t, output) of the network's output, and equation (15) for that output.
+_PREDICTIONS = {
+    "eps_bar": (lambda s, x_t, t, output: output, losses.simple_loss),
+    "x_0": (process.predict_eps_bar, losses.x_0_loss),
+    "velocity": (process.predict_eps_bar_from_velocity, losses.velocity_loss),
+}
+_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+_ATTENTION = {name: functools.partial(jax.nn.dot_product_attention, implementation=name) for name in ("xla", "cudnn")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """The objects of a run.
+
+    Attributes:
+      seed: the seed of initial weights, order of the data, t, noise and dropout.
+      schedule: α_t, β_t, ᾱ_t, β̄_t.
+      sigma: [T + 1] standard deviations of the reverse steps.
+      image_shape: (H, W, C).
+      model: the Flax network, which predicts model.prediction.
+      network: apply_fn({"params": params}, x, t) -> ε̄, from whatever the model predicts.
+      optimizer: clipping and Adam.
+      learning_rate: step -> learning rate.
+      train_step: (state, (batch, indices)) -> (state, metrics), see `step.make_step`.
+      clip: bounds of the predicted x_0 in the chain, or None.
+      chain: the sampler, see `sampling.make_sample_fn`.
+      num_samples: images per call of the sampler.
+      num_sampling_steps: evaluations of the network for an image.
+    """
+
+    seed: int
+    schedule: schedules.Schedule
+    sigma: jax.Array
+    image_shape: tuple[int, int, int]
+    model: unet.UNet
+    network: Callable
+    optimizer: optax.GradientTransformation
+    learning_rate: optax.Schedule
+    train_step: Callable
+    clip: tuple[float, float] | None
+    chain: Callable
+    num_samples: int
+    num_sampling_steps: int
+
+    def sample_fn(self, num: int | None = None, window: sampling.Window | None = None) -> Callable:
+        """Returns sample_fn(params, rng, first=0) -> float32 [num, H, W, C], see `sampling.make_sample_fn`."""
+        shape = (num or self.num_samples, *self.image_shape)
+        return sampling.make_sample_fn(
+            self.network, self.schedule, self.sigma, shape, self.clip, self.chain, window=window
+        )
+
+    def indexed_sample_fn(self) -> Callable:
+        """Returns sample(params, rng, indices [n]) -> float32 [n, H, W, C], for one device and any n."""
+        return sampling.make_indexed_sample_fn(
+            self.network, self.schedule, self.sigma, self.image_shape, self.clip, self.chain
+        )
+
+    def init_state(self) -> step.TrainState:
+        """Returns the state before the first step, NumPy arrays; a function of the seed."""
+        return step.init_state(self.model, self.optimizer, self.image_shape, self.seed)
+
+    def abstract_state(self) -> step.TrainState:
+        """Returns the shapes and dtypes of `init_state` without its arrays."""
+        return step.abstract_state(self.model, self.optimizer, self.image_shape)
+
+
+def build(config: ConfigDict) -> Parts:
+    """Builds everything that a checked config describes but the data set, see `images`."""
+    return Parts(
+        seed=config.seed,
+        schedule=schedule(config),
+        sigma=sigma(config),
+        image_shape=image_shape(config),
+        model=model(config),
+        network=network(config),
+        optimizer=optimizer(config),
+        learning_rate=learning_rate(config),
+        train_step=train_step(config),
+        clip=clip(config),
+        chain=chain(config),
+        num_samples=config.sampling.num,
+        num_sampling_steps=num_sampling_steps(config),
+    )
+
+
+def schedule(config: ConfigDict) -> schedules.Schedule:
+    """Builds the noise schedule, schedule.*."""
+    return _SCHEDULES[config.schedule.name](config.schedule.num_steps)
+
+
+def sigma(config: ConfigDict) -> jax.Array:
+    """Builds the standard deviations of the reverse steps, float32 [T + 1], sampling.sigma."""
+    return _SIGMAS[config.sampling.sigma](schedule(config))
+
+
+def image_shape(config: ConfigDict) -> tuple[int, int, int]:
+    """Returns (H, W, C) of the images."""
+    return config.data.image_size, config.data.image_size, config.data.channels
+
+
+def model(config: ConfigDict) -> unet.UNet:
+    """Builds the network, model.*."""
+    return unet.UNet(
+        channels=config.model.channels,
+        multipliers=tuple(config.model.multipliers),
+        num_res_blocks=config.model.num_res_blocks,
+        attention_resolutions=tuple(config.model.attention_resolutions),
+        dropout=config.model.dropout,
+        num_groups=config.model.num_groups,
+        dtype=_DTYPES[config.model.dtype],
+        attention=_ATTENTION[config.model.attention],
+        remat=config.train.remat,
+    )
+
+
+def network(config: ConfigDict) -> Callable:
+    """Builds the network as samplers see it: apply_fn({"params": params}, x, t) -> ε̄, for every model.prediction."""
+    apply, s = model(config).apply, schedule(config)
+
+    def apply_fn(variables, x, t):
+        return _eps_bar_fn(config, lambda x, t: apply(variables, x, t), s)(x, t)
+
+    return apply_fn
+
+
+def _eps_bar_fn(config, output_fn, s):
+    to_eps_bar, _ = _PREDICTIONS[config.model.prediction]
+    return lambda x, t: jax.vmap(lambda x, t, output: to_eps_bar(s, x, t, output))(x, t, output_fn(x, t))
+
+
+def loss(config: ConfigDict) -> Callable:
+    """Builds the training loss, train.loss: (output_fn, s, x_0, t, keys [B]) -> [B], see `losses.with_noise`.
+
+    `output_fn(x, t)` is the network as it stands, which predicts model.prediction.
+    """
+    _, simple = _PREDICTIONS[config.model.prediction]
+    if config.train.loss == "simple":
+        return losses.with_noise(simple, 1)
+    if config.train.loss == "vlb":
+        deviations = sigma(config)
+        of_eps_bar = losses.with_noise(lambda fn, s, *args: losses.vlb_loss(fn, s, deviations, *args), 1)
+    else:
+        of_eps_bar = losses.with_noise(_STEP_LOSSES[config.train.loss], 2)
+    return lambda output_fn, s, *args: of_eps_bar(_eps_bar_fn(config, output_fn, s), s, *args)
+
+
+def t_probabilities(config: ConfigDict) -> np.ndarray | None:
+    """Builds the probability of each t in training, float64 [T + 1], train.t_sampling; None: uniform in 1..T."""
+    if config.train.t_sampling == "uniform":
+        return None
+    return losses.importance(schedule(config), sigma(config))
+
+
+def learning_rate(config: ConfigDict) -> optax.Schedule:
+    """Builds step -> learning rate: linear from 0 over train.warmup_steps, then constant."""
+    if config.train.warmup_steps == 0:
+        return optax.constant_schedule(config.train.learning_rate)
+    return optax.linear_schedule(0.0, config.train.learning_rate, config.train.warmup_steps)
+
+
+def optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """Builds Ho et al.'s optimizer: clipping by the global norm, then Adam (0.9, 0.999, 1e-8)."""
+    return optax.chain(optax.clip_by_global_norm(config.train.grad_clip), optax.adam(learning_rate(config)))
+
+
+def train_step(config: ConfigDict) -> Callable:
+    """Builds the step on one device, see `step.make_step`."""
+    return step.make_step(
+        model(config).apply,
+        loss(config),
+        schedule(config),
+        optimizer(config),
+        config.train.ema_decay,
+        config.seed,
+        t_probabilities(config),
+        flip=config.data.flip,
+        accumulate=config.train.accumulate,
+    )
+
+
+def clip(config: ConfigDict) -> tuple[float, float] | None:
+    """Returns the bounds of the predicted x_0 inside the chain, sampling.clip."""
+    return (-1.0, 1.0) if config.sampling.clip else None
+
+
+def num_sampling_steps(config: ConfigDict) -> int:
+    """Returns the number of steps of the sampler, sampling.steps; 0 means all T."""
+    return config.sampling.steps or config.schedule.num_steps
+
+
+def chain(config: ConfigDict) -> Callable:
+    """Builds the sampler, sampling.sampler over sampling.steps, for the `chain` of `sampling.make_sample_fn`."""
+    s, num_steps = schedule(config), num_sampling_steps(config)
+    if config.sampling.sampler == "ancestral":
+        return sampling.reverse_chain
+    if config.sampling.sampler == "ddim":
+        ts, eta = sampling.grid_uniform(s, num_steps), config.sampling.eta
+        return lambda eps_bar_fn, s, _, x, keys, **options: sampling.ddim_chain(
+            eps_bar_fn, s, ts, x, keys, eta, **options
+        )
+    ts = sampling.grid_log_snr(s, num_steps)
+    return lambda eps_bar_fn, s, _, x, keys, **options: sampling.dpmpp_2m_chain(eps_bar_fn, s, ts, x, **options)
+
+
+def source(config: ConfigDict) -> sources.Source:
+    """Opens the source of the images, data.source and data.path."""
+    return sources.open_source(
+        config.data.source, config.data.path, split=config.data.split, manual_dir=config.data.manual_dir
+    )
+
+
+def images(config: ConfigDict, split: str | None = None) -> cache.Cached | cache.OnTheFly:
+    """Opens the images of data.*, decoded to one size; the first call makes their cache.
+
+    Args:
+      split: in place of data.split.
+
+    Raises:
+      UserError: see `sources.open_source` and `cache.open_images`.
+    """
+    if split is not None:
+        config = config.copy_and_resolve_references()
+        config.data.split = split
+    return cache.open_images(
+        source(config),
+        image_size=config.data.image_size,
+        channels=config.data.channels,
+        crop=config.data.crop,
+        skip_corrupt=config.data.skip_corrupt,
+        cache_dir=config.data.cache_dir,
+        cache_limit=config.data.cache_limit_gb * 1e9,
+    )

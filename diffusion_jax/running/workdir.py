@@ -1,0 +1,65 @@
+"""The workdir of a run: its place and its config.
+
+config.json · checkpoints/<step>/ · metrics.jsonl · samples/<step>.png · TensorBoard events
+"""
+
+import json
+import os
+
+from etils import epath
+from ml_collections import ConfigDict  # noqa: TID251 (the type of a config)
+
+from diffusion_jax.errors import UserError
+from diffusion_jax.running import config as configs
+from diffusion_jax.running import files
+
+
+def absolute(workdir: epath.PathLike) -> epath.Path:
+    """Returns the absolute path of a workdir; Orbax refuses a relative one, but only at the first save.
+
+    Raises:
+      UserError: `workdir` is a file.
+    """
+    path = epath.Path(workdir).expanduser()
+    path = path if path.is_absolute() else epath.Path(os.getcwd()) / path
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--workdir={workdir} is a file: give a folder")
+    return path
+
+
+def write_config(workdir: epath.PathLike, config: ConfigDict) -> None:
+    """Writes config.json and makes the workdir where it is missing.
+
+    Raises:
+      UserError: the workdir cannot be written.
+    """
+    try:
+        files.write_text(absolute(workdir) / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be written ({error}): give another folder") from None
+
+
+def holds_run(workdir: epath.PathLike) -> bool:
+    """True if the workdir has a config.json."""
+    return (absolute(workdir) / "config.json").exists()
+
+
+def read_config(workdir: epath.PathLike) -> ConfigDict:
+    """Returns the checked config of the run in `workdir`; keys that its version lacked have their defaults.
+
+    Raises:
+      UserError: there is no run, config.json is not JSON, or a value in it cannot be used.
+    """
+    file = absolute(workdir) / "config.json"
+    if not file.exists():
+        raise UserError(f"--workdir={workdir} holds no run (no config.json): give the workdir of a training run")
+    try:
+        config = ConfigDict(json.loads(file.read_text()))
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{file} is not a JSON object ({error}): restore it, or give another workdir") from None
+    try:
+        config = configs.complete(config)
+        configs.check(config)
+    except (UserError, TypeError, AttributeError) as error:
+        raise UserError(f"{file}: {error}") from None
+    return config.lock()
