@@ -16,9 +16,8 @@ from absl import app, flags
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
-from diffusion_jax import from_config
-from diffusion_jax.state import init_state
-from diffusion_jax.step import AXIS, configured_step
+from diffusion_jax import parts
+from diffusion_jax.step import AXIS
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/cifar10.py")
 CHANNELS = flags.DEFINE_integer("channels", 4, "config.model.channels")
@@ -53,14 +52,15 @@ def turn(step, state, batch, num):
 
 
 def measure(config, devices):
-    batch, shape = len(devices), from_config.image_shape(config)
-    pixels, indices = np.zeros((batch, *shape), np.uint8), np.arange(batch)
+    batch, shape = len(devices), parts.image_shape(config)
+    images, indices = np.zeros((batch, *shape), np.uint8), np.arange(batch)
     mesh = Mesh(np.array(devices), (AXIS,))
-    one, split = configured_step(config), NamedSharding(mesh, PartitionSpec(AXIS))
-    batches = {"jit": (pixels, indices), "pmap": (pixels[:, None], indices[:, None])}
+    one, split = parts.train_step(config), NamedSharding(mesh, PartitionSpec(AXIS))
+    batches = {"jit": ({"image": images}, indices), "pmap": ({"image": images[:, None]}, indices[:, None])}
     batches = {name: jax.device_put(batch, split) for name, batch in batches.items()}
     steps = {"jit": by_jit(one, devices), "pmap": by_pmap(one, devices)}
-    states = {name: jax.device_put(init_state(config), NamedSharding(mesh, PartitionSpec())) for name in steps}
+    start = parts.build(config).init_state()
+    states = {name: jax.device_put(start, NamedSharding(mesh, PartitionSpec())) for name in steps}
     times = {name: [] for name in steps}
     for name, step in steps.items():
         _, states[name] = turn(step, states[name], batches[name], 2)  # compiles

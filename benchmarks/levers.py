@@ -17,11 +17,10 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from diffusion_jax import from_config
+from diffusion_jax import parts
 from diffusion_jax.data import pipeline
 from diffusion_jax.running import hosts
-from diffusion_jax.state import init_state, replicate
-from diffusion_jax.step import AXIS, configured_step, pmapped, resident, several
+from diffusion_jax.step import pmapped, replicate, resident, several
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py")
 STEPS = flags.DEFINE_integer("steps", 20, "of each run")
@@ -43,29 +42,30 @@ class Variant:
     """`seconds()` takes the steps from the start and keeps what it has come to."""
 
     def __init__(self, config, images):
-        self._config, self._start = config, init_state(config)
+        self._config, self._start = config, parts.build(config).init_state()
         self._k, self._batch = config.train.steps_per_dispatch, config.train.batch_size
         self._local = (jax.local_device_count(), self._batch // jax.local_device_count())
         self._indices = np.arange(self._batch).reshape(self._local)
-        step = configured_step(config)
+        step = parts.train_step(config)
         if config.data.on_device:
             self._program, self._feed = pmapped(resident(step, self._k, config.seed, self._batch), None), None
-            self._images = replicate(images[:], AXIS)
+            self._images = replicate(images.examples(np.arange(len(images))))
         else:
             self._program = pmapped(several(step))
             self._feed = pipeline.batches(images, seed=config.seed, batch_size=self._batch)
-        state, batch = replicate(self._start, AXIS), self._inputs(0)
+        state, batch = replicate(self._start), self._inputs(0)
         self.temporaries = self._program.lower(state, batch).compile().memory_analysis().temp_size_in_bytes
         self.seconds()
 
     def _inputs(self, step):
         if self._feed is None:
             return self._images, self._indices
-        pixels = np.stack([self._feed[step + i] for i in range(self._k)])
-        return pixels.reshape(self._k, *self._local, *pixels.shape[2:]).swapaxes(0, 1), self._indices
+        batches = jax.tree.map(lambda *x: np.stack(x), *(self._feed[step + i] for i in range(self._k)))
+        shape = (self._k, *self._local)
+        return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[2:]).swapaxes(0, 1), batches), self._indices
 
     def seconds(self):
-        state, losses = replicate(self._start, AXIS), []
+        state, losses = replicate(self._start), []
         jax.block_until_ready(state)
         began = time.perf_counter()
         for step in range(0, STEPS.value, self._k):
@@ -87,7 +87,7 @@ def with_lever(config, changes):
 
 def main(_):
     hosts.initialize(PLATFORM.value)
-    images = from_config.images(CONFIG.value)
+    images = parts.images(CONFIG.value)
     variants = {name: Variant(with_lever(CONFIG.value, changes), images) for name, changes in LEVERS.items()}
     times = {name: [] for name in variants}
     for _ in range(REPEATS.value):

@@ -21,10 +21,9 @@ from absl import app, flags
 
 from benchmarks import unet
 from benchmarks.unet import BATCH, CONFIG, PLATFORM, STEPS
-from diffusion_jax import from_config
+from diffusion_jax import parts
 from diffusion_jax.interop import diffusers
 from diffusion_jax.running import hosts
-from diffusion_jax.state import init_state
 
 TORCH = flags.DEFINE_string("torch", None, "Python of the environment with torch and diffusers", required=True)
 PAIRS = flags.DEFINE_integer("pairs", 5, "measurements in turn")
@@ -62,9 +61,9 @@ class Peer:
 def write_model(config, params, folder):
     """diffusers' folder of the parameters, and what the network makes of some images: example.npz."""
     diffusers.write_unet(config, params, folder / "unet")
-    x = np.random.default_rng(0).standard_normal((2, *from_config.image_shape(config))).astype(np.float32)
+    x = np.random.default_rng(0).standard_normal((2, *parts.image_shape(config))).astype(np.float32)
     t = np.array([1, config.schedule.num_steps])
-    y = jax.jit(from_config.network(config))({"params": params}, x, t)
+    y = jax.jit(parts.network(config))({"params": params}, x, t)
     np.savez(folder / "example.npz", x=x, t=t, y=y)
 
 
@@ -80,7 +79,7 @@ def main(_):
     if jax.device_count() > 1:
         raise SystemExit(f"error: {jax.device_count()} devices: give this process one, e.g. CUDA_VISIBLE_DEVICES=0")
     with tempfile.TemporaryDirectory() as folder:
-        write_model(config, spread_out(init_state(config).params), Path(folder))
+        write_model(config, spread_out(parts.build(config).init_state().params), Path(folder))
         with contextlib.closing(Peer(folder, config)) as peer:
             ours = unet.runs(config, BATCH.value, STEPS.value)
             for name in ours:

@@ -13,7 +13,7 @@ import time
 from absl import app, flags
 from ml_collections import config_flags
 
-from diffusion_jax import from_config
+from diffusion_jax import parts
 from diffusion_jax.data import pipeline
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py")
@@ -32,7 +32,7 @@ def measure(batches, seconds):
         next(batches)
     wall, cpu, num = time.perf_counter(), time.process_time(), 0
     while time.perf_counter() - wall < seconds:
-        num += len(next(batches))
+        num += len(next(batches)["image"])
     return num / (time.process_time() - cpu), num / (time.perf_counter() - wall)
 
 
@@ -53,10 +53,10 @@ def report(kind, images, config):
 
 def main(_):
     config = CONFIG.value
-    cached = from_config.images(config)
+    cached = parts.images(config)
     report("cached", cached, config)
     config.data.cache_limit_gb = 0.0
-    report("on the fly", from_config.images(config), config)
+    report("on the fly", parts.images(config), config)
 
     batches, memory = iterate(cached, config), []
     for _ in range(3):

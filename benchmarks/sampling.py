@@ -16,7 +16,7 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from diffusion_jax import from_config, sampling
+from diffusion_jax import parts, sampling
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py")
 BATCH = flags.DEFINE_integer("batch", 64, "images")
@@ -32,10 +32,10 @@ def seconds(run, *args):
 
 def variants(config, num_steps):
     """{name: (x) -> x_stop} of the last `num_steps` steps of the chain."""
-    s, sigma = from_config.schedule(config), from_config.sigma(config)
-    apply_fn = from_config.network(config)
-    shape = (BATCH.value, *from_config.image_shape(config))
-    params = from_config.model(config).init(jax.random.key(0), jnp.zeros(shape), jnp.ones(shape[0], jnp.int32))
+    s, sigma = parts.schedule(config), parts.sigma(config)
+    apply_fn = parts.network(config)
+    shape = (BATCH.value, *parts.image_shape(config))
+    params = parts.model(config).init(jax.random.key(0), jnp.zeros(shape), jnp.ones(shape[0], jnp.int32))
     keys = jax.random.split(jax.random.key(1), shape[0])
 
     def chain(x, window=None):
@@ -64,7 +64,7 @@ def variants(config, num_steps):
 
 def main(_):
     config = CONFIG.value
-    x = jax.random.normal(jax.random.key(2), (BATCH.value, *from_config.image_shape(config)))
+    x = jax.random.normal(jax.random.key(2), (BATCH.value, *parts.image_shape(config)))
     runs = variants(config, STEPS.value)
     times = {name: [] for name in runs}
     for run in runs.values():

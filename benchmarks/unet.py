@@ -18,10 +18,9 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from diffusion_jax import from_config, sampling
+from diffusion_jax import parts, sampling
 from diffusion_jax.running import hosts
-from diffusion_jax.state import init_state, replicate
-from diffusion_jax.step import AXIS, configured_step, pmapped, several
+from diffusion_jax.step import pmapped, replicate, several
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/cifar10.py")
 BATCH = flags.DEFINE_integer("batch", 16, "images, over all devices")
@@ -57,26 +56,26 @@ def matmul(dtype, size):
 
 def forward(config, batch):
     """The network without dropout, on one device."""
-    params = jax.device_put(init_state(config).params)
-    x, t = jnp.zeros((batch, *from_config.image_shape(config))), jnp.full(batch, 500)
-    apply_fn = from_config.network(config)
+    params = jax.device_put(parts.build(config).init_state().params)
+    x, t = jnp.zeros((batch, *parts.image_shape(config))), jnp.full(batch, 500)
+    apply_fn = parts.network(config)
     return Run(jax.jit(lambda params, x, t: apply_fn({"params": params}, x, t)), params, x, t, images=batch)
 
 
 def train_step(config, batch):
     """The step of training, on all devices: gradient, clipping, Adam, average, metrics."""
     devices = jax.device_count()
-    pixels = np.zeros((devices, 1, batch // devices, *from_config.image_shape(config)), np.uint8)
+    batches = {"image": np.zeros((devices, 1, batch // devices, *parts.image_shape(config)), np.uint8)}
     indices = np.arange(batch).reshape(devices, -1)
-    program = pmapped(several(configured_step(config)))
-    return Run(program, replicate(init_state(config), AXIS), (pixels, indices), images=batch, state=True)
+    program = pmapped(several(parts.train_step(config)))
+    return Run(program, replicate(parts.build(config).init_state()), (batches, indices), images=batch, state=True)
 
 
 def chain(config, batch, steps):
     """`steps` steps of the ancestral chain in one program, on one device."""
-    s, sigma, apply_fn = from_config.schedule(config), from_config.sigma(config), from_config.network(config)
-    params = jax.device_put(init_state(config).params)
-    x, keys = jnp.zeros((batch, *from_config.image_shape(config))), jax.random.split(jax.random.key(0), batch)
+    s, sigma, apply_fn = parts.schedule(config), parts.sigma(config), parts.network(config)
+    params = jax.device_put(parts.build(config).init_state().params)
+    x, keys = jnp.zeros((batch, *parts.image_shape(config))), jax.random.split(jax.random.key(0), batch)
 
     def program(params, x, keys):
         def eps_bar_fn(x, t):

@@ -18,9 +18,8 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import parts, step
 from diffusion_jax.data import cache, pipeline, pixels
-from diffusion_jax.errors import UserError, one_line
 from diffusion_jax.pictures import grids
-from diffusion_jax.planning import programs
+from diffusion_jax.planning import fit
 from diffusion_jax.running import checkpoint, hosts
 from diffusion_jax.running import workdir as workdirs
 from diffusion_jax.running.config import check_batch, check_same_run
@@ -28,7 +27,6 @@ from diffusion_jax.running.log import MetricsLog
 from diffusion_jax.step import AXIS, TrainState
 
 _KINDS = ("sample", "evaluate", "checkpoint")  # of work that is due every so many steps, train.<kind>_every
-_TIGHT = 0.9  # share of a device's memory above which the step gets a warning
 
 
 def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
@@ -61,7 +59,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
         if dispatches:
             batch = next(feed)
             feed = itertools.chain([batch], feed)
-            _foresee(config, program(dispatches[0][0]), (state, (batch, indices)), config.train.num_steps - start)
+            fit.foresee(config, program(dispatches[0][0]), (state, (batch, indices)), config.train.num_steps - start)
 
         with (
             hosts.StopSignals() as signals,
@@ -195,61 +193,6 @@ def _to_devices(
         if len(ahead) > 2:
             yield ahead.popleft()
     yield from ahead
-
-
-# ---------------------------------------------------------------- memory and time, foreseen
-
-
-def _foresee(config, program, args, num_steps):
-    """Prints the memory and the least time of the steps to come.
-
-    Only a program that does not fit stops the run: an estimate that fails for another reason is left out.
-
-    Raises:
-      UserError: the program does not fit into a device.
-    """
-    device = jax.local_devices()[0]
-    room = programs.room(device)
-    if not room:
-        return
-    try:
-        compiled = programs.compiled(program.lower(*args))  # kept: the first step does not compile again
-        peak = programs.memory_needed(compiled)
-        seconds = programs.least_seconds(compiled, device, config.train.accumulate)
-    except programs.DoesNotFit as error:
-        raise does_not_fit(config, device.device_kind, programs.shortage(error)) from None
-    except Exception as error:  # whatever a backend does not implement
-        print(f"no estimate of memory and time ({one_line(error, 200)})")
-        return
-    sizes = f"{peak / 2**30:.2f} of {room / 2**30:.2f} GiB"
-    if peak > room:
-        raise does_not_fit(config, device.device_kind, sizes)
-    if jax.process_index() != 0:
-        return
-    if seconds:
-        hours = seconds * num_steps / 3600
-        print(f"estimate: at least {seconds * 1e3:.3g} ms a step, {hours:.3g} hours to the end; {sizes} a device")
-    if peak > _TIGHT * room:
-        print(f"warning: the step takes {sizes} of a device: should it run out of memory, {remedies(config)}")
-
-
-def does_not_fit(config: ConfigDict, device: str, sizes: str) -> UserError:
-    """Returns the error for a train step that is too large for a device."""
-    return UserError(
-        f"config.train.batch_size={config.train.batch_size} does not fit into a {device} ({sizes}): {remedies(config)}"
-    )
-
-
-def remedies(config: ConfigDict) -> str:
-    """Returns the memory-saving options that are not enabled yet, in words."""
-    train = config.train
-    options = [
-        None if config.model.dtype == "bfloat16" else "config.model.dtype=bfloat16",
-        None if train.remat else "config.train.remat=True",
-        f"config.train.accumulate={2 * train.accumulate}",
-        "config.data.on_device=False" if config.data.on_device else None,
-    ]
-    return f"set {', '.join(filter(None, options))}, lower config.train.batch_size, or take more devices"
 
 
 # ---------------------------------------------------------------- in the loop

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from configs import tiny
 from diffusion_jax import schedule
+from diffusion_jax.configs import tiny
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)

@@ -8,10 +8,11 @@ import optax
 import pytest
 from conftest import tiny_config
 
-from configs import default
-from diffusion_jax import from_config, schedule, unet
+from diffusion_jax import parts, schedule, unet
+from diffusion_jax.configs import default
 from diffusion_jax.errors import UserError
-from diffusion_jax.running import checkpoint
+from diffusion_jax.running import config as configs
+from diffusion_jax.running import workdir as workdirs
 
 NAMES = sorted(path.stem for path in pathlib.Path(default.__file__).parent.glob("*.py"))
 
@@ -23,10 +24,10 @@ def config_of(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_config_is_valid_and_builds(name):
     config = config_of(name)
-    from_config.check(config, default.get_config())
-    assert from_config.schedule(config).num_steps == from_config.sigma(config).shape[0] - 1
-    x = jax.ShapeDtypeStruct((1, *from_config.image_shape(config)), jnp.float32)
-    jax.eval_shape(from_config.model(config).init, jax.random.key(0), x, jax.ShapeDtypeStruct((1,), jnp.int32))
+    configs.check(config)
+    assert parts.schedule(config).num_steps == parts.sigma(config).shape[0] - 1
+    x = jax.ShapeDtypeStruct((1, *parts.image_shape(config)), jnp.float32)
+    jax.eval_shape(parts.model(config).init, jax.random.key(0), x, jax.ShapeDtypeStruct((1,), jnp.int32))
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"default"}))
@@ -39,7 +40,7 @@ def test_papers_hyper_parameters():
     """Ho et al. (2020), appendix B."""
     cifar10, celebahq = config_of("cifar10"), config_of("celebahq256")
     for config in (cifar10, celebahq):
-        s = from_config.schedule(config)
+        s = parts.schedule(config)
         np.testing.assert_allclose(s.beta, schedule.ho_linear(1000, 1e-4, 0.02).beta)
         assert (config.train.ema_decay, config.train.warmup_steps, config.train.grad_clip) == (0.9999, 5000, 1.0)
         assert config.sampling.clip and config.data.flip and config.train.loss == "simple"
@@ -58,30 +59,30 @@ def test_every_name_builds_its_object():
         ("cosine", schedule.cosine(10)),
     ):
         config.schedule.name = name
-        np.testing.assert_array_equal(from_config.schedule(config).beta, expected.beta)
+        np.testing.assert_array_equal(parts.schedule(config).beta, expected.beta)
     for name, expected in (
         ("zero", schedule.sigma_zero),
         ("beta", schedule.sigma_beta),
         ("posterior", schedule.sigma_posterior),
     ):
         config.sampling.sigma = name
-        np.testing.assert_array_equal(from_config.sigma(config), expected(from_config.schedule(config)))
+        np.testing.assert_array_equal(parts.sigma(config), expected(parts.schedule(config)))
 
 
 def test_model_has_the_configs_fields():
     config = tiny_config(model__dtype="bfloat16", model__multipliers=(1, 2), model__attention_resolutions=(4,))
-    wanted = unet.UNet(8, (1, 2), 1, (4,), 0.1, 4, jnp.bfloat16, from_config._ATTENTION["xla"])
-    assert from_config.model(config) == wanted
-    assert from_config.model(tiny_config(train__remat=True)).remat
-    assert from_config.model(tiny_config(model__attention="cudnn")).attention.keywords == {"implementation": "cudnn"}
+    wanted = unet.UNet(8, (1, 2), 1, (4,), 0.1, 4, jnp.bfloat16, parts._ATTENTION["xla"])
+    assert parts.model(config) == wanted
+    assert parts.model(tiny_config(train__remat=True)).remat
+    assert parts.model(tiny_config(model__attention="cudnn")).attention.keywords == {"implementation": "cudnn"}
 
 
 def test_optimizer():
     """Warm-up from 0, clipping before Adam, Adam's own constants."""
     config = tiny_config(train__learning_rate=0.5, train__warmup_steps=2)
-    rate = from_config.learning_rate(config)
+    rate = parts.learning_rate(config)
     assert [float(rate(step)) for step in range(4)] == [0, 0.25, 0.5, 0.5]
-    assert float(from_config.learning_rate(tiny_config(train__warmup_steps=0))(0)) == pytest.approx(2e-3)
+    assert float(parts.learning_rate(tiny_config(train__warmup_steps=0))(0)) == pytest.approx(2e-3)
     gradients = [jnp.array([30.0, 0.0, 40.0]), jnp.array([0.1, -0.2, 0.0]), jnp.ones(3)]
     by_hand = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b1=0.9, b2=0.999, eps=1e-8))
 
@@ -91,7 +92,7 @@ def test_optimizer():
             update, state = transform.update(gradient, state)
             yield update
 
-    for ours, expected in zip(updates(from_config.optimizer(config)), updates(by_hand), strict=True):
+    for ours, expected in zip(updates(parts.optimizer(config)), updates(by_hand), strict=True):
         np.testing.assert_array_equal(ours, expected)
 
 
@@ -122,49 +123,49 @@ def test_values_out_of_range(key, value, message):
     config = config_of("digits")
     config.update_from_flattened_dict({key: value})
     with pytest.raises(UserError, match=message):
-        from_config.check(config, default.get_config())
+        configs.check(config)
 
 
 def test_the_bound_needs_a_deviation_at_each_step():
     config = config_of("digits")
     config.update_from_flattened_dict({"train.loss": "vlb", "train.t_sampling": "importance"})
-    from_config.check(config, default.get_config())
+    configs.check(config)
     config.sampling.sigma = "zero"
     with pytest.raises(UserError, match=r"config\.sampling\.sigma='zero' must be beta or posterior"):
-        from_config.check(config, default.get_config())
+        configs.check(config)
 
 
 def test_unknown_missing_and_mistyped_keys():
     config = config_of("digits")
     config.train.lerning_rate = 1e-3
     with pytest.raises(UserError, match=r"train\.lerning_rate is no key .* nearest is config\.train\.learning_rate"):
-        from_config.check(config, default.get_config())
+        configs.check(config)
     del config.train.lerning_rate
     del config.train.loss
     with pytest.raises(UserError, match=r"config\.train\.loss is missing"):
-        from_config.check(config, default.get_config())
+        configs.check(config)
     config = config_of("digits")
     with config.ignore_type():
         config.train.num_steps = "many"
     with pytest.raises(UserError, match=r"config\.train\.num_steps='many' must be of type int"):
-        from_config.check(config, default.get_config())
+        configs.check(config)
 
 
 def test_the_same_model_is_told_from_another():
     old = tiny_config()
-    from_config.check_same_run(old, tiny_config(train__num_steps=9, train__batch_size=4, data__flip=True), "w")
+    configs.check_same_run(old, tiny_config(train__num_steps=9, train__batch_size=4, data__flip=True), "w")
     for change in ({"model__channels": 16}, {"schedule__name": "cosine"}, {"data__image_size": 16}):
         key = next(iter(change)).replace("__", r"\.")
         with pytest.raises(UserError, match=f"w holds another run .*{key}"):
-            from_config.check_same_run(old, tiny_config(**change), "w")
+            configs.check_same_run(old, tiny_config(**change), "w")
 
 
 def test_config_json_comes_back(tmp_path):
     config = tiny_config()
-    checkpoint.write_config(tmp_path / "run", config)
-    again = checkpoint.read_config(tmp_path / "run")
-    assert from_config.flatten(again) == from_config.flatten(config)
-    from_config.check_same_run(again, config, "w")
-    from_config.check(again, default.get_config())
-    assert from_config.model(again) == from_config.model(config)
-    assert checkpoint.read_config(tmp_path) is None
+    workdirs.write_config(tmp_path / "run", config)
+    again = workdirs.read_config(tmp_path / "run")
+    assert configs.flatten(again) == configs.flatten(config)
+    configs.check_same_run(again, config, "w")
+    configs.check(again)
+    assert parts.model(again) == parts.model(config)
+    assert workdirs.read_config(tmp_path) is None

@@ -5,17 +5,16 @@ import optax
 import pytest
 from conftest import assert_same, tiny_config
 
-from diffusion_jax import from_config, losses, schedule, step
-from diffusion_jax import state as states
+from diffusion_jax import losses, parts, schedule, step
 from diffusion_jax.data import pipeline
 
 
 def make_step(config, loss_fn=None, **how):
     return step.make_step(
-        from_config.model(config).apply,
-        loss_fn or from_config.loss(config),
-        from_config.schedule(config),
-        from_config.optimizer(config),
+        parts.model(config).apply,
+        loss_fn or parts.loss(config),
+        parts.schedule(config),
+        parts.optimizer(config),
         config.train.ema_decay,
         config.seed,
         **how,
@@ -27,14 +26,14 @@ def make_train_step(config, loss_fn=None, **how):
 
 
 def batch(devices=4, per_device=2):
-    pixels = np.random.default_rng(0).integers(0, 256, (devices, per_device, 8, 8, 1), np.uint8)
-    return pixels, np.arange(devices * per_device).reshape(devices, per_device)
+    image = np.random.default_rng(0).integers(0, 256, (devices, per_device, 8, 8, 1), np.uint8)
+    return {"image": image}, np.arange(devices * per_device).reshape(devices, per_device)
 
 
 def test_one_step_against_its_parts():
     """The gradient of the mean loss over the whole batch, clipping, Adam, EMA, in plain NumPy and optax."""
     config = tiny_config(train__warmup_steps=0, model__dropout=0.0, train__ema_decay=0.75)
-    s, seen = from_config.schedule(config), {}
+    s, seen = parts.schedule(config), {}
 
     def spy(eps_bar_fn, s, x_0, t, keys):
         eps_bar = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), x_0.shape[1:]))(keys)
@@ -43,17 +42,17 @@ def test_one_step_against_its_parts():
         )
         return losses.simple_loss(eps_bar_fn, s, x_0, t, eps_bar)
 
-    start = states.init_state(config)
-    after, metrics = make_train_step(config, spy)(states.replicate(start, step.AXIS), batch())
+    start = parts.build(config).init_state()
+    after, metrics = make_train_step(config, spy)(step.replicate(start), batch())
     jax.effects_barrier()
     x_0, t, eps_bar = (np.concatenate([seen[i][k] for i in range(4)]) for k in range(3))
-    np.testing.assert_allclose(x_0, batch()[0].reshape(8, 8, 8, 1) / 127.5 - 1, atol=1e-6)
+    np.testing.assert_allclose(x_0, batch()[0]["image"].reshape(8, 8, 8, 1) / 127.5 - 1, atol=1e-6)
     assert 1 <= t.min() <= t.max() <= 20
     assert len(np.unique(t)) > 2
 
     def loss(params):
         def eps_bar_fn(x, t):
-            return from_config.model(config).apply({"params": params}, x, t)
+            return parts.model(config).apply({"params": params}, x, t)
 
         return losses.simple_loss(eps_bar_fn, s, x_0, t, eps_bar).mean()
 
@@ -85,8 +84,8 @@ def test_randomness_is_of_seed_step_and_index():
 
     def of(seed, number, indices):
         streams.clear()
-        state = states.init_state(config)._replace(step=np.int32(number))
-        steps[seed](states.replicate(state, step.AXIS), (batch()[0], indices))
+        state = parts.build(config).init_state()._replace(step=np.int32(number))
+        steps[seed](step.replicate(state), (batch()[0], indices))
         jax.effects_barrier()
         return sorted(map(tuple, np.concatenate(streams).tolist()))
 
@@ -103,20 +102,19 @@ def test_the_step_compiles_once():
 
     def counted(eps_bar_fn, s, x_0, t, keys):
         traces.append(x_0.shape)
-        return from_config.loss(config)(eps_bar_fn, s, x_0, t, keys)
+        return parts.loss(config)(eps_bar_fn, s, x_0, t, keys)
 
     take = make_train_step(config, counted)
-    state = states.replicate(states.init_state(config), step.AXIS)
-    pixels, indices = batch()
+    state = step.replicate(parts.build(config).init_state())
     for _ in range(3):
-        state, _ = take(state, (pixels, indices))
+        state, _ = take(state, batch())
     assert int(state.step) == 3
     assert traces == [(2, 8, 8, 1)]
 
 
 def test_the_state_is_given_away():
     """Donation: the memory of the old state is the new one's."""
-    state = states.replicate(states.init_state(tiny_config()), step.AXIS)
+    state = step.replicate(parts.build(tiny_config()).init_state())
     make_train_step(tiny_config())(state, batch())
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.ema_params, state.opt_state)))
 
@@ -148,9 +146,9 @@ def test_t_is_drawn_as_often_as_told():
             )
         )
         w = {"w": np.zeros((), np.float32)}
-        state = states.TrainState(np.zeros((), np.int32), w, {"w": w["w"].copy()}, optax.sgd(1.0).init(w))
-        batch = np.zeros((4, 4096, 1), np.uint8), np.arange(4 * 4096).reshape(4, 4096)
-        return -take(states.replicate(state, step.AXIS), batch)[0].params["w"]
+        state = step.TrainState(np.zeros((), np.int32), w, {"w": w["w"].copy()}, optax.sgd(1.0).init(w))
+        batch = {"image": np.zeros((4, 4096, 1), np.uint8)}, np.arange(4 * 4096).reshape(4, 4096)
+        return -take(step.replicate(state), batch)[0].params["w"]
 
     assert gradient(None) == pytest.approx(2.5, abs=0.05)
     assert gradient(p) == pytest.approx(2.5, abs=0.05)
@@ -158,11 +156,11 @@ def test_t_is_drawn_as_often_as_told():
 
 def test_a_bad_step_leaves_everything_but_the_step():
     config = tiny_config()
-    before = states.init_state(config)
+    before = parts.build(config).init_state()
     take = make_train_step(
         config, lambda eps_bar_fn, s, x_0, t, keys: jnp.full(t.shape, jnp.inf) * eps_bar_fn(x_0, t).mean()
     )
-    after, metrics = take(states.replicate(before, step.AXIS), batch())
+    after, metrics = take(step.replicate(before), batch())
     assert_same(jax.device_get(after), before._replace(step=np.int32(1)))
     assert metrics["skipped"][0] == 1
 
@@ -178,8 +176,8 @@ def test_flips_are_a_coin_per_example_and_step():
 
     def share_of_bright(number, **how):
         take = make_train_step(tiny_config(), left, **how)
-        state = states.init_state(tiny_config())._replace(step=np.int32(number))
-        return (1 + float(take(states.replicate(state, step.AXIS), (pixels, indices))[1]["loss"][0])) / 2
+        state = parts.build(tiny_config()).init_state()._replace(step=np.int32(number))
+        return (1 + float(take(step.replicate(state), ({"image": pixels}, indices))[1]["loss"][0])) / 2
 
     assert share_of_bright(0) == pytest.approx(0, abs=1e-6)
     shares = [share_of_bright(number, flip=True) for number in (0, 1)]
@@ -196,29 +194,29 @@ def test_flips_are_a_coin_per_example_and_step():
 # ---------------------------------------------------------------- several steps, parts of a step
 
 
-@pytest.mark.parametrize("parts", [2, 4])
-def test_accumulated_gradients_are_those_of_the_batch(parts):
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_accumulated_gradients_are_those_of_the_batch(accumulate):
     """To 1e-6, for every leaf: plain gradient descent of rate 1 shows them."""
 
-    def gradient(parts):
+    def gradient(accumulate):
         config = tiny_config(model__dropout=0.3)
         take = step.pmapped(
             step.make_step(
-                from_config.model(config).apply,
-                from_config.loss(config),
-                from_config.schedule(config),
+                parts.model(config).apply,
+                parts.loss(config),
+                parts.schedule(config),
                 optax.sgd(1.0),
                 0.5,
                 0,
-                accumulate=parts,
+                accumulate=accumulate,
             )
         )
-        params = states.init_state(config).params
-        state = states.TrainState(np.int32(0), params, jax.tree.map(np.copy, params), optax.sgd(1.0).init(params))
-        after, metrics = take(states.replicate(state, step.AXIS), batch(per_device=4))
+        params = parts.build(config).init_state().params
+        state = step.TrainState(np.int32(0), params, jax.tree.map(np.copy, params), optax.sgd(1.0).init(params))
+        after, metrics = take(step.replicate(state), batch(per_device=4))
         return jax.tree.map(np.subtract, params, jax.device_get(after.params)), jax.device_get(metrics)
 
-    (whole, metrics), (added, others) = gradient(1), gradient(parts)
+    (whole, metrics), (added, others) = gradient(1), gradient(accumulate)
     assert max(abs(leaf).max() for leaf in jax.tree.leaves(whole)) > 0.01
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), added, whole)
     for name in metrics:
@@ -232,55 +230,69 @@ def test_several_steps_are_so_many_single_ones():
         return jax.vmap(lambda x: x * variables["params"]["w"] + variables["params"]["b"])(x)
 
     config = tiny_config(train__warmup_steps=0)
-    optimizer = from_config.optimizer(config)
-    one = step.make_step(apply_fn, from_config.loss(config), from_config.schedule(config), optimizer, 0.5, 0, flip=True)
+    optimizer = parts.optimizer(config)
+    one = step.make_step(apply_fn, parts.loss(config), parts.schedule(config), optimizer, 0.5, 0, flip=True)
     images = np.random.default_rng(1).integers(0, 256, (4, 3, 2, 8, 8, 1), np.uint8)
     indices = np.arange(8).reshape(4, 2)
     take, metrics = step.pmapped(step.several(one)), []
 
     def start():
         params = {"w": np.full((8, 8, 1), 0.5, np.float32), "b": np.zeros((8, 8, 1), np.float32)}
-        state = states.TrainState(np.int32(0), params, jax.tree.map(np.copy, params), optimizer.init(params))
-        return states.replicate(state, step.AXIS)
+        state = step.TrainState(np.int32(0), params, jax.tree.map(np.copy, params), optimizer.init(params))
+        return step.replicate(state)
 
     state = start()
     for i in range(3):
-        state, found = take(state, (images[:, i : i + 1], indices))
+        state, found = take(state, ({"image": images[:, i : i + 1]}, indices))
         metrics.append(jax.device_get(found))
-    together, found = take(start(), (images, indices))
+    together, found = take(start(), ({"image": images}, indices))
     assert_same(jax.device_get(together), jax.device_get(state))
     for name, values in jax.device_get(found).items():
         np.testing.assert_array_equal(values, np.hstack([line[name] for line in metrics]), err_msg=name)
 
 
+class Examples:
+    """Images and labels in memory, as `cache.Cached` has them on disk."""
+
+    def __init__(self, images, labels):
+        self._arrays = {"image": images, "label": labels.astype(np.int32)}
+
+    def __len__(self):
+        return len(self._arrays["image"])
+
+    def examples(self, indices):
+        return {name: array[indices] for name, array in self._arrays.items()}
+
+
 def test_a_data_set_on_the_device_gives_the_batches_of_the_pipeline():
     """For any place in the run, across the end of an epoch."""
-    dataset = np.random.default_rng(2).integers(0, 256, (37, 8, 8, 1), np.uint8)
+    dataset = Examples(np.random.default_rng(2).integers(0, 256, (37, 8, 8, 1), np.uint8), np.arange(37))
     wanted, indices = pipeline.batches(dataset, seed=5, batch_size=8), np.arange(8).reshape(4, 2)
 
-    def spy(state, images_and_indices):
-        images, _ = images_and_indices
-        return state._replace(step=state.step + 1), images
+    def spy(state, batch_and_indices):
+        batch, _ = batch_and_indices
+        return state._replace(step=state.step + 1), batch
 
     take = step.pmapped(step.resident(spy, 3, seed=5, batch_size=8), None)
     for start in (0, 4, 12_345):
-        state = states.TrainState(np.int32(start), {}, {}, {})
-        _, images = take(states.replicate(state, step.AXIS), (states.replicate(dataset, step.AXIS), indices))
+        state = step.TrainState(np.int32(start), {}, {}, {})
+        _, batches = take(step.replicate(state), (step.replicate(dataset.examples(np.arange(37))), indices))
         for i in range(3):
-            np.testing.assert_array_equal(images[:, i].reshape(8, 8, 8, 1), wanted[start + i])
+            np.testing.assert_array_equal(batches["image"][:, i].reshape(8, 8, 8, 1), wanted[start + i]["image"])
+            np.testing.assert_array_equal(batches["label"][:, i].reshape(8), wanted[start + i]["label"])
 
 
 def test_remat_is_the_same_network():
     """The same parameters by name, gradients to rounding, with the same dropout; less of it is kept."""
     config = tiny_config(model__dropout=0.3)
     again = tiny_config(model__dropout=0.3, train__remat=True)
-    start = states.init_state(config)
-    assert_same(states.init_state(again), start)
+    start = parts.build(config).init_state()
+    assert_same(parts.build(again).init_state(), start)
     found = {}
     for name, one in (("kept", config), ("again", again)):
         take = make_train_step(one)
-        lowered = take.lower(states.replicate(start, step.AXIS), batch())
-        found[name] = jax.device_get(take(states.replicate(start, step.AXIS), batch())[1]), lowered.as_text()
+        lowered = take.lower(step.replicate(start), batch())
+        found[name] = jax.device_get(take(step.replicate(start), batch())[1]), lowered.as_text()
     for name, value in found["kept"][0].items():
         np.testing.assert_allclose(found["again"][0][name], value, rtol=1e-5, err_msg=name)
     assert found["again"][1].count("stablehlo.convolution") > found["kept"][1].count("stablehlo.convolution")

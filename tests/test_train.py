@@ -9,10 +9,10 @@ import pytest
 from conftest import assert_same, tiny_config
 from tensorboardX.proto import event_pb2
 
-from diffusion_jax import from_config, losses, process, sample, sampling, train
-from diffusion_jax import state as states
+from diffusion_jax import losses, parts, process, sample, sampling, train
 from diffusion_jax.errors import UserError
 from diffusion_jax.planning import programs
+from diffusion_jax.running import workdir as workdirs
 
 
 def run(workdir, **overrides):
@@ -129,18 +129,18 @@ def test_every_loss_teaches_to_predict_the_noise(tmp_path, loss):
         train__learning_rate=5e-3,
     )
     params = train.train(config, str(tmp_path)).params
-    x_0 = from_config.images(config)[:256].astype(np.float32) / 127.5 - 1
+    x_0 = parts.images(config)[:256].astype(np.float32) / 127.5 - 1
     t = np.arange(256) % 20 + 1
     eps_bar = np.random.default_rng(0).standard_normal(x_0.shape).astype(np.float32)
 
     @jax.jit
     def error(params):
         def eps_bar_fn(x, t):
-            return from_config.model(config).apply({"params": params}, x, t)
+            return parts.model(config).apply({"params": params}, x, t)
 
-        return losses.simple_loss(eps_bar_fn, from_config.schedule(config), x_0, t, eps_bar).mean()
+        return losses.simple_loss(eps_bar_fn, parts.schedule(config), x_0, t, eps_bar).mean()
 
-    assert error(states.init_state(config).params) == pytest.approx(1, abs=0.02)
+    assert error(parts.build(config).init_state().params) == pytest.approx(1, abs=0.02)
     assert error(params) < (0.7 if "vlb" in loss else 0.6)  # the bound cares for small t
 
 
@@ -157,14 +157,14 @@ def test_what_training_looks_at_every_so_often(tmp_path):
     assert own[-1]["loss"] == others[-1]
     assert (tmp_path / "looked" / "samples" / "nearest-6.png").exists()
 
-    config = sample.read_config(tmp_path / "looked")
+    config = workdirs.read_config(tmp_path / "looked")
     config.data.split = "train[200:230]"
-    x_0 = from_config.images(config)[:].astype(np.float32) / 127.5 - 1
+    x_0 = parts.images(config)[:].astype(np.float32) / 127.5 - 1
     t = 1 + np.arange(30) * 20 // 30
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), np.arange(30))
-    network = from_config.network(config)
+    network = parts.network(config)
     loss = losses.with_noise(losses.simple_loss, 1)(
-        lambda x, t: network({"params": looked.ema_params}, x, t), from_config.schedule(config), x_0, t, keys
+        lambda x, t: network({"params": looked.ema_params}, x, t), parts.schedule(config), x_0, t, keys
     )
     assert own[-1]["held_out_loss"] == pytest.approx(float(loss.mean()), rel=1e-5)
     assert own[-1]["held_out_loss_t4"] == pytest.approx(float(loss[t > 15].mean()), rel=1e-5)
@@ -180,7 +180,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path):
 
 def nan_now_and_then(config):
     """The loss of the config, but for about a third of the steps, by the key of an example."""
-    loss = from_config.loss(config)
+    loss = parts.loss(config)
 
     def bad_loss(eps_bar_fn, s, x_0, t, keys):
         return jnp.where(jax.random.uniform(keys[0]) < 0.1, jnp.nan, loss(eps_bar_fn, s, x_0, t, keys))
@@ -190,7 +190,7 @@ def nan_now_and_then(config):
 
 def test_bad_steps_are_left_out_on_request(tmp_path, monkeypatch):
     bad_loss = nan_now_and_then(tiny_config())  # of 4 devices: any of them spoils the step
-    monkeypatch.setattr(from_config, "loss", lambda config: bad_loss)
+    monkeypatch.setattr(parts, "loss", lambda config: bad_loss)
     with pytest.raises(FloatingPointError, match=r"loss is nan at step \d+; .*max_bad_steps"):
         run(tmp_path / "a", train__num_steps=20)
     state = run(tmp_path / "b", train__num_steps=20, train__max_bad_steps=5)
@@ -202,11 +202,11 @@ def test_bad_steps_are_left_out_on_request(tmp_path, monkeypatch):
 
 def test_initial_state():
     config = tiny_config()
-    state = states.init_state(config)
+    state = parts.build(config).init_state()
     assert_same(state.params, state.ema_params)
-    assert_same(state, states.init_state(config))
+    assert_same(state, parts.build(config).init_state())
     assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), states.abstract_state(config)
+        lambda x: (x.shape, x.dtype), parts.build(config).abstract_state()
     )
 
 
@@ -236,10 +236,10 @@ def test_dispatches_end_where_something_is_due():
     config = tiny_config(
         train__steps_per_dispatch=4, train__checkpoint_every=6, train__sample_every=5, train__num_steps=13
     )
-    assert list(train._dispatches(config, 0)) == [(4, 4), (1, 5), (1, 6), (2, 8), (2, 10), (2, 12), (1, 13)]
-    assert list(train._dispatches(config, 6)) == [(2, 8), (2, 10), (2, 12), (1, 13)]
-    assert list(train._dispatches(config, 11)) == [(1, 12), (1, 13)]
-    assert list(train._dispatches(config, 13)) == []
+    assert list(train._dispatches(config.train, 0)) == [(4, 4), (1, 5), (1, 6), (2, 8), (2, 10), (2, 12), (1, 13)]
+    assert list(train._dispatches(config.train, 6)) == [(2, 8), (2, 10), (2, 12), (1, 13)]
+    assert list(train._dispatches(config.train, 11)) == [(1, 12), (1, 13)]
+    assert list(train._dispatches(config.train, 13)) == []
 
 
 @pytest.mark.parametrize("levers", [{"train__remat": True}, {"train__accumulate": 2}])
@@ -271,11 +271,11 @@ def test_the_step_is_foreseen(tmp_path, monkeypatch, capsys):
 def test_a_step_that_is_tight_or_too_large(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(programs, "room", lambda device: 10**9)
     run(tmp_path / "a", train__num_steps=1)
-    monkeypatch.setattr(programs, "memory", lambda sizes: {"peak": 95 * 10**7})
+    monkeypatch.setattr(programs, "memory_needed", lambda program: 95 * 10**7)
     run(tmp_path / "b", train__num_steps=1)
     out = capsys.readouterr().out
     assert out.count("warning: the step takes 0.88 of 0.93 GiB of a device") == 1
-    monkeypatch.setattr(programs, "memory", lambda sizes: {"peak": 2 * 10**9})
+    monkeypatch.setattr(programs, "memory_needed", lambda program: 2 * 10**9)
     with pytest.raises(UserError, match=r"batch_size=8 does not fit into a cpu \(1.86 of 0.93 GiB\): set .*remat=True"):
         run(tmp_path / "c")
     assert not (tmp_path / "c" / "checkpoints" / "3").exists()
@@ -345,22 +345,22 @@ def test_samples_in_shards(uninterrupted, tmp_path, monkeypatch):
     """As in one file; only what is missing is made; other samples are not mixed in."""
     workdir, _ = uninterrupted
     monkeypatch.setattr(sample, "SHARD", 3)
-    sample.sample(workdir, 8, 1, str(tmp_path / "all.npz"))
-    sample.sample(workdir, 8, 1, f"{tmp_path}/shards/")
+    sample.write_samples(workdir, 8, 1, str(tmp_path / "all.npz"))
+    sample.write_samples(workdir, 8, 1, f"{tmp_path}/shards/")
     names = ["00000000-00000002.npz", "00000003-00000005.npz", "00000006-00000007.npz"]
     assert sorted(path.name for path in (tmp_path / "shards").iterdir()) == [*names, "samples.json"]
     (tmp_path / "shards" / names[1]).unlink()
     before = (tmp_path / "shards" / names[0]).stat().st_mtime_ns
-    sample.sample(workdir, 8, 1, f"{tmp_path}/shards/")
+    sample.write_samples(workdir, 8, 1, f"{tmp_path}/shards/")
     assert (tmp_path / "shards" / names[0]).stat().st_mtime_ns == before
     shards = np.concatenate([np.load(tmp_path / "shards" / name)["arr_0"] for name in names])
     whole = np.load(tmp_path / "all.npz")["arr_0"]
     assert abs(shards.astype(int) - whole).max() <= 1  # 1e-6 may round to the next grey level
-    sample.sample(workdir, 9, 1, f"{tmp_path}/shards/")  # one more: the last shard grows
+    sample.write_samples(workdir, 9, 1, f"{tmp_path}/shards/")  # one more: the last shard grows
     names[2] = "00000006-00000008.npz"
     assert sorted(path.name for path in (tmp_path / "shards").iterdir()) == [*names, "samples.json"]
     with pytest.raises(UserError, match="holds samples of another run"):
-        sample.sample(workdir, 8, 2, f"{tmp_path}/shards/")
+        sample.write_samples(workdir, 8, 2, f"{tmp_path}/shards/")
 
 
 @pytest.mark.parametrize("loss", ["simple", "step"])
@@ -368,7 +368,7 @@ def test_samples_in_shards(uninterrupted, tmp_path, monkeypatch):
 def test_other_predictions_reach_loss_and_sampler(prediction, loss):
     """A network whose output is wired by hand: training and sampling see it as what it predicts."""
     config = tiny_config(model__prediction=prediction, train__loss=loss)
-    s = from_config.schedule(config)
+    s = parts.schedule(config)
     x_0, keys = np.full((3, 8, 8, 1), 0.3, np.float32), jax.random.split(jax.random.key(1), 3)
     t = np.array([2, 9, 20])
 
@@ -378,13 +378,13 @@ def test_other_predictions_reach_loss_and_sampler(prediction, loss):
         eps_bar = jax.vmap(lambda x, t: process.predict_eps_bar(s, x, t, 0.3))(x, t)
         return jax.vmap(lambda t, eps_bar: process.velocity(s, 0.3, t, eps_bar))(t, eps_bar)
 
-    value = from_config.loss(config)(knows_x_0, s, x_0, t, keys)
+    value = parts.loss(config)(knows_x_0, s, x_0, t, keys)
     if loss == "simple":
         np.testing.assert_allclose(value, 0, atol=1e-9)
     else:  # what ε̄ says of ε alone remains: α_t² β̄_{t−1}²/β̄_t², about
         rest = (s.alpha[t] * s.beta_bar[t - 1] / s.beta_bar[t]) ** 2
         np.testing.assert_allclose(value, rest, rtol=0.6)
-    eps_bar_fn = from_config._eps_bar_fn(config, knows_x_0, s)
+    eps_bar_fn = parts._eps_bar_fn(config, knows_x_0, s)
     ts, x_t = sampling.grid_uniform(s, 20), jnp.ones((3, 8, 8, 1))
     np.testing.assert_allclose(sampling.ddim_chain(eps_bar_fn, s, ts, x_t, keys), x_0, atol=1e-4)
 
@@ -407,5 +407,5 @@ def test_load_network(uninterrupted):
     apply_fn, params, s = sample.load_network(str(workdir))
     x, t = jnp.zeros((2, 8, 8, 1)), np.array([1, 20])
     assert s.num_steps == 20
-    expected = from_config.model(tiny_config()).apply({"params": state.ema_params}, x, t)
+    expected = parts.model(tiny_config()).apply({"params": state.ema_params}, x, t)
     np.testing.assert_array_equal(apply_fn({"params": params}, x, t), expected)

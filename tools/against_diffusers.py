@@ -113,7 +113,7 @@ def compare_network(args, folder, name):
     from safetensors import numpy as safetensors
 
     import diffusion_jax
-    from configs import default
+    from diffusion_jax.configs import default
     from diffusion_jax.interop import diffusers
 
     in_torch(args, "network", folder, name)

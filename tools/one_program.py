@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from absl import app, flags
 from ml_collections import config_flags
 
-from diffusion_jax import from_config, sampling
+from diffusion_jax import parts, sampling
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py")
 REPEATS = flags.DEFINE_integer("repeats", 3, "compilations for each T; the median is printed")
@@ -23,8 +23,8 @@ BATCH = flags.DEFINE_integer("batch", 16, "images of the chain")
 
 def compile_chain(config, batch):
     """(seconds, instructions) of the chain's program."""
-    model, s = from_config.model(config), from_config.schedule(config)
-    shape = (batch, *from_config.image_shape(config))
+    model, s = parts.model(config), parts.schedule(config)
+    shape = (batch, *parts.image_shape(config))
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
     t = jax.ShapeDtypeStruct(shape[:1], jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), x, t)["params"]
@@ -33,7 +33,7 @@ def compile_chain(config, batch):
         return sampling.reverse_chain(lambda x, t: model.apply({"params": params}, x, t), s, sigma, x, keys)
 
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
-    lowered = jax.jit(chain).lower(params, s, from_config.sigma(config), x, keys)
+    lowered = jax.jit(chain).lower(params, s, parts.sigma(config), x, keys)
     start = time.perf_counter()
     compiled = lowered.compile()
     seconds = time.perf_counter() - start

@@ -22,9 +22,10 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
+from diffusion_jax import parts
 from diffusion_jax.errors import UserError
 from diffusion_jax.running import checkpoint
-from diffusion_jax.state import abstract_state
+from diffusion_jax.running import workdir as workdirs
 from tools import bad_inputs
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -54,7 +55,8 @@ def start(workdir, devices=1, code=None, args=(), **overrides):
     }
     settings = {"train.num_steps": STEPS.value} | CONFIG
     settings |= {key.replace("__", "."): value for key, value in overrides.items()}
-    program = ["-c", f"import sys; {code}; import main; main.main()"] if code else ["main.py"]
+    mutant = f"import sys; {code}; from diffusion_jax import cli; sys.exit(cli.main())"
+    program = ["-c", mutant] if code else ["main.py"]
     command = [sys.executable, *program, f"--workdir={workdir}"]
     if not any(arg.startswith("--mode=") for arg in args):  # training; the other modes take the run's config
         command += ["--config=configs/tiny.py", *(f"--config.{key}={value}" for key, value in settings.items())]
@@ -96,9 +98,9 @@ def in_flight(workdir):
 
 def whole_state(workdir):
     """Checksums of every leaf of the newest checkpoint, and the samples, to the byte."""
-    config = checkpoint.read_config(workdir)
+    config = workdirs.read_config(workdir)
     with checkpoint.open_manager(workdir, read_only=True) as manager:
-        state = checkpoint.restore(manager, abstract_state(config))
+        state = checkpoint.restore(manager, parts.build(config).abstract_state())
     grid = pathlib.Path(workdir) / "samples" / f"{state.step}.png"
     return checkpoint.checksums(state), grid.read_bytes()
 
@@ -189,16 +191,16 @@ def kills(failures):
 
 # What a restore could forget, as code that makes it forget.
 FORGETS = {
-    "data position": "from diffusion_jax import data; go = data.iterate; "
-    "data.iterate = lambda ds, start, threads=1: go(ds, 0, threads)",
+    "data position": "from diffusion_jax.data import pipeline; go = pipeline.iterate; "
+    "pipeline.iterate = lambda ds, start, threads=1: go(ds, 0, threads)",
     "optimiser": "forget = lambda s, like: s._replace(opt_state=like.opt_state)",
     "ema": "forget = lambda s, like: s._replace(ema_params=s.params)",
     "step": "forget = lambda s, like: s._replace(step=like.step)",
 }
 _FORGET_STATE = (
-    "from diffusion_jax import checkpoint, train; from ml_collections import ConfigDict; read = checkpoint.restore; "
-    "init = train.init_state; new = []; "
-    "train.abstract_state = lambda c, a=train.abstract_state: (new.append(init(c)), a(c))[1]; "
+    "from diffusion_jax.parts import Parts; from diffusion_jax.running import checkpoint; read = checkpoint.restore; "
+    "new, shapes = [], Parts.abstract_state; "
+    "Parts.abstract_state = lambda run: (new.append(run.init_state()), shapes(run))[1]; "
     "checkpoint.restore = lambda m, like, **k: forget(read(m, like, **k), new[0]); "
 )
 
@@ -263,10 +265,10 @@ DAMAGE = {
 
 def restored(workdir):
     """(step, checksums) as a run would begin, or the UserError."""
-    config = checkpoint.read_config(workdir)
+    config = workdirs.read_config(workdir)
     try:
         with checkpoint.open_manager(workdir) as manager, contextlib.redirect_stdout(sys.stderr):
-            state = checkpoint.restore(manager, abstract_state(config), set_aside=True)
+            state = checkpoint.restore(manager, parts.build(config).abstract_state(), set_aside=True)
             return int(state.step), checkpoint.checksums(state)
     except UserError as error:
         return error
@@ -331,7 +333,7 @@ def disk(failures):
         if code != 1 or "Traceback" in output or "MB free" not in output or not newest:
             failures.append(f"disk: full: exit code {code}, {output[-500:]}")
         # The room is gone between the look and the save, as when others write there too.
-        blind = "from diffusion_jax import checkpoint; checkpoint._check_room = lambda *_: None"
+        blind = "from diffusion_jax.running import checkpoint; checkpoint._check_room = lambda *_: None"
         code, output = finish(start(mount / "run", code=blind, train__keep_checkpoints=100))
         counts["full disk while saving"] = output.strip().splitlines()[-1]
         newest = max(committed(mount / "run"))

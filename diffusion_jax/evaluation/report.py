@@ -13,10 +13,9 @@ import jax
 import numpy as np
 from etils import epath
 
-from diffusion_jax import sample
+from diffusion_jax import parts
 from diffusion_jax.errors import UserError, one_line
-from diffusion_jax.running import checkpoint
-from diffusion_jax.state import abstract_state
+from diffusion_jax.running.workdir import absolute, read_config
 
 GRIDS = 12  # of samples that are shown
 RECENT = 10  # lines of metrics.jsonl that the speed is the median of
@@ -100,8 +99,8 @@ class _Run(NamedTuple):
 
 
 def _read(workdir):
-    config = sample.read_config(workdir).to_dict()
-    workdir = checkpoint.absolute(workdir)
+    config = read_config(workdir).to_dict()
+    workdir = absolute(workdir)
     path = workdir / "metrics.jsonl"
     texts = path.read_bytes().decode(errors="replace").splitlines() if path.exists() else []
     lines = [line for line in map(_line, texts) if line is not None]
@@ -162,7 +161,9 @@ def _facts(run):
 def _num_parameters(workdir):
     """From the shapes alone; None where this version cannot make the model of that config."""
     with contextlib.suppress(Exception):  # whatever a config of another version makes of it
-        return sum(math.prod(x.shape) for x in jax.tree.leaves(abstract_state(checkpoint.read_config(workdir)).params))
+        return sum(
+            math.prod(x.shape) for x in jax.tree.leaves(parts.build(read_config(workdir)).abstract_state().params)
+        )
 
 
 def _finite(run, name):

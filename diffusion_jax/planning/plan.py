@@ -23,12 +23,12 @@ from ml_collections import ConfigDict
 from diffusion_jax import parts
 from diffusion_jax.errors import UserError, one_line
 from diffusion_jax.planning import programs
+from diffusion_jax.planning.fit import does_not_fit
 from diffusion_jax.planning.programs import CHIPS, DoesNotFit
 from diffusion_jax.running import files
 from diffusion_jax.running.config import check_batch
 from diffusion_jax.running.tables import markdown_table
 from diffusion_jax.step import AXIS, resident
-from diffusion_jax.train import does_not_fit
 
 SAMPLES = 50_000  # images that the literature's FID takes
 LARGEST = 4096  # images per chip and step, beyond which the search does not go

@@ -9,9 +9,10 @@ import pytest
 from conftest import tiny_config
 from PIL import Image
 
-from diffusion_jax import from_config, likelihood, sample, train
+from diffusion_jax import likelihood, parts, sample, train
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import evaluate, quality
+from diffusion_jax.running import workdir as workdirs
 
 
 @pytest.fixture(scope="module")
@@ -29,19 +30,19 @@ def folder(run):
 def test_the_bound_of_a_split(run):
     """Against `likelihood.vlb` on the same images at once, which 4 devices share in batches of 8, the last not full."""
     found = evaluate.evaluate(run, seed=5, num=21)
-    config = sample.read_config(run)
-    _, params = sample.ema_params(config, run)
-    network, s, sigma = from_config.network(config), from_config.schedule(config), from_config.sigma(config)
+    config = workdirs.read_config(run)
+    _, params = sample.ema_params(parts.build(config), run)
+    network, s, sigma = parts.network(config), parts.schedule(config), parts.sigma(config)
     for split, first in (("train[:100]", 0), ("train[100:130]", 100)):
         here = found["splits"][split]
         assert (here["n"], here["of"]) == (21, 100 if first == 0 else 30)
         chosen = np.sort(np.random.default_rng(5).permutation(here["of"])[:21])
         config.data.split = split
-        images = from_config.images(config)[chosen]
+        images = parts.images(config)[chosen]
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(5), chosen)
         x_0 = images.astype(np.float32) / 127.5 - 1
         bound = likelihood.vlb(
-            lambda x, t: network({"params": params}, x, t), s, sigma, x_0, keys, clip=from_config.clip(config)
+            lambda x, t: network({"params": params}, x, t), s, sigma, x_0, keys, clip=parts.clip(config)
         )
         for name, key in (("bits_per_dim", "total"), ("prior", "prior"), ("decoder", "decoder"), ("rate", "rate")):
             assert here[name] == pytest.approx(float(bound[key]), rel=1e-4), name
@@ -91,11 +92,11 @@ def test_an_evaluation_goes_on_where_it_was_stopped(run, monkeypatch):
 
 
 def test_samples_are_judged(run, tmp_path):
-    sample.sample(run, 40, 0, str(tmp_path / "samples.npz"))
+    sample.write_samples(run, 40, 0, str(tmp_path / "samples.npz"))
     found = evaluate.evaluate(run, num=8, samples=str(tmp_path / "samples.npz"))["samples"]
     generated = np.load(tmp_path / "samples.npz")["arr_0"]
-    config = sample.read_config(run)
-    real = from_config.images(config)[:]
+    config = workdirs.read_config(run)
+    real = parts.images(config)[:]
     x, y = quality.pixels(generated), quality.pixels(real)
     assert found["frechet"] == pytest.approx(quality.metrics.frechet_of_features(x, y))
     assert found["frechet_95"][0] < found["frechet"] < found["frechet_95"][1]
@@ -107,7 +108,7 @@ def test_samples_are_judged(run, tmp_path):
     least = min(np.linalg.norm(y - row, axis=1).min() for row in x)
     assert found["nearest_training_image"]["least"] == pytest.approx(least, rel=1e-5)
     config.data.split = "train[100:130]"
-    held_out = [np.linalg.norm(y - row, axis=1).min() for row in quality.pixels(from_config.images(config)[:])]
+    held_out = [np.linalg.norm(y - row, axis=1).min() for row in quality.pixels(parts.images(config)[:])]
     assert found["nearest_training_image"]["median_of_held_out"] == pytest.approx(np.median(held_out), rel=1e-5)
     with Image.open(folder(run) / "nearest.png") as picture:
         assert picture.height > 2 * 64
@@ -124,8 +125,8 @@ def test_samples_are_judged(run, tmp_path):
 
 
 def test_the_protocol_of_samples(run, tmp_path):
-    sample.sample(run, 9, 3, str(tmp_path / "samples.npz"), sampler="ddim", steps=5)
-    sample.sample(run, 9, 3, f"{tmp_path}/shards/", sampler="ddim", steps=5)
+    sample.write_samples(run, 9, 3, str(tmp_path / "samples.npz"), sampler="ddim", steps=5)
+    sample.write_samples(run, 9, 3, f"{tmp_path}/shards/", sampler="ddim", steps=5)
     np.savez(tmp_path / "bare.npz", np.load(tmp_path / "samples.npz")["arr_0"])
     made_by = {}
     for name in ("samples.npz", "shards", "bare.npz"):
@@ -152,7 +153,7 @@ def test_the_protocol_of_samples(run, tmp_path):
 
 
 def test_what_cannot_be_compared(run, tmp_path):
-    sample.sample(run, 5, 0, str(tmp_path / "samples.npz"))
+    sample.write_samples(run, 5, 0, str(tmp_path / "samples.npz"))
     samples = str(tmp_path / "samples.npz")
     images = np.zeros((5, 8, 8, 1), np.uint8)
     how = quality.protocol(images, "pixels", "", "bicubic", "x")

@@ -18,7 +18,7 @@ from PIL import Image
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import report
 from diffusion_jax.pictures import grids
-from diffusion_jax.running import checkpoint
+from diffusion_jax.running import workdir as workdirs
 
 VOID = {"meta", "img"}
 LINE = {"loss": 0.5, "grad_norm": 1.0, "param_norm": 9.0, "learning_rate": 1e-3, "images_per_second": 50.0}
@@ -77,7 +77,7 @@ def write_evaluation(workdir, step, values):
 def run(tmp_path):
     """A workdir with a config and nothing else."""
     workdir = tmp_path / "run <1>"
-    checkpoint.write_config(workdir, tiny_config())
+    workdirs.write_config(workdir, tiny_config())
     return workdir
 
 
@@ -188,7 +188,7 @@ def test_quarters_of_t(run):
     for num_steps in (1000, 10, 7):
         config = tiny_config(schedule__num_steps=num_steps)
         quarters = (np.arange(1, num_steps + 1) - 1) * 4 // num_steps
-        checkpoint.write_config(run, config)
+        workdirs.write_config(run, config)
         for i in range(4):
             t = 1 + np.flatnonzero(quarters == i)
             assert report._label(f"loss_t{i + 1}", report._read(run)) == f"t = {t[0]:,} … {t[-1]:,}"

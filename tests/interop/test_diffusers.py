@@ -12,11 +12,13 @@ from etils import epath
 from safetensors import numpy as safetensors
 
 import diffusion_jax
-from configs import cifar10, default
-from diffusion_jax import from_config, sample, state, train
+from diffusion_jax import parts, sample, train
+from diffusion_jax.configs import cifar10, default
 from diffusion_jax.errors import UserError
 from diffusion_jax.interop import diffusers
 from diffusion_jax.running import checkpoint
+from diffusion_jax.running import config as configs
+from diffusion_jax.running import workdir as workdirs
 from tools import pretrained_fixture
 from tools.pretrained_fixture import FOLDER
 
@@ -88,8 +90,8 @@ def untrained(tmp_path_factory):
     """A checkpoint of configs/tiny.py, drawn in no time."""
     workdir = tmp_path_factory.mktemp("untrained")
     config, rng = tiny_config(train__num_steps=2), np.random.default_rng(0)
-    checkpoint.write_config(workdir, config)
-    shapes = state.abstract_state(config)
+    workdirs.write_config(workdir, config)
+    shapes = parts.build(config).abstract_state()
     random = jax.tree.map(lambda leaf: np.asarray(rng.normal(0, 0.1, leaf.shape)).astype(leaf.dtype), shapes)
     with checkpoint.open_manager(workdir) as manager:
         checkpoint.save(manager, 0, random)
@@ -98,7 +100,7 @@ def untrained(tmp_path_factory):
 
 def restore(workdir, config):
     with checkpoint.open_manager(workdir, read_only=True) as manager:
-        return checkpoint.restore(manager, state.abstract_state(config))
+        return checkpoint.restore(manager, parts.build(config).abstract_state())
 
 
 @pytest.fixture
@@ -108,7 +110,7 @@ def source(tmp_path):
 
 
 def to_params(imported, source):
-    return diffusers._to_params(sample.read_config(imported), epath.Path(source) / "unet" / WEIGHTS)
+    return diffusers._to_params(workdirs.read_config(imported), epath.Path(source) / "unet" / WEIGHTS)
 
 
 def error(source, tmp_path, reference=None):
@@ -138,10 +140,11 @@ def test_tensors_stay_bit_for_bit(imported, tmp_path):
     assert_same(load(tmp_path / "out"), load(FOLDER))
     diffusers.import_diffusers(str(tmp_path / "out"), str(tmp_path / "again"), without_dropout())
     first, again = (
-        sample.ema_params(sample.read_config(workdir), workdir)[1] for workdir in (imported, tmp_path / "again")
+        sample.ema_params(parts.build(workdirs.read_config(workdir)), workdir)[1]
+        for workdir in (imported, tmp_path / "again")
     )
     assert_same_params(first, again)
-    assert sample.read_config(tmp_path / "again") == sample.read_config(imported)
+    assert workdirs.read_config(tmp_path / "again") == workdirs.read_config(imported)
 
 
 def test_exported_configs_are_those_that_diffusers_has_written(imported, tmp_path):
@@ -186,8 +189,8 @@ def test_an_imported_run_trains_on(untrained, tmp_path):
     """A run of our own, there and back: grey, no attention but in the middle, another schedule."""
     diffusers.export_diffusers(str(untrained), str(tmp_path / "out"))
     diffusers.import_diffusers(str(tmp_path / "out"), str(tmp_path / "run"), tiny_config(train__num_steps=2))
-    config = sample.read_config(untrained)
-    assert sample.read_config(tmp_path / "run").to_dict() == config.to_dict()
+    config = workdirs.read_config(untrained)
+    assert workdirs.read_config(tmp_path / "run").to_dict() == config.to_dict()
     before, original = (restore(workdir, config) for workdir in (tmp_path / "run", untrained))
     assert_same_params(before.ema_params, original.ema_params)
     assert_same_params(before.params, original.ema_params)
@@ -235,7 +238,7 @@ def test_without_a_scheduler_the_chain_is_the_references(source, tmp_path):
     (source / SCHEDULER).unlink()
     reference = tiny_config(data__channels=3, sampling__sigma="posterior", sampling__steps=0)
     diffusers.import_diffusers(str(source), str(tmp_path / "run"), reference)
-    config = sample.read_config(tmp_path / "run")
+    config = workdirs.read_config(tmp_path / "run")
     assert config.sampling.sigma == "posterior"
     assert config.sampling.to_dict() == reference.sampling.to_dict()
     assert config.schedule.to_dict() == reference.schedule.to_dict()
@@ -337,8 +340,8 @@ def test_the_same_network_in_other_words(imported, source):
     update(source / "unet/config.json", attention_head_dim=8, sample_size=[8, 8], time_embedding_dim=16, act_fn="swish")
     config = without_dropout()
     diffusers._read_unet(config, source / "unet/config.json")
-    expected = from_config.flatten(sample.read_config(imported))
-    assert {key: value for key, value in from_config.flatten(config).items() if expected[key] != value} == {}
+    expected = configs.flatten(workdirs.read_config(imported))
+    assert {key: value for key, value in configs.flatten(config).items() if expected[key] != value} == {}
 
 
 def test_an_image_that_cannot_be_halved(source, tmp_path):
@@ -454,13 +457,13 @@ def test_the_chain_there_and_back(tmp_path, name, sigma, prediction, clip):
     back = default.get_config()
     diffusers._read_scheduler(back, tmp_path / "scheduler.json")
     for key in ("schedule.name", "schedule.num_steps", "sampling.sigma", "sampling.clip", "model.prediction"):
-        assert from_config.flatten(back)[key] == from_config.flatten(config)[key]
+        assert configs.flatten(back)[key] == configs.flatten(config)[key]
     betas = given["trained_betas"]
     if name == "ho_linear":
         assert betas is None and (given["beta_start"], given["beta_end"]) == (1e-4, 0.02)
     else:
         alpha_bar = np.sqrt(np.cumprod(1 - np.array(betas)))
-        np.testing.assert_allclose(alpha_bar, from_config.schedule(config).alpha_bar[1:], rtol=1e-4)
+        np.testing.assert_allclose(alpha_bar, parts.schedule(config).alpha_bar[1:], rtol=1e-4)
         assert len(betas) == 25
 
 
@@ -469,7 +472,7 @@ def test_the_chain_there_and_back(tmp_path, name, sigma, prediction, clip):
 
 def test_the_averaged_parameters_are_exported(untrained, tmp_path):
     diffusers.export_diffusers(str(untrained), str(tmp_path))
-    start = restore(untrained, sample.read_config(untrained))
+    start = restore(untrained, workdirs.read_config(untrained))
     kernel = load(tmp_path)["mid_block.attentions.0.to_q.weight"].T
     np.testing.assert_array_equal(kernel, start.ema_params["mid_attn_1"]["q"]["kernel"])
     assert np.any(kernel != start.params["mid_attn_1"]["q"]["kernel"])
@@ -483,7 +486,7 @@ def test_runs_that_diffusers_cannot_hold(untrained, tmp_path, key, value):
     shutil.copytree(untrained, tmp_path / "run")
     changes = {"model__multipliers": (1, 3), key.replace(".", "__"): value}
     config = tiny_config(**changes)
-    checkpoint.write_config(tmp_path / "run", config)
+    workdirs.write_config(tmp_path / "run", config)
     with pytest.raises(UserError, match=f"config.{key}="):
         diffusers.export_diffusers(str(tmp_path / "run"), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()

@@ -9,9 +9,10 @@ import pytest
 from conftest import tiny_config
 
 import diffusion_jax
-from diffusion_jax import from_config, sample, train
+from diffusion_jax import parts, sample, train
 from diffusion_jax.errors import UserError
 from diffusion_jax.interop import export
+from diffusion_jax.running import workdir as workdirs
 
 RNG = jax.random.key(3)
 
@@ -20,13 +21,13 @@ RNG = jax.random.key(3)
 def run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
     train.train(tiny_config(train__num_steps=3), str(workdir))
-    sample.export_sampler(workdir, str(workdir / "sampler.npz"))
+    export.export_sampler(workdir, str(workdir / "sampler.npz"))
     return workdir
 
 
 def on_one_device(workdir, num, **how):
     params = sample.load(workdir)[1]
-    live = from_config.sample(sample._with(sample.read_config(workdir), **how))
+    live = parts.build(sample.with_sampling(workdirs.read_config(workdir), **how)).indexed_sample_fn()
     return np.asarray(jax.jit(live)(params, RNG, np.arange(num, dtype=np.int32)))
 
 
@@ -47,7 +48,7 @@ def test_image_i_is_the_same_for_any_number(run):
 
 @pytest.mark.parametrize("how", [{"sampler": "ddim", "eta": 0.5}, {"sampler": "dpmpp_2m"}], ids=str)
 def test_another_sampler(run, how):
-    sample.export_sampler(run, str(run / "other.npz"), steps=5, **how)
+    export.export_sampler(run, str(run / "other.npz"), steps=5, **how)
     sample_fn, params = diffusion_jax.load_exported(run / "other.npz")
     np.testing.assert_array_equal(sample_fn(params, RNG, 3), on_one_device(run, 3, steps=5, **how))
 
@@ -105,9 +106,9 @@ def test_what_cannot_be_opened(run, tmp_path):
 
 def test_what_cannot_be_written(run):
     with pytest.raises(UserError, match=r"--out=x\.bin must end in \.npz"):
-        sample.export_sampler(run, "x.bin")
+        export.export_sampler(run, "x.bin")
     with pytest.raises(UserError, match=r"cannot be written"):
-        sample.export_sampler(run, str(run / "config.json" / "x.npz"))
+        export.export_sampler(run, str(run / "config.json" / "x.npz"))
 
 
 def test_the_schedule_is_in_the_program(run):
@@ -117,7 +118,7 @@ def test_the_schedule_is_in_the_program(run):
         config = tiny_config(schedule__num_steps=num_steps)
         params = sample.load(run)[1]
         out = run / f"{num_steps}.npz"
-        export.export(config.to_dict(), params, 0, from_config.sample(config), str(out))
+        export.export(config.to_dict(), params, 0, parts.build(config).indexed_sample_fn(), str(out))
         sizes.append(out.stat().st_size)
     assert sizes[1] - sizes[0] < 400 * 4 * 8
     assert jnp.isfinite(export.load_exported(out)[0](params, RNG, 1)).all()

@@ -1,16 +1,17 @@
 import numpy as np
 from PIL import Image
 
+from diffusion_jax.data import pixels
 from diffusion_jax.pictures import grids
 
 
 def test_to_uint8_is_the_inverse_of_the_normalisation():
     pixels = np.arange(256, dtype=np.uint8)
-    np.testing.assert_array_equal(grids.to_uint8(pixels.astype(np.float32) / 127.5 - 1), pixels)
+    np.testing.assert_array_equal(pixels.to_uint8(pixels.astype(np.float32) / 127.5 - 1), pixels)
 
 
 def test_to_uint8_clips():
-    assert grids.to_uint8(np.array([-3.0, 3.0])).tolist() == [0, 255]
+    assert pixels.to_uint8(np.array([-3.0, 3.0])).tolist() == [0, 255]
 
 
 def test_small_images_are_enlarged_and_apart():

@@ -7,6 +7,7 @@ from conftest import tiny_config
 from PIL import Image
 
 from diffusion_jax import train
+from diffusion_jax.data import pixels
 from diffusion_jax.errors import UserError
 from diffusion_jax.pictures import grids, shows
 
@@ -60,7 +61,7 @@ def test_the_animation_ends_with_the_samples(run, tmp_path, ending):
         animation.seek(animation.n_frames - 1)
         last = np.asarray(animation.convert("L")).astype(int)
     chain = shows._Run(run, 0, "").compiled(shows.sampling.reverse_chain)
-    samples = grids.to_uint8(chain(shows._Run(run, 0, "").latents(keys), keys))
+    samples = pixels.to_uint8(chain(shows._Run(run, 0, "").latents(keys), keys))
     tolerance = 0 if ending == "gif" else 30  # WebP loses a little
     assert abs(last - grids.grid(samples)[..., 0]).max() <= tolerance
 

@@ -2,8 +2,8 @@ import pytest
 from conftest import tiny_config
 from flax import linen as nn
 
-from configs import celebahq256, cifar10, lsun
 from diffusion_jax import unet
+from diffusion_jax.configs import celebahq256, cifar10, lsun
 from diffusion_jax.errors import UserError
 from diffusion_jax.planning import audit
 

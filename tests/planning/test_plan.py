@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from diffusion_jax import from_config, state
+from diffusion_jax import parts, step
 from diffusion_jax.errors import UserError
 from diffusion_jax.planning import plan, programs
-from diffusion_jax.step import AXIS, configured_step, pmapped
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the package libtpu")
 OUT_OF_MEMORY = (
@@ -193,23 +192,24 @@ def test_the_table_marks_every_estimate():
 
 def test_the_planned_step_is_that_of_training():
     config = tiny_config()
-    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 1), np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 1), np.uint8)
     indices = np.arange(8, dtype=np.int32)
-    step = pmapped(configured_step(config))
-    start = state.init_state(config)
-    want, metrics = step(state.replicate(start, AXIS), (pixels.reshape(4, 2, 8, 8, 1), indices.reshape(4, 2)))
+    take = step.pmapped(parts.train_step(config))
+    start = parts.build(config).init_state()
+    batch = {"image": image.reshape(4, 2, 8, 8, 1)}
+    want, metrics = take(step.replicate(start), (batch, indices.reshape(4, 2)))
     compiled = plan.lower_train_step(config, jax.devices(), 2).compile()
-    found, planned = compiled(*jax.device_put((start, pixels, indices), compiled.input_shardings[0]))
+    found, planned = compiled(*jax.device_put((start, {"image": image}, indices), compiled.input_shardings[0]))
     np.testing.assert_allclose(planned["loss"], metrics["loss"][0], rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found.params, want.params)
 
 
 def test_the_planned_chain_is_that_of_sampling():
     config = tiny_config()
-    params = state.init_state(config).params
-    want = from_config.sample_fn(config)(params, jax.random.key(3))
+    params = parts.build(config).init_state().params
+    want = parts.build(config).sample_fn()(params, jax.random.key(3))
     compiled = plan.lower_chain(config, jax.devices(), 1).compile()
-    s, sigma = jax.tree.map(jnp.asarray, (from_config.schedule(config), from_config.sigma(config)))
+    s, sigma = jax.tree.map(jnp.asarray, (parts.schedule(config), parts.sigma(config)))
     args = (params, jax.random.key(3), np.arange(4, dtype=np.int32), s, sigma)
     found = compiled(*jax.device_put(args, compiled.input_shardings[0]))
     np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5)
