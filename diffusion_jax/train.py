@@ -88,7 +88,7 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
                     asked = time.monotonic()
                     seen = monitor(jax.device_get(state.ema_params), step, workdir, main)
                     if main:
-                        log.add_seen(step, seen, time.monotonic() - asked)
+                        log.add_evaluation(step, seen, time.monotonic() - asked)
                 if draws:
                     _draw(sample_fn, state, config.seed, workdir, main)
 
