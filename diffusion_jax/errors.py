@@ -1,14 +1,14 @@
-"""The one exception that means: what the user gave cannot be used; and other errors as one line."""
+"""The exception for input that cannot be used, and the messages of libraries on one line."""
 
 
 class UserError(ValueError):
-    """A config, data set, workdir or command that cannot be used.
+    """Reports a config, data set, workdir or command that cannot be used.
 
-    Its message is one line that names the key or file, the value, and the mend;
+    Its message is one line that names the key or file, its value, and what to do.
     main.py prints it without a traceback.
     """
 
 
 def one_line(error: Exception, limit: int | None = None) -> str:
-    """What an error of a library says, on one line of at most `limit` characters."""
+    """Returns the message of an error on one line, cut to `limit` characters."""
     return " ".join(str(error).split())[:limit]

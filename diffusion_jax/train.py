@@ -87,7 +87,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
                     asked = time.monotonic()
                     measured = monitor(jax.device_get(state.ema_params), end, folder)
                     if is_main_process:
-                        log.add_seen(end, measured, time.monotonic() - asked)
+                        log.add_evaluation(end, measured, time.monotonic() - asked)
                 if due["sample"]:
                     _draw_grid(sample_fn, state, config.seed, folder)
 

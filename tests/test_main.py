@@ -74,7 +74,7 @@ BAD = {
     "batch": (["--config.train.batch_size=6"], "batch_size=6 does not divide among 4 devices: .* multiple of 4"),
     "image size": (["--config.data.image_size=9", "--config.model.multipliers=(1,2)"], "image_size=9 does not fit"),
     "no data": (["--config.data.path=/nowhere"], "data.path='/nowhere' does not exist"),
-    "no data set": (["--config.data.source=tfds:dogs"], "'tfds:dogs' is no data set of TFDS"),
+    "no data set": (["--config.data.source=tfds:dogs"], "'tfds:dogs' is not a TFDS data set"),
     "no config": (["--config=configs/nothing.py"], "--config: .*configs/nothing.py"),
     "no flag": (["--wrkdir=x"], "Unknown command line flag 'wrkdir'. Did you mean: workdir"),
     "no dashes": (["resume"], "'resume' is no flag"),

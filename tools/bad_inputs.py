@@ -91,7 +91,7 @@ def _of_command_line(digits, files):
         "no GPU": ([*digits, "--platform=gpu"], r"--platform=gpu.*jax\[cuda12\]"),
         "third of two processes": (
             [*digits, "--coordinator=127.0.0.1:1", "--num_processes=2", "--process_id=2"],
-            r"--process_id=2 must be one of 0 to --num_processes=2 - 1",
+            r"--process_id=2 must be between 0 and 1 for --num_processes=2",
         ),
     }
 
@@ -100,8 +100,8 @@ def _of_data(config, data, files):
     return {
         "no such path": (data("nowhere"), r"data\.path='.*nowhere' does not exist"),
         "empty folder": (data("empty"), r"data\.path='.*empty' holds no images"),
-        "no archive": (data("text.txt"), r"text\.txt' is no folder, zip or idx file"),
-        "cut zip": (data("cut.zip"), r"cut\.zip' is no folder, zip or idx file"),
+        "no archive": (data("text.txt"), r"text\.txt' must be a folder, a zip or an idx file"),
+        "cut zip": (data("cut.zip"), r"cut\.zip' must be a folder, a zip or an idx file"),
         "cut image": (data("cut"), r"image cut\.png: .*skip_corrupt"),
         "nothing but cut images": (data("cut", "--config.data.skip_corrupt=True"), r"no image of .*cut can be read"),
         "bomb": (data("bomb"), r"image bomb\.png: 8000x8000 is more than"),
@@ -117,10 +117,10 @@ def _of_data(config, data, files):
         "cut idx": (data("cut-images-idx3-ubyte.gz"), r"cut-images-idx3-ubyte\.gz cannot be read"),
         "unknown source": (config("data.source", "celeba"), r"data\.source='celeba' must be 'digits', 'tfds:<name>'"),
         "no path": (config("data.source", "files"), r"data\.path is empty"),
-        "unknown TFDS": (config("data.source", "tfds:dogs"), r"'tfds:dogs' is no data set of TFDS"),
+        "unknown TFDS": (config("data.source", "tfds:dogs"), r"'tfds:dogs' is not a TFDS data set"),
         "TFDS of text": (
             config("data.source", "tfds:imdb_reviews"),
-            r"'tfds:imdb_reviews' has no images, but text, label",
+            r"'tfds:imdb_reviews' has no images, only text, label",
         ),
         "no cache folder": (
             data("small", f"--config.data.cache_dir={files / 'text.txt'}"),
@@ -147,7 +147,7 @@ def _of_workdir(command, run, files):
         "no report": (["--mode=report", f"--workdir={files / 'empty'}"], r"holds no run"),
         "no such split": (
             ["--mode=evaluate", f"--workdir={run}", "--splits=test"],
-            r"split='test': the digits have the split 'train' alone",
+            r"split='test': the digits have only 'train'",
         ),
         "no samples to judge": (
             ["--mode=evaluate", f"--workdir={run}", f"--samples={files / 'text.txt'}"],

@@ -1,56 +1,61 @@
-"""How far samples are from data, as distances between two sets of feature vectors.
+"""Distances between samples and data, each a set of feature vectors.
 
-Pure functions of arrays of features [n, d], one row an example, of any real type; computed in float64
-on the host. `rng` is a `numpy.random.Generator`. A ValueError says which set has the wrong shape, too
-few rows, or numbers that are not finite. Distances have the unit of the features, those named squared
-its square.
+The functions are pure, and compute in float64 on the host. They take features [n, d] of any real type,
+one row for each example. They raise ValueError if a set has the wrong shape, too few rows, or values
+that are not finite. A distance has the unit of the features, a squared distance the square of the unit.
 """
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
 
 import numpy as np
+from numpy.random import Generator
+from numpy.typing import ArrayLike
 from scipy import stats
 from sklearn.neighbors import NearestNeighbors
 
-BLOCK = 2**25  # entries of a table that is made at once, 256 MiB
+BLOCK = 2**25  # largest number of entries of a temporary table, 256 MiB
 
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Count, mean and scatter Σ (x − mean)(x − mean)ᵀ of rows, added up batch by batch and host by host.
+    """Count, mean and scatter Σ (x − mean)(x − mean)ᵀ of rows; moments of batches and of hosts add up.
 
         moments = Moments.zeros(d)
         for features in batches:
             moments = moments.add(features)
 
-    Sums of deviations, not of products, Chan et al. (1983): a mean far from 0 costs no digits.
+    The sums are of deviations and not of products (Chan et al. 1983), so a mean far from 0 costs no digits.
     """
 
     count: int
-    mean: np.ndarray  # [d], 0 where the count is
+    mean: np.ndarray  # [d], 0 if the count is 0
     scatter: np.ndarray  # [d, d]
 
     @classmethod
-    def zeros(cls, d: int):
+    def zeros(cls, d: int) -> Self:
+        """Returns the moments of no rows of d features."""
         return cls(0, np.zeros(d), np.zeros((d, d)))
 
     @classmethod
-    def of(cls, features):
-        """Of the rows of features [n, d], n >= 0."""
+    def of(cls, features: ArrayLike) -> Self:
+        """Returns the moments of the rows of features [n, d], n >= 0."""
         x = _rows("features", features, 0)
         if not len(x):
             return cls.zeros(x.shape[1])
         mean = x.mean(axis=0)
         return cls(len(x), mean, (x - mean).T @ (x - mean))
 
-    def add(self, features):
-        """These rows and those of features [n, d], as a new Moments."""
+    def add(self, features: ArrayLike) -> "Moments":
+        """Returns new moments that also count the rows of features [n, d]."""
         return self + Moments.of(features)
 
-    def __add__(self, other):
+    def __add__(self, other: "Moments") -> "Moments":
         if np.shape(self.mean) != np.shape(other.mean):
-            raise ValueError(f"moments of {len(self.mean)} and of {len(other.mean)} features do not add up")
+            raise ValueError(
+                f"moments of {len(self.mean)} and of {len(other.mean)} features do not add up: need the same number"
+            )
         count = self.count + other.count
         if not self.count or not other.count:
             return self if self.count else other
@@ -60,33 +65,37 @@ class Moments:
         return Moments(count, mean, self.scatter + other.scatter + between)
 
     @property
-    def covariance(self):
-        """[d, d], unbiased: scatter / (n − 1)."""
+    def covariance(self) -> np.ndarray:
+        """The unbiased covariance [d, d], scatter / (n − 1)."""
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 rows, not {self.count}")
         return self.scatter / (self.count - 1)
 
 
-def frechet(mean_x, cov_x, mean_y, cov_y) -> float:
-    """|μ_x − μ_y|² + tr(C_x + C_y − 2 (C_x C_y)^½), Heusel et al. (2017), (6); squared, >= 0 but for rounding.
+def frechet(mean_x: ArrayLike, cov_x: ArrayLike, mean_y: ArrayLike, cov_y: ArrayLike) -> float:
+    """|μ_x − μ_y|² + tr(C_x + C_y − 2 (C_x C_y)^½), the squared distance of Heusel et al. (2017), (6).
+
+    Rounding may make it slightly negative.
 
     Args:
-      mean_x, mean_y: [d].
-      cov_x, cov_y: [d, d], symmetric and positive semidefinite; they may be singular.
+      mean_x: [d].
+      cov_x: [d, d], symmetric and positive semidefinite; it may be singular.
+      mean_y: [d].
+      cov_y: [d, d], as cov_x.
     """
     mean_x, cov_x, mean_y, cov_y = (np.asarray(a, np.float64) for a in (mean_x, cov_x, mean_y, cov_y))
     d = mean_x.size
     if (mean_x.shape, cov_x.shape, mean_y.shape, cov_y.shape) != ((d,), (d, d), (d,), (d, d)):
         shapes = f"{mean_x.shape}, {cov_x.shape} and {mean_y.shape}, {cov_y.shape}"
-        raise ValueError(f"need means [d] and covariances [d, d] of one d, not {shapes}")
+        raise ValueError(f"need means [d] and covariances [d, d] of the same d, not {shapes}")
     return _frechet(mean_x, _root(cov_x), mean_y, cov_y)
 
 
-def frechet_of_features(x, y) -> float:
-    """`frechet` of the moments of x [n, d] and y [m, d], n, m >= 2.
+def frechet_of_features(x: ArrayLike, y: ArrayLike) -> float:
+    """Returns `frechet` of the moments of x [n, d] and y [m, d], n, m >= 2.
 
-    With no more rows than features in a set, tr (C_x C_y)^½ is the sum of the singular values of X Yᵀ [n, m],
-    X and Y centred, over √((n − 1)(m − 1)): exact where C is singular, and no [d, d] is formed.
+    If a set has no more rows than features, tr (C_x C_y)^½ is the sum of the singular values of X Yᵀ [n, m],
+    with X and Y centred, over √((n − 1)(m − 1)). That is exact for a singular C, and forms no [d, d] matrix.
     """
     x, y = _pair(x, y, 2)
     if min(len(x), len(y)) > x.shape[1]:
@@ -97,17 +106,22 @@ def frechet_of_features(x, y) -> float:
     return float(np.sum((mean_x - mean_y) ** 2) + np.sum(x**2) + np.sum(y**2) - 2 * trace_of_root)
 
 
-def frechet_interval(x, y, rng, num: int = 200, level: float = 0.95) -> tuple[float, float]:
-    """Bootstrap interval (low, high) for the mean of `frechet_of_features` over other x [n, d] and y [m, d].
+def frechet_interval(
+    x: ArrayLike, y: ArrayLike | Moments, rng: Generator, num: int = 200, level: float = 0.95
+) -> tuple[float, float]:
+    """Returns a bootstrap interval (low, high) for the mean of `frechet_of_features` over new sets x and y.
 
-    That is the distance at these n and m, for comparison with others of the same size, not the one of
-    infinitely many rows, for which see `frechet_extrapolated`. Rows of both sets are drawn again with
-    replacement `num` times. A set drawn so is further off by about as much as a finite set is from an
-    infinite one: only the deviations from the draws' mean are used, Davison & Hinkley (1997), 5.2.
+    The mean is that of sets of the same sizes n and m, so intervals compare sets of one size. For infinitely
+    many rows see `frechet_extrapolated`. The bootstrap draws the rows of both sets with replacement, `num`
+    times. A resampled set is biased against its original by about as much as a finite set against an infinite
+    one, so the interval uses only the deviations from the mean of the draws (Davison & Hinkley 1997, 5.2).
 
     Args:
-      y: or `Moments` of a set that stays as it is: then x alone is drawn again.
-      level: in (0, 1), how often the interval should hold the mean.
+      x: [n, d].
+      y: [m, d], or the `Moments` of a fixed set; the bootstrap then draws only x.
+      rng: draws the rows.
+      num: the number of draws, at least 2.
+      level: the probability in (0, 1) that the interval contains the mean.
     """
     if num < 2 or not 0 < level < 1:
         raise ValueError(f"need num >= 2 and level in (0, 1), not {num} and {level}")
@@ -121,15 +135,22 @@ def frechet_interval(x, y, rng, num: int = 200, level: float = 0.95) -> tuple[fl
     return float(low), float(high)
 
 
-def frechet_extrapolated(x, y, rng, num_points: int = 15) -> tuple[float, float]:
-    """(intercept, its standard error) of a line in 1/n through `frechet` of n rows of x and all of y.
+def frechet_extrapolated(
+    x: ArrayLike, y: ArrayLike | Moments, rng: Generator, num_points: int = 15
+) -> tuple[float, float]:
+    """Returns the intercept, and its standard error, of a line in 1/n through `frechet` of n rows of x and all of y.
 
-    FID_∞ of Chong & Forsyth (2020): the distance at n = ∞, as the bias is nearly linear in 1/n; the bias
-    that y has by its own size stays. The sizes are evenly spaced from a tenth of the rows to all, but no
-    smaller than 2 d, as the bias bends towards n = d (the paper's 5000 is 2.4 d): x [n, d] needs n >= 4 d.
-    Each size has a subset of its own without repetition. The standard error is that of the regression; the
-    subsets overlap, so another x changes the intercept by more, about twice as much for Gaussians. In place of
-    y its `Moments` will do.
+    This is FID_∞ of Chong & Forsyth (2020): the bias is nearly linear in 1/n, so the intercept is the distance
+    at n = ∞. The bias from the size of y remains. The sizes are evenly spaced from a tenth of the rows to all
+    rows, but at least 2 d, because the bias bends towards n = d (the paper's 5000 is 2.4 d). Each size has its
+    own subset, drawn without repetition. The standard error is that of the regression; the subsets overlap, so
+    another x changes the intercept by more, about twice as much for Gaussians.
+
+    Args:
+      x: [n, d], n >= 4 d.
+      y: [m, d], or its `Moments`.
+      rng: draws the subsets.
+      num_points: the number of sizes, at least 3.
     """
     moments = y if isinstance(y, Moments) else Moments.of(_rows("y", y, 2))
     x = _rows_like(moments, x, 2)
@@ -143,16 +164,25 @@ def frechet_extrapolated(x, y, rng, num_points: int = 15) -> tuple[float, float]
     return float(line.intercept), float(line.intercept_stderr)
 
 
-def kernel_distance(x, y, rng, num_subsets: int = 100, subset_size: int = 1000) -> tuple[float, float]:
-    """KID, (mean, its standard error) over subsets of the unbiased MMD², Bińkowski et al. (2018); may be < 0.
+def kernel_distance(
+    x: ArrayLike, y: ArrayLike, rng: Generator, num_subsets: int = 100, subset_size: int = 1000
+) -> tuple[float, float]:
+    """Returns KID (Bińkowski et al. 2018): the mean of the unbiased MMD² over subsets, and its standard error.
 
-    The kernel is (a·b/d + 1)³. Each subset has `subset_size` rows of x [n, d] and as many of y [m, d] without
-    repetition. Other subsets may share them: with num_subsets · subset_size far beyond n or m the standard
-    error says how well the subsets' mean is known, and too little about another x or y.
+    The kernel is (a·b/d + 1)³. The estimate may be negative. Each subset has `subset_size` rows of x and as
+    many of y, without repetition, but subsets may share rows. If num_subsets · subset_size far exceeds n or m,
+    the standard error describes the mean over subsets, and underestimates the change with another x or y.
+
+    Args:
+      x: [n, d], n >= subset_size.
+      y: [m, d], m >= subset_size.
+      rng: draws the subsets.
+      num_subsets: at least 2.
+      subset_size: at least 2.
     """
     x, y = _pair(x, y, subset_size)
     if num_subsets < 2 or subset_size < 2:
-        raise ValueError(f"need 2 subsets of 2 rows or more, not {num_subsets} of {subset_size}")
+        raise ValueError(f"need at least 2 subsets of at least 2 rows, not {num_subsets} of {subset_size}")
     distances = []
     for _ in range(num_subsets):
         a, b = (rows[rng.choice(len(rows), subset_size, replace=False)] for rows in (x, y))
@@ -161,7 +191,7 @@ def kernel_distance(x, y, rng, num_subsets: int = 100, subset_size: int = 1000) 
 
 
 class PrecisionRecall(NamedTuple):
-    """What `precision_recall` finds; all in [0, 1] but the density, whose mean is 1 where the sets are alike."""
+    """The result of `precision_recall`, in [0, 1], but for the density: its mean is 1 for sets of one distribution."""
 
     precision: float
     recall: float
@@ -169,112 +199,132 @@ class PrecisionRecall(NamedTuple):
     coverage: float
 
 
-def precision_recall(real, fake, k: int = 3, k_density: int = 5) -> PrecisionRecall:
-    """How much of fake [m, d] lies near real [n, d] and the other way round.
+def precision_recall(real: ArrayLike, fake: ArrayLike, k: int = 3, k_density: int = 5) -> PrecisionRecall:
+    """Returns precision and recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020).
 
-    The ball of an example reaches to its k-th nearest neighbour in its own set, itself not counted.
-    Precision is the share of fake in a ball of real, recall that of real in a ball of fake, Kynkäänniemi et
-    al. (2019), with k. Density is the number of balls of real around an example of fake, over k;
-    coverage the share of the balls of real that hold any of fake, Naeem et al. (2020), with k_density.
-    What lies on the edge of a ball is in it, as in the papers (the code of Naeem et al. leaves it out), up to rounding.
+    The ball of an example reaches to its k-th nearest neighbour in its own set, the example itself not counted.
+    Precision is the share of fake examples in a ball of real, and recall the share of real examples in a ball of
+    fake, both with k. Density is the mean number of balls of real that contain a fake example, over k, and
+    coverage the share of balls of real that contain any fake example, both with k_density. A ball contains its
+    edge up to rounding, as in the papers; the code of Naeem et al. excludes it.
+
+    Args:
+      real: [n, d], n > max(k, k_density).
+      fake: [m, d], m > k.
+      k: at least 1.
+      k_density: at least 1.
     """
-    most = max(k, k_density)
+    k_max = max(k, k_density)
     if min(k, k_density) < 1:
         raise ValueError(f"need k >= 1 and k_density >= 1, not {k} and {k_density}")
-    real, fake = _pair(real, fake, most + 1, k + 1, names=("real", "fake"))
+    real, fake = _pair(real, fake, k_max + 1, k + 1, names=("real", "fake"))
     centre = real.mean(axis=0)
     real, fake = real - centre, fake - centre
-    # Squared; an edge is met by rounding alone where fake holds examples of real, so it is widened by a little.
+    # Squared radii. Rounding decides about an example of fake that is also in real, so the balls are a little wider.
     slack = 1e-12 * max(np.max(np.sum(a**2, axis=1)) for a in (real, fake))
-    of_real = NearestNeighbors(n_neighbors=most).fit(real).kneighbors()[0] ** 2 + slack
-    of_fake = NearestNeighbors(n_neighbors=k).fit(fake).kneighbors()[0] ** 2 + slack
+    radii_real = NearestNeighbors(n_neighbors=k_max).fit(real).kneighbors()[0] ** 2 + slack
+    radii_fake = NearestNeighbors(n_neighbors=k).fit(fake).kneighbors()[0] ** 2 + slack
     nearest_fake = NearestNeighbors(n_neighbors=1).fit(fake).kneighbors(real)[0][:, 0] ** 2
-    around_fake = _count_balls(fake, real, of_real[:, [k - 1, k_density - 1]])
-    around_real = _count_balls(real, fake, of_fake[:, [k - 1]])
+    counts_fake = _count_balls(fake, real, radii_real[:, [k - 1, k_density - 1]])
+    counts_real = _count_balls(real, fake, radii_fake[:, [k - 1]])
     return PrecisionRecall(
-        precision=float(np.mean(around_fake[:, 0] > 0)),
-        recall=float(np.mean(around_real[:, 0] > 0)),
-        density=float(np.mean(around_fake[:, 1]) / k_density),
-        coverage=float(np.mean(nearest_fake <= of_real[:, k_density - 1])),
+        precision=float(np.mean(counts_fake[:, 0] > 0)),
+        recall=float(np.mean(counts_real[:, 0] > 0)),
+        density=float(np.mean(counts_fake[:, 1]) / k_density),
+        coverage=float(np.mean(nearest_fake <= radii_real[:, k_density - 1])),
     )
 
 
-def sliced_wasserstein(x, y, rng, num_directions: int = 512) -> float:
-    """√(mean over directions θ of W_2²(θ·x, θ·y)), Bonneel et al. (2015), θ uniform on the unit sphere.
+def sliced_wasserstein(x: ArrayLike, y: ArrayLike, rng: Generator, num_directions: int = 512) -> float:
+    """√(mean over directions θ of W_2²(θ·x, θ·y)), Bonneel et al. (2015), with θ uniform on the unit sphere.
 
-    Exact on each line for any sizes of x [n, d] and y [m, d]. A shift by v gives about |v| / √d.
+    The distance along each direction is exact for sets of any sizes. A shift of a set by v gives about |v| / √d.
+
+    Args:
+      x: [n, d], n >= 1.
+      y: [m, d], m >= 1.
+      rng: draws the directions.
+      num_directions: at least 1.
     """
     x, y = _pair(x, y, 1)
     if num_directions < 1:
         raise ValueError(f"need at least 1 direction, not {num_directions}")
     n, m = len(x), len(y)
-    # Both quantile functions are steps: of x at multiples of m, of y of n, on a scale where all is n m.
+    # Both quantile functions are step functions. On a scale of length n m, that of x has its steps at multiples of m,
+    # and that of y at multiples of n.
     ends = np.union1d(np.arange(1, n + 1) * m, np.arange(1, m + 1) * n)
     widths = np.diff(ends, prepend=0) / (n * m)
     directions = rng.standard_normal((x.shape[1], num_directions))
     directions /= np.linalg.norm(directions, axis=0)
     total = 0.0
-    for some in np.array_split(directions, -(-num_directions // 64), axis=1):
-        of_x, of_y = np.sort(x @ some, axis=0), np.sort(y @ some, axis=0)
-        total += np.sum(widths @ (of_x[(ends - 1) // m] - of_y[(ends - 1) // n]) ** 2)
+    for block in np.array_split(directions, -(-num_directions // 64), axis=1):
+        sorted_x, sorted_y = np.sort(x @ block, axis=0), np.sort(y @ block, axis=0)
+        total += np.sum(widths @ (sorted_x[(ends - 1) // m] - sorted_y[(ends - 1) // n]) ** 2)
     return float(np.sqrt(total / num_directions))
 
 
-def nearest(samples, train) -> tuple[np.ndarray, np.ndarray]:
-    """(distance [n], index [n]) of the row of train [m, d] nearest to each of samples [n, d], Euclidean.
+def nearest(samples: ArrayLike, train: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the Euclidean distance to the nearest training row of each sample, and the index of that row.
 
-    A distance of 0 is a copy. `train` is read in blocks, train[a:b], and need not be in memory: a memory map, or
-    anything that has a shape besides.
+    A distance of 0 is a copy.
+
+    Args:
+      samples: [n, d].
+      train: [m, d]. It is read in blocks, train[a:b], and need not be in memory: a memory map, or any other
+        object with a shape and slices.
+
+    Returns:
+      (distances [n], indices [n]).
     """
     samples = _rows("samples", samples, 1)
     if train.shape[1:] != samples.shape[1:] or not train.shape[0]:
-        raise ValueError(f"need train [m, {samples.shape[1]}], m >= 1, as samples have, not {train.shape}")
-    distance, index = np.full(len(samples), np.inf), np.zeros(len(samples), int)
+        raise ValueError(f"need train [m, {samples.shape[1]}] with m >= 1, to match samples, not {train.shape}")
+    distances, indices = np.full(len(samples), np.inf), np.zeros(len(samples), int)
     size = max(1, BLOCK // samples.shape[1])
     for start in range(0, train.shape[0], size):
         block = _rows("train", train[start : start + size], 1)
-        at = NearestNeighbors(n_neighbors=1).fit(block).kneighbors(samples, return_distance=False)[:, 0]
-        # Again from the differences: |a|² + |b|² − 2 a·b, which finds the neighbours, leaves 1e-8 |a| of a 0.
-        found = np.linalg.norm(samples - block[at], axis=1)
-        index = np.where(found < distance, start + at, index)
-        distance = np.minimum(found, distance)
-    return distance, index
+        rows = NearestNeighbors(n_neighbors=1).fit(block).kneighbors(samples, return_distance=False)[:, 0]
+        # The search uses |a|² + |b|² − 2 a·b, which turns a distance of 0 into 1e-8 |a|. Differences are exact.
+        block_distances = np.linalg.norm(samples - block[rows], axis=1)
+        indices = np.where(block_distances < distances, start + rows, indices)
+        distances = np.minimum(block_distances, distances)
+    return distances, indices
 
 
-def _rows(name, x, least):
-    """X as float64 [n, d], finite, n >= least."""
+def _rows(name, x, min_rows):
+    """Returns `x` as float64 [n, d], after checking that it is finite and n >= min_rows."""
     x = np.asarray(x, np.float64)
     if x.ndim != 2 or not x.shape[1]:
         raise ValueError(f"{name} must be rows of features, [n, d], not {x.shape}")
-    if len(x) < least:
-        raise ValueError(f"{name} must have at least {least} rows, not {len(x)}")
+    if len(x) < min_rows:
+        raise ValueError(f"{name} must have at least {min_rows} rows, not {len(x)}")
     if not np.isfinite(x).all():
         raise ValueError(f"{name} must be finite: {np.sum(~np.isfinite(x).all(axis=1))} of {len(x)} rows are not")
     return x
 
 
-def _pair(x, y, least, least_y=None, names=("x", "y")):
-    """Both as `_rows` gives them, of one d."""
-    x, y = _rows(names[0], x, least), _rows(names[1], y, least_y or least)
+def _pair(x, y, min_rows, min_rows_y=None, names=("x", "y")):
+    """Returns both sets as `_rows` does, after checking that their d is the same."""
+    x, y = _rows(names[0], x, min_rows), _rows(names[1], y, min_rows_y or min_rows)
     if x.shape[1] != y.shape[1]:
-        raise ValueError(f"{names[0]} has {x.shape[1]} features and {names[1]} {y.shape[1]}: need the same")
+        raise ValueError(f"{names[0]} has {x.shape[1]} features and {names[1]} has {y.shape[1]}: need the same number")
     return x, y
 
 
 def _root(cov):
-    """C^½ of a positive semidefinite C; eigenvalues that rounding made negative are 0."""
+    """Returns C^½ of a positive semidefinite C; eigenvalues that rounding made negative count as 0."""
     values, vectors = np.linalg.eigh(cov)
     return vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T
 
 
 def _frechet(mean_x, root_x, mean_y, cov_y):
-    """`frechet` with R = C_x^½ in hand: tr (C_x C_y)^½ = tr (R C_y R)^½, where everything is symmetric and >= 0."""
+    """Returns `frechet` from R = C_x^½: tr (C_x C_y)^½ = tr (R C_y R)^½, and R C_y R is symmetric and >= 0."""
     trace_of_root = np.sqrt(np.maximum(np.linalg.eigvalsh(root_x @ cov_y @ root_x), 0)).sum()
     return float(np.sum((mean_x - mean_y) ** 2) + np.sum(root_x**2) + np.trace(cov_y) - 2 * trace_of_root)
 
 
-def _frechet_to(y: Moments):
-    """rows -> `frechet` of their moments and y, whose root is taken once."""
+def _frechet_to(y: Moments) -> Callable[[np.ndarray], float]:
+    """Returns a function of rows: `frechet` of their moments and y. It takes the root of y's covariance only once."""
     mean, root = y.mean, _root(y.covariance)
 
     def distance(rows):
@@ -284,11 +334,11 @@ def _frechet_to(y: Moments):
     return distance
 
 
-def _rows_like(y: Moments, x, least):
-    """X as `_rows` gives it, of as many features as y."""
-    x = _rows("x", x, least)
+def _rows_like(y: Moments, x, min_rows):
+    """Returns `x` as `_rows` does, after checking that it has as many features as y."""
+    x = _rows("x", x, min_rows)
     if x.shape[1] != len(y.mean):
-        raise ValueError(f"x has {x.shape[1]} features and y {len(y.mean)}: need the same")
+        raise ValueError(f"x has {x.shape[1]} features and y has {len(y.mean)}: need the same number")
     return x
 
 
@@ -297,7 +347,7 @@ def _frechet_of_moments(x: Moments, y: Moments):
 
 
 def _unbiased_mmd2(x, y):
-    """Of equally many rows; a row is not paired with itself."""
+    """Returns the unbiased MMD² of two sets of equally many rows, where no row is paired with itself."""
     n, d = x.shape
     xx, yy, xy = ((a @ b.T / d + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
     within = xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)
@@ -305,7 +355,7 @@ def _unbiased_mmd2(x, y):
 
 
 def _count_balls(points, centres, squared_radii):
-    """Int [n, j]: in how many of the balls each of points [n, d] lies, for each column of squared_radii [m, j]."""
+    """Returns int [n, j]: the number of balls that contain each of points [n, d], by column of squared_radii [m, j]."""
     bounds = (np.sum(centres**2, axis=1)[:, None] - squared_radii).T
     size = max(1, BLOCK // len(centres))
     counts = []

@@ -1,10 +1,12 @@
-"""How good samples are: `metrics` of features of images, with the protocol that makes two numbers comparable.
+"""The quality of samples: `metrics` of image features, with the protocol under which two numbers are comparable.
 
-A feature extractor is features(images uint8 [n, H, W, C]) -> float [n, d], any function; `pixels` is one.
+A feature extractor is any function features(images uint8 [n, H, W, C]) -> float [n, d], for example `pixels`.
+Images are uint8 [n, H, W, C]: an array, or an object with its shape, length and indexing.
 """
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,28 +16,31 @@ from jax.experimental import multihost_utils
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import metrics
 
-MAX_FEATURES = 4096  # of a covariance: 134 MB
-MANIFOLD = 10_000  # rows, at most, whose neighbours are looked for: the usual number, and already 10^8 pairs
-K, K_DENSITY = 3, 5  # neighbours: of precision and recall, of density and coverage; those of the papers
+MAX_FEATURES = 4096  # features of the largest covariance, 134 MB
+MAX_NEIGHBOURS = 10_000  # rows whose neighbours are searched, the usual number; these are 10^8 pairs already
+K, K_DENSITY = 3, 5  # neighbours for precision and recall, and for density and coverage: those of the papers
 SUBSETS = 100  # of the kernel distance
 DIRECTIONS = 512  # of the sliced Wasserstein distance
-_BATCH = 256  # images whose features are computed at once
-_COMPARABLE = ("features", "checksum", "image_size", "channels", "resize")  # where protocols must agree
+_BATCH = 256  # images in a call of the feature extractor
+_COMPARABLE = ("features", "checksum", "image_size", "channels", "resize")  # the keys in which protocols must agree
+
+Features = Callable[[np.ndarray], Any]  # a feature extractor
 
 
-def pixels(images) -> np.ndarray:
-    """The values in [−1, 1], flat: float32 [n, H · W · C]."""
+def pixels(images: np.ndarray) -> np.ndarray:
+    """Returns the pixel values in [−1, 1] as float32 [n, H · W · C]."""
     return images.reshape(len(images), -1).astype(np.float32) / 127.5 - 1
 
 
-def protocol(images, name: str, checksum: str, resize: str, origin: str) -> dict:
-    """What was measured and how.
+def protocol(images: Any, name: str, checksum: str, resize: str, origin: str) -> dict[str, Any]:
+    """Returns the protocol of a measurement: the images, and the way to their features.
 
     Args:
-      images: uint8 [n, H, W, C], or what has its shape.
-      name, checksum: of the feature extractor.
-      resize: how the images came to their size.
-      origin: where they are from.
+      images: uint8 [n, H, W, C]; only the shape is read.
+      name: of the feature extractor.
+      checksum: of the feature extractor's weights.
+      resize: the method that brought the images to their size.
+      origin: the file or the data set.
     """
     n, height, _, channels = images.shape
     return {
@@ -44,115 +49,145 @@ def protocol(images, name: str, checksum: str, resize: str, origin: str) -> dict
     }
 
 
-def extracted(images, features: Callable) -> np.ndarray:
-    """Features of all images, every one and no more: float32 [n, d]. Batches are padded to one size."""
+def extract(images: Any, features: Features) -> np.ndarray:
+    """Returns the features of all images, float32 [n, d]. Padding makes every call of `features` the same size."""
     return np.concatenate(list(_batches(images, features)))
 
 
 def _batches(images, features):
+    """Yields float32 features of batches of the images, without those of the padding."""
     for first in range(0, len(images), _BATCH):
         batch = np.asarray(images[first : first + _BATCH])
-        whole = np.concatenate([batch, np.repeat(batch[:1], _BATCH - len(batch), axis=0)])
-        yield np.asarray(features(whole), np.float32)[: len(batch)]
+        padded = np.concatenate([batch, np.repeat(batch[:1], _BATCH - len(batch), axis=0)])
+        yield np.asarray(features(padded), np.float32)[: len(batch)]
 
 
-def moments(images, features: Callable) -> metrics.Moments:
-    """Streamed over the images, which the processes share, with an exact count."""
+def moments(images: Any, features: Features) -> metrics.Moments:
+    """Returns the moments of the features of all images, in every process; each process reads its share."""
     total = None
     share = np.array_split(np.arange(len(images)), jax.process_count())[jax.process_index()]
-    for batch in _batches(_Chosen(images, share), features):
+    for batch in _batches(_Subset(images, share), features):
         total = metrics.Moments.of(batch) if total is None else total.add(batch)
     if jax.process_count() == 1:
         return total
-    # In float64 whatever JAX is set to: as bytes.
+    # Sent as bytes: JAX would round float64 unless jax_enable_x64 is set.
     raw = np.concatenate([[total.count], total.mean, total.scatter.ravel()]).view(np.uint8)
     parts = [part.view(np.float64) for part in np.asarray(multihost_utils.process_allgather(raw))]
     d = len(total.mean)
-    every = [metrics.Moments(int(p[0]), p[1 : d + 1], p[d + 1 :].reshape(d, d)) for p in parts]
-    return sum(every[1:], every[0])
+    totals = [metrics.Moments(int(p[0]), p[1 : d + 1], p[d + 1 :].reshape(d, d)) for p in parts]
+    return sum(totals[1:], totals[0])
 
 
-class _Chosen:
-    """Some of the images."""
+class _Subset:
+    """The images with the given indices."""
 
-    def __init__(self, images, chosen):
-        self._images, self._chosen = images, chosen
+    def __init__(self, images, indices):
+        self._images, self._indices = images, indices
 
     def __len__(self):
-        return len(self._chosen)
+        return len(self._indices)
 
     def __getitem__(self, index):
-        return self._images[self._chosen[index]]
+        return self._images[self._indices[index]]
 
 
-def save_statistics(path, found: metrics.Moments, how: dict) -> None:
-    """Writes the moments of a set of images with their protocol, .npz."""
+def save_statistics(path: epath.PathLike, statistics: metrics.Moments, protocol: dict[str, Any]) -> None:
+    """Writes the moments of a set of images and their protocol as an .npz file."""
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {"count": statistics.count, "mean": statistics.mean, "scatter": statistics.scatter}
     with path.open("wb") as file:
-        np.savez(file, count=found.count, mean=found.mean, scatter=found.scatter, protocol=np.array(json.dumps(how)))
+        np.savez(file, **arrays, protocol=np.array(json.dumps(protocol)))
 
 
-def load_statistics(path) -> tuple[metrics.Moments, dict]:
-    """What `save_statistics` has written. UserError if it is not that."""
+def load_statistics(path: epath.PathLike) -> tuple[metrics.Moments, dict[str, Any]]:
+    """Returns the moments and the protocol that `save_statistics` has written.
+
+    Raises:
+      UserError: the file is missing, or is another file.
+    """
     path = epath.Path(path)
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
-            found = metrics.Moments(int(content["count"]), content["mean"], content["scatter"])
-            return found, json.loads(str(content["protocol"]))
-    except Exception as error:  # zipfile's, NumPy's
+            statistics = metrics.Moments(int(content["count"]), content["mean"], content["scatter"])
+            return statistics, json.loads(str(content["protocol"]))
+    except Exception as error:  # NumPy and zipfile raise many types
         raise UserError(
-            f"--reference={path} holds no statistics ({error}): give a file that evaluation wrote"
+            f"--reference={path} holds no statistics ({error}): give a statistics-….npz file from --mode=evaluate"
         ) from None
 
 
-def check_comparable(how: dict, other: dict) -> None:
-    """Raises UserError, naming the keys, if two protocols measure different things."""
-    differing = [f"{key}: {how[key]} and {other[key]}" for key in _COMPARABLE if how[key] != other[key]]
+def check_comparable(protocol: dict[str, Any], other: dict[str, Any]) -> None:
+    """Raises UserError, which names the keys, if two protocols measure different things."""
+    differing = [f"{key}: {protocol[key]} and {other[key]}" for key in _COMPARABLE if protocol[key] != other[key]]
     if differing:
-        raise UserError(f"numbers of different protocols cannot be compared ({', '.join(differing)}): make both alike")
+        raise UserError(
+            f"numbers of different protocols cannot be compared ({', '.join(differing)}): make the settings alike"
+        )
 
 
-def frechet_to_statistics(samples, features: Callable, how: dict, reference, reference_how: dict, seed=0) -> dict:
-    """The Fréchet distance of samples to saved statistics, as `compare` has it; UserError if the protocols differ.
+def frechet_to_statistics(
+    samples: Any,
+    features: Features,
+    samples_protocol: dict[str, Any],
+    reference: metrics.Moments,
+    reference_protocol: dict[str, Any],
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Returns the Fréchet distance of samples to saved statistics, with the keys of `compare`.
 
-    The statistics are taken as they are: the interval is that of other samples, not of another reference.
+    The statistics are fixed: the interval is that of other samples, not of another reference.
+
+    Args:
+      samples: uint8 [n, H, W, C].
+      features: the feature extractor.
+      samples_protocol: of the samples.
+      reference: the moments of the statistics.
+      reference_protocol: of the statistics.
+      seed: of the bootstrap and of the subsets.
+
+    Raises:
+      UserError: the protocols differ, or there are too many features.
     """
-    check_comparable(how, reference_how)
+    check_comparable(samples_protocol, reference_protocol)
     _check_dimension(next(_batches(samples, features)).shape[1], 0)
-    x, rng = extracted(samples, features).astype(np.float64), np.random.default_rng(seed)
+    x, rng = extract(samples, features).astype(np.float64), np.random.default_rng(seed)
     moments = metrics.Moments.of(x)
     distance = metrics.frechet(moments.mean, moments.covariance, reference.mean, reference.covariance)
     settings = {"frechet_95": _interval_settings(x) | {"drawn_again": "samples"}, "seed": seed}
-    protocols = {"samples": how, "reference": reference_how, "metrics": settings}
+    protocols = {"samples": samples_protocol, "reference": reference_protocol, "metrics": settings}
     return {"protocol": protocols, "frechet": distance} | _uncertainty(x, reference, rng)
 
 
-def compare(samples, reference, features: Callable, seed: int = 0) -> dict:
-    """All of `metrics` between two sets of images, and the noise that is in them.
+def compare(samples: Any, reference: Any, features: Features, seed: int = 0) -> dict[str, Any]:
+    """Returns all `metrics` between two sets of images, and their uncertainty.
 
     Args:
-      samples, reference: uint8 [n, H, W, C]; whole data sets, not moments.
-      features: see above.
-      seed: of subsets, directions and draws.
+      samples: uint8 [n, H, W, C].
+      reference: uint8 [m, H, W, C], the whole data set and not its moments.
+      features: the feature extractor.
+      seed: of the bootstrap, the subsets and the directions.
 
     Returns:
-      {"frechet": …, "frechet_95": [low, high], "frechet_extrapolated": [value, standard error] or None where
-      there are too few images, "frechet_floor": of one half of the reference to the other,
-      "kernel_distance": [mean, standard error], "precision", "recall", "density", "coverage"
-      among "neighbours_among": [n of the reference, n of samples], "sliced_wasserstein": …}, and beside these
-      "settings", the numbers by which they were made.
+      {"frechet": …, "frechet_95": [low, high], "frechet_extrapolated": [value, standard error], or None with
+      too few images, "frechet_floor": the distance between the halves of the reference, "kernel_distance":
+      [mean, standard error], "precision", "recall", "density" and "coverage" among "neighbours_among": [rows of
+      the reference, rows of the samples], "sliced_wasserstein": …, "settings": the settings of the metrics}.
+
+    Raises:
+      UserError: there are too many features.
     """
     _check_dimension(next(_batches(samples, features)).shape[1], min(len(samples), len(reference)))
-    x, y = (extracted(images, features).astype(np.float64) for images in (samples, reference))
+    x, y = (extract(images, features).astype(np.float64) for images in (samples, reference))
     rng = np.random.default_rng(seed)
-    half = rng.permutation(len(y))
+    shuffled = rng.permutation(len(y))
     result = {"frechet": metrics.frechet_of_features(x, y)} | _uncertainty(x, y, rng)
-    result["frechet_floor"] = metrics.frechet_of_features(y[half[::2]], y[half[1::2]])
+    result["frechet_floor"] = metrics.frechet_of_features(y[shuffled[::2]], y[shuffled[1::2]])
     subsets = {"num_subsets": SUBSETS, "subset_size": min(1000, len(x), len(y))}
     result["kernel_distance"] = list(metrics.kernel_distance(x, y, rng, **subsets))
-    few = [rows[rng.permutation(len(rows))[:MANIFOLD]] for rows in (y, x)]
-    result |= metrics.precision_recall(*few, K, K_DENSITY)._asdict() | {"neighbours_among": [len(rows) for rows in few]}
+    chosen = [rows[rng.permutation(len(rows))[:MAX_NEIGHBOURS]] for rows in (y, x)]
+    result |= metrics.precision_recall(*chosen, K, K_DENSITY)._asdict()
+    result["neighbours_among"] = [len(rows) for rows in chosen]
     result["sliced_wasserstein"] = metrics.sliced_wasserstein(x, y, rng, DIRECTIONS)
     result["settings"] = {
         "frechet_95": _interval_settings(x) | {"drawn_again": "samples and reference"},
@@ -166,7 +201,7 @@ def compare(samples, reference, features: Callable, seed: int = 0) -> dict:
 
 
 def _uncertainty(x, reference, rng):
-    """The interval and the extrapolation of the Fréchet distance of x [n, d] to rows or Moments."""
+    """Returns the interval and the extrapolation of the Fréchet distance of x [n, d] to rows or Moments."""
     interval = metrics.frechet_interval(x, reference, rng, num=_interval_settings(x)["draws"])
     enough = len(x) >= 4 * x.shape[1]
     extrapolated = list(metrics.frechet_extrapolated(x, reference, rng)) if enough else None
@@ -178,38 +213,42 @@ def _interval_settings(x):
 
 
 def _check_dimension(d, n):
+    """Raises UserError if d features are too many for a covariance; 0 < n <= d rows are compared without one."""
     if d > MAX_FEATURES and not 0 < n <= d:
         raise UserError(
-            f"{d} features are more than the {MAX_FEATURES} of which a covariance is made: give --inception, which has "
-            "2048, for images of this size"
+            f"{d} features are more than the {MAX_FEATURES} of the largest covariance: for images of this size give "
+            "--inception, which has 2048 features"
         )
 
 
-def read_samples(path) -> np.ndarray:
-    """The images that `--mode=sample` has written as an .npz or as shards in a folder: uint8 [n, H, W, C].
+def read_samples(path: epath.PathLike) -> np.ndarray:
+    """Returns the images that `--mode=sample` has written as an .npz file or as shards in a folder, uint8 [n, H, W, C].
 
     Raises:
-      UserError: no such file, or no images in it.
+      UserError: the file is missing, or holds no images.
     """
     path = epath.Path(path)
     files = sorted(path.glob("*-*.npz")) if path.is_dir() else [path]
     try:
-        parts = []
+        shards = []
         for file in files:
             with file.open("rb") as opened, np.load(opened, allow_pickle=False) as content:
-                parts.append(content["arr_0"])
-        found = np.concatenate(parts)
-    except Exception as error:  # NumPy's, zipfile's, no file
+                shards.append(content["arr_0"])
+        samples = np.concatenate(shards)
+    except Exception as error:  # NumPy and zipfile raise many types
         raise UserError(
             f"--samples={path} holds no samples ({error}): give an .npz or a folder that --mode=sample wrote"
         ) from None
-    if found.ndim != 4 or found.dtype != np.uint8 or not len(found):
-        raise UserError(f"--samples={path} holds {found.dtype} {found.shape}, not images uint8 [n, H, W, C]")
-    return found
+    if samples.ndim != 4 or samples.dtype != np.uint8 or not len(samples):
+        raise UserError(
+            f"--samples={path} holds {samples.dtype} {samples.shape}, not images uint8 [n, H, W, C]: give an .npz or "
+            "a folder that --mode=sample wrote"
+        )
+    return samples
 
 
-def read_about(path) -> dict | str:
-    """What made the images that `--mode=sample` has written to `path`; "unknown" where that does not say so."""
+def read_about(path: epath.PathLike) -> dict[str, Any] | str:
+    """Returns the settings that `--mode=sample` has stored with the samples at `path`, or "unknown" without them."""
     path = epath.Path(path)
     try:
         if path.is_dir():

@@ -1,6 +1,7 @@
-"""Arrays in [−1, 1] to pictures that a person can look at."""
+"""Pictures that people look at, made from arrays: contact sheets, labelled grids, PNG files and animations."""
 
 import math
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from etils import epath
@@ -8,15 +9,21 @@ from PIL import Image, ImageDraw, ImageFont  # noqa: TID251 (Pillow writes the p
 
 from diffusion_jax.running import files
 
-MIN_TILE = 64  # pixels: smaller images are enlarged to about this size in a grid
-LABEL = 14  # pixels: height of the letters beside it
+MIN_TILE = 64  # pixels: a grid enlarges smaller images to about this size
+LABEL = 14  # pixels: font size of the labels
 
 
-def grid(x, columns=None) -> np.ndarray:
-    """A contact sheet of uint8 [N, H, W, C]: uint8 [height, width, C].
+def grid(x: np.ndarray, columns: int | None = None) -> np.ndarray:
+    """Returns a contact sheet of images, with grey gaps between them.
 
-    Images smaller than MIN_TILE are enlarged smoothly by a whole factor; grey gaps
-    separate them. The sheet is about square unless `columns` says otherwise.
+    Images smaller than MIN_TILE are enlarged smoothly by a whole factor.
+
+    Args:
+      x: uint8 [N, H, W, C].
+      columns: images in a row; None makes the sheet about square.
+
+    Returns:
+      uint8 [height, width, C].
     """
     num, height, width, channels = x.shape
     columns = columns or math.ceil(math.sqrt(num))
@@ -33,8 +40,13 @@ def grid(x, columns=None) -> np.ndarray:
     return sheet
 
 
-def labelled(x, row_labels, column_labels) -> np.ndarray:
-    """`grid` of uint8 [rows · columns, H, W, C] with a name at the left of each row and above each column.
+def labelled(x: np.ndarray, row_labels: Sequence[str], column_labels: Sequence[str]) -> np.ndarray:
+    """Returns `grid` of the images with a label to the left of each row and above each column.
+
+    Args:
+      x: uint8 [rows · columns, H, W, C].
+      row_labels: one for each row.
+      column_labels: one for each column.
 
     Returns:
       uint8 [height, width, C].
@@ -54,8 +66,14 @@ def labelled(x, row_labels, column_labels) -> np.ndarray:
     return np.asarray(picture).reshape(picture.height, picture.width, -1)
 
 
-def save_animation(path, frames, milliseconds=80) -> None:
-    """Writes uint8 [H, W, 1 or 3] frames as an endless GIF or WebP, by the ending of `path`; the last stays longer."""
+def save_animation(path: epath.PathLike, frames: Iterable[np.ndarray], milliseconds: int = 80) -> None:
+    """Writes an animation that repeats for ever, and creates its folder. The last frame stays for 2 seconds.
+
+    Args:
+      path: a file that ends in .gif or .webp, which chooses the format.
+      frames: uint8 [H, W, 1 or 3] each.
+      milliseconds: the duration of every other frame.
+    """
     first, *rest = map(to_pillow, frames)
     durations = [milliseconds] * len(rest) + [2000]
     with files.replacing(path) as file:
@@ -70,12 +88,12 @@ def save_animation(path, frames, milliseconds=80) -> None:
         )
 
 
-def to_pillow(x) -> Image.Image:
-    """uint8 [H, W, 1 or 3] as a Pillow image."""
+def to_pillow(x: np.ndarray) -> Image.Image:
+    """Returns uint8 [H, W, 1 or 3] as a Pillow image."""
     return Image.fromarray(x[..., 0] if x.shape[-1] == 1 else x)
 
 
-def save_png(path, x) -> None:
-    """Writes uint8 [H, W, 1 or 3] as PNG, making the folder where it is missing."""
+def save_png(path: epath.PathLike, x: np.ndarray) -> None:
+    """Writes uint8 [H, W, 1 or 3] as a PNG file, and creates its folder."""
     with files.replacing(path) as file:
         to_pillow(x).save(file, format="PNG")

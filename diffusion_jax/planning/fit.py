@@ -30,19 +30,21 @@ def foresee(config: ConfigDict, program: Callable, args: tuple, num_steps: int) 
         return
     try:
         compiled = programs.compiled(program.lower(*args))  # kept: the first step does not compile again
-        peak = programs.memory_needed(compiled)
-        seconds = programs.least_seconds(compiled, device, config.train.accumulate)
+        peak, flops = programs.memory_needed(compiled), programs.flops_needed(compiled, config.train.accumulate)
     except programs.DoesNotFit as error:
         raise does_not_fit(config, device.device_kind, programs.shortage(error)) from None
-    except Exception as error:  # whatever a backend does not implement
+    except Exception as error:  # a backend may fail in ways of its own
         print(f"no estimate of memory and time ({one_line(error, 200)})")
+        return
+    if peak is None:
         return
     sizes = f"{peak / 2**30:.2f} of {room / 2**30:.2f} GiB"
     if peak > room:
         raise does_not_fit(config, device.device_kind, sizes)
     if jax.process_index() != 0:
         return
-    if seconds:
+    if flops and (chip := programs.chip_of(device)):
+        seconds = flops / chip.flops
         hours = seconds * num_steps / 3600
         print(f"estimate: at least {seconds * 1e3:.3g} ms a step, {hours:.3g} hours to the end; {sizes} a device")
     if peak > TIGHT * room:

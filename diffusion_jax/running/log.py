@@ -1,9 +1,10 @@
-"""The numbers of a run: means over intervals, to metrics.jsonl and to TensorBoard."""
+"""The metrics of a run: means over intervals of steps, written to metrics.jsonl and to TensorBoard."""
 
 import contextlib
 import json
 import tempfile
 import time
+from typing import Self
 
 import numpy as np
 from etils import epath
@@ -15,38 +16,42 @@ from diffusion_jax.errors import UserError
 
 
 class MetricsLog:
-    """Collects what each step reports; every `every` steps it writes the means.
+    """Collects the metrics of each step and writes their means every `every` steps.
 
-    Lines of steps after `start` are dropped first: those steps are about to be done again.
+    A resumed run repeats the steps after `start`, so the log first drops the lines of these steps.
     """
 
-    def __init__(self, workdir: epath.Path, start: int, every: int):
+    def __init__(self, workdir: epath.Path, start: int, every: int) -> None:
         self._every = every
         self._steps = []
-        self._loss = None  # of the last line
+        self._loss = None  # the loss of the last line
         self._path = workdir / "metrics.jsonl"
-        self._lines = self._kept(start)
-        # A bucket's files cannot grow: they are written anew, and the events by way of a local folder.
+        self._lines = self._drop_lines_after(start)
+        # Files in a bucket cannot grow: metrics.jsonl is rewritten, and events are copied from a local folder.
         self._remote = "://" in str(workdir)
         self._events_folder = epath.Path(tempfile.mkdtemp()) if self._remote else workdir
-        # Written at once: the usual writer's thread dies of a full disk, and then its queue blocks the run for ever.
+        # The usual writer's thread dies when the disk is full, and its queue then blocks the run for ever.
+        # EventsWriter writes without a thread.
         self._events = EventsWriter(str(self._events_folder / "events"))
         purge = Event(step=start + 1, session_log=SessionLog(status=SessionLog.START), wall_time=time.time())
-        self._events.write_event(purge)  # hides what an earlier run has said of later steps
+        self._events.write_event(purge)  # hides the events that an earlier run wrote for later steps
         self._time = time.monotonic()
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
-        with contextlib.suppress(OSError):  # a full disk, which has been told
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):  # `add` has already reported a full disk
             self._events.close()
 
     def add(self, step: int, metrics: dict[str, float], batch_size: int) -> dict[str, float] | None:
-        """Takes the metrics of `step`; NaN where the step says nothing of one.
+        """Adds the metrics of `step`, where NaN marks a missing value, and ends the interval if one is due.
 
         Returns:
-          The line that was written, or None between the lines.
+          The line that was written, or None if `step` ends no interval.
+
+        Raises:
+          UserError: the log cannot be written.
         """
         self._steps.append(metrics)
         if step % self._every:
@@ -56,27 +61,30 @@ class MetricsLog:
         line |= {"steps_per_second": 1 / seconds, "images_per_second": batch_size / seconds}
         self._steps.clear()
         self._loss = line["loss"]
-        self._write_or_say(line)
+        self._write_or_raise(line)
         self._time = time.monotonic()
         return line
 
-    def add_seen(self, step: int, seen: dict[str, float], seconds: float) -> None:
-        """Writes a line of its own of what was measured after `step`, in a time that does not count as training's.
+    def add_evaluation(self, step: int, metrics: dict[str, float], seconds: float) -> None:
+        """Writes a separate line of metrics measured after `step`, and excludes `seconds` from the training time.
 
-        Its loss is a mean too, so that all lines make one curve: of the steps since the last line, and where `step`
-        has just had its line, the same again.
+        The line repeats the loss so that all lines form one curve: the mean over the steps since the
+        last line, or the loss of that line if `step` has just written one.
+
+        Raises:
+          UserError: the log cannot be written.
         """
-        loss = _mean([metrics["loss"] for metrics in self._steps]) if self._steps else self._loss
-        self._write_or_say({"step": step, "loss": loss} | seen)
+        loss = _mean([m["loss"] for m in self._steps]) if self._steps else self._loss
+        self._write_or_raise({"step": step, "loss": loss} | metrics)
         self._time += seconds
 
-    def _write_or_say(self, line):
+    def _write_or_raise(self, line):
         try:
             self._write(line)
         except OSError as error:
             raise UserError(
-                f"{self._path} or the events beside it cannot be written ({error}): make room or mend the rights; the "
-                "same command goes on from the last checkpoint"
+                f"{self._path} or the TensorBoard events beside it cannot be written ({error}): make room or "
+                "fix the permissions, then run the same command to resume from the last checkpoint"
             ) from error
 
     def _write(self, line):
@@ -96,8 +104,8 @@ class MetricsLog:
             for file in self._events_folder.iterdir():
                 file.copy(self._path.parent / file.name, overwrite=True)
 
-    def _kept(self, step):
-        """Drops the lines of the steps after `step` from the file, and returns the others."""
+    def _drop_lines_after(self, step):
+        """Removes the lines of the steps after `step` from the file, and returns the other lines."""
         if not self._path.exists():
             return []
         lines = self._path.read_text().splitlines(keepends=True)
@@ -109,7 +117,7 @@ class MetricsLog:
 
 
 def _step(line):
-    """The step of a line; infinite if the line is not whole, as after a kill."""
+    """Returns the step of a line, or infinity for an incomplete line, which a killed process leaves."""
     try:
         return json.loads(line)["step"] if line.endswith("\n") else np.inf
     except (ValueError, KeyError, TypeError):
@@ -117,6 +125,6 @@ def _step(line):
 
 
 def _mean(values):
-    """The mean of the finite numbers, None (null in JSON, which has no NaN) where there are none."""
+    """Returns the mean of the finite values, or None (null in JSON, which has no NaN) if there are none."""
     values = [value for value in values if np.isfinite(value)]
     return float(np.mean(values)) if values else None

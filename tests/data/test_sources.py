@@ -25,13 +25,13 @@ def labels(source):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Five PNGs of 10×12, in two folders, beside things that are no images."""
+    """Writes five PNGs of 10×12 in two folders, beside files that are not images."""
     for i, picture in enumerate(PICTURES):
         file = tmp_path / "set" / ("b" if i > 2 else "a") / f"{i}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture).save(file)
     (tmp_path / "set" / "a" / "notes.txt").write_text("not an image")
-    (tmp_path / "set" / "a" / "._0.png").write_text("what macOS leaves behind")
+    (tmp_path / "set" / "a" / "._0.png").write_text("a file that macOS leaves behind")
     return tmp_path / "set"
 
 
@@ -48,7 +48,7 @@ def save_idx(path, array, compress=False):
     path.write_bytes(gzip.compress(raw) if compress else raw)
 
 
-# ---------------------------------------------------------------- kinds
+# ---------------------------------------------------------------- kinds of sources
 
 
 def test_digits():
@@ -60,11 +60,11 @@ def test_digits():
     assert labels(digits)[:12] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
 
 
-def test_folder_in_the_order_of_names(folder):
+def test_folder_is_sorted_by_name(folder):
     np.testing.assert_array_equal(read(folder), PICTURES)
 
 
-def test_zip_is_the_folder(folder, tmp_path):
+def test_zip_equals_the_folder(folder, tmp_path):
     archive = sources.open_source("files", str(zipped(folder, tmp_path / "set.zip")))
     np.testing.assert_array_equal([archive[i] for i in range(5)], PICTURES)
     assert archive.name(3) == "set/b/3.png"
@@ -75,12 +75,12 @@ def test_the_source_may_be_the_path_itself(folder):
     assert len(sources.open_source(str(folder), "")) == 5
 
 
-def test_own_files_go_before_any_source(folder):
+def test_path_takes_precedence_over_the_source(folder):
     for source in ("digits", "tfds:celeb_a", "files"):
         assert len(sources.open_source(source, str(folder))) == 5
 
 
-def test_one_folder_is_no_class(folder):
+def test_a_single_folder_has_no_classes(folder):
     assert sources.open_source("files", str(folder / "a")).label is None
 
 
@@ -128,38 +128,38 @@ def test_tfds_without_tensorflow(tmp_path):
             assert all(0 <= source.label(i) < classes for i in range(5 if classes else 0))
 
 
-def test_tfds_that_cannot_be_used(tmp_path, monkeypatch):
+def test_tfds_errors(tmp_path, monkeypatch):
     monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)  # no TensorFlow
     with pytest.raises(UserError, match=r"not prepared in .*requirements-prepare\.txt.*folder or a zip") as error:
         sources.tfds("celeb_a", data_dir=str(tmp_path))
     assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match="no data set of TFDS") as error:
+    with pytest.raises(UserError, match="is not a TFDS data set") as error:
         sources.tfds("no_such_set", data_dir=str(tmp_path))
     assert len(str(error.value)) < 200
-    with pytest.raises(UserError, match="has no images, but text, label"):
+    with pytest.raises(UserError, match="has no images, only text, label"):
         sources.tfds("imdb_reviews", data_dir=str(tmp_path))
 
 
-def test_tfds_prepares_where_tensorflow_is(tmp_path, monkeypatch):
-    """What TFDS is asked to do, and what is said when it fails as it does without network."""
-    asked = []
+def test_tfds_prepares_with_tensorflow(tmp_path, monkeypatch):
+    """Records the call of TFDS, and raises the error that TFDS raises without a network."""
+    calls = []
 
     def download_and_prepare(_, *, download_config, file_format):
-        asked.append((download_config.manual_dir, file_format))
+        calls.append((download_config.manual_dir, file_format))
         raise ConnectionError("no network\nand more lines")
 
     monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: True)
     monkeypatch.setattr(tensorflow_datasets.core.DatasetBuilder, "download_and_prepare", download_and_prepare)
     with pytest.raises(UserError, match=r"cannot be prepared \(ConnectionError: no network and more lines\).*zip"):
         sources.tfds("mnist", data_dir=str(tmp_path), manual_dir=str(tmp_path / "own"))
-    assert [(str(folder), kind) for folder, kind in asked] == [(str(tmp_path / "own"), "array_record")]
+    assert [(str(folder), kind) for folder, kind in calls] == [(str(tmp_path / "own"), "array_record")]
 
 
 # ---------------------------------------------------------------- pictures
 
 
-def test_modes_and_orientation(tmp_path):
-    """Alpha is laid on white, a palette is resolved, 16 bits become 8, EXIF turns the picture."""
+def test_pixels_of_modes_and_orientations(tmp_path):
+    """Lays alpha on white, applies the palette and the EXIF orientation, and reduces 16 bits to 8."""
     Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "0_transparent.png")
     Image.new("RGB", (4, 4), (10, 200, 30)).convert("P", palette=Image.Palette.ADAPTIVE).save(
         tmp_path / "1_palette.png"
@@ -167,7 +167,7 @@ def test_modes_and_orientation(tmp_path):
     Image.fromarray(np.full((4, 4), 65535 // 2, np.uint16)).save(tmp_path / "2_deep.png")
     wide = Image.fromarray(np.repeat(np.uint8([[0, 255]]), 2, axis=0).repeat(2, axis=1))
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by a quarter, clockwise
+    exif[0x0112] = 6  # a viewer turns it a quarter clockwise
     wide.save(tmp_path / "3_turned.png", exif=exif)
     Image.new("CMYK", (4, 4), (0, 0, 0, 255)).save(tmp_path / "4_print.jpg")
     Image.new("1", (4, 4), 1).save(tmp_path / "5_one_bit.png")
@@ -183,18 +183,18 @@ def test_modes_and_orientation(tmp_path):
 def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
     (tmp_path / "bombs").mkdir()
     Image.new("1", (8000, 8000)).save(tmp_path / "bombs" / "small.png")
-    with pytest.raises(ValueError, match="8000x8000 is more than 50000000 pixels"):
+    with pytest.raises(ValueError, match="8000x8000 is more than the limit of 50000000 pixels"):
         read(tmp_path / "bombs")
     archive = zipped(tmp_path / "bombs", tmp_path / "bombs.zip")
     monkeypatch.setattr(sources, "MAX_BYTES", 100)
-    with pytest.raises(ValueError, match="bytes unpacked are more than 100"):
+    with pytest.raises(ValueError, match="bytes unpacked are more than the limit of 100"):
         read(archive)
 
 
-# ---------------------------------------------------------------- what cannot be used
+# ---------------------------------------------------------------- errors and parts of a split
 
 
-def test_nothing_there(tmp_path):
+def test_errors_name_the_key(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.txt").write_text("no archive")
     save_idx(tmp_path / "labels-idx1-ubyte", np.zeros(1, np.uint8))
@@ -205,7 +205,7 @@ def test_nothing_there(tmp_path):
         ("", "path is empty"),
         (tmp_path / "missing", "does not exist"),
         (tmp_path / "empty", "holds no images"),
-        (tmp_path / "text.txt", "no folder, zip or idx"),
+        (tmp_path / "text.txt", "must be a folder, a zip or an idx file"),
         (tmp_path / "labels-idx1-ubyte", "not an idx file of uint8 images"),
         (tmp_path / "cut-idx3-ubyte.gz", "cannot be read"),
         (tmp_path / "odd", "3 labels for 2 images"),
@@ -214,6 +214,9 @@ def test_nothing_there(tmp_path):
             read(path)
     with pytest.raises(UserError, match="source='dogs' must be"):
         sources.open_source("dogs", "")
+
+
+def test_part_of_a_split():
     whole = sources.open_source("digits", "")
     for split, first, last in (
         ("train[:1500]", 0, 1499),
@@ -228,9 +231,9 @@ def test_nothing_there(tmp_path):
             i %= len(part)
             np.testing.assert_array_equal(part[i], whole[k])
             assert (part.label(i), part.name(i)) == (whole.label(k), whole.name(k))
-    with pytest.raises(UserError, match=r"\[5:3\] of 1797 images holds none"):
+    with pytest.raises(UserError, match=r"\[5:3\] of 1797 images is empty"):
         sources.open_source("digits", "", split="train[5:3]")
-    with pytest.raises(UserError, match=r"split='train\[5\]' must be a name, or a part"):
+    with pytest.raises(UserError, match=r"split='train\[5\]' must be a name, or a part of a split"):
         sources.open_source("digits", "", split="train[5]")
     with pytest.raises(UserError, match="split='test': the digits"):
         sources.open_source("digits", "", split="test")

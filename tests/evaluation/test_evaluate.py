@@ -187,7 +187,7 @@ def test_statistics_are_of_every_image():
     x = quality.pixels(images).astype(np.float64)
     np.testing.assert_allclose(found.mean, x.mean(axis=0), atol=1e-12)
     np.testing.assert_allclose(found.covariance, np.cov(x, rowvar=False), rtol=1e-10, atol=1e-12)
-    np.testing.assert_array_equal(quality.extracted(images, quality.pixels), quality.pixels(images))
+    np.testing.assert_array_equal(quality.extract(images, quality.pixels), quality.pixels(images))
 
 
 def test_too_many_features():

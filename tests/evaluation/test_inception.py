@@ -16,13 +16,13 @@ NOT_OURS = {"fc.weight": np.zeros((1008, 2048), np.float32), "fc.bias": np.zeros
 
 
 def fake_torch(monkeypatch, state):
-    """A module whose `load` gives `state`, however the file is."""
+    """Replaces torch by a module whose `load` returns `state` for any file."""
     monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(load=lambda file, **_: state))
 
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    """Random weights, through the converter: (features, checksum, the file)."""
+    """Converts random weights: (features, checksum, file)."""
     folder = tmp_path_factory.mktemp("inception")
     (folder / "weights.pth").write_bytes(b"")
     file = str(folder / "weights.npz")
@@ -36,7 +36,7 @@ def loaded(tmp_path_factory):
 # ---------------------------------------------------------------- against torch-fidelity
 
 
-def test_features_are_those_of_torch_fidelity(loaded):
+def test_features_equal_those_of_torch_fidelity(loaded):
     features, *_ = loaded
     with np.load(inception_fixture.FILE) as file:
         expected = file["features"]
@@ -59,7 +59,7 @@ def test_names_and_number_of_the_weights():
     assert shapes["Mixed_6b.branch7x7_2.conv.weight"] == (128, 128, 1, 7)
 
 
-def test_convolutions_are_of_float32_on_every_device():
+def test_convolutions_are_float32_on_every_device():
     image = jnp.zeros((1, 8, 8, 3), jnp.uint8)
     model = inception.InceptionV3()
     text = jax.jit(model.apply).lower(jax.eval_shape(model.init, jax.random.key(0), image), image).as_text()
@@ -74,8 +74,8 @@ def test_convolutions_are_of_float32_on_every_device():
 @pytest.mark.parametrize(
     "row, expected",
     [
-        ([0, 10], [0, 5, 10, 10]),  # half-pixel centres: 0, 2.5, 7.5, 10
-        ([0, 10, 50, 60, 90, 20, 30, 70], [0, 50, 90, 30]),  # antialiasing would mix in the others
+        ([0, 10], [0, 5, 10, 10]),  # with half-pixel centres: 0, 2.5, 7.5, 10
+        ([0, 10, 50, 60, 90, 20, 30, 70], [0, 50, 90, 30]),  # antialiasing would mix in the other pixels
         ([8, 0, 200, 255], [8, 0, 200, 255]),
     ],
 )
@@ -100,15 +100,15 @@ def test_resize_is_bilinear_between_source_pixels():
     np.testing.assert_allclose(inception.resize(jnp.asarray(x), size), expected, atol=1e-3)
 
 
-# ---------------------------------------------------------------- the file
+# ---------------------------------------------------------------- the weights file
 
 
-def test_converted_file_has_the_networks_arrays_alone(loaded):
+def test_converted_file_has_only_the_arrays_of_the_network(loaded):
     with np.load(loaded[2]) as file:
         assert set(file.files) == set(inception.shapes())
 
 
-def test_checksum_is_of_names_shapes_and_values(loaded):
+def test_checksum_depends_on_names_shapes_and_values(loaded):
     checksum = loaded[1]
     assert len(checksum) == 64 and int(checksum, 16)
     a = np.zeros((2, 3), np.float32)
@@ -117,7 +117,7 @@ def test_checksum_is_of_names_shapes_and_values(loaded):
     assert inception._checksum({"a": a, "b": a}) == inception._checksum({"b": a, "a": a})
 
 
-def test_errors_of_the_file_name_it_and_the_array(tmp_path):
+def test_errors_name_the_file_and_the_array(tmp_path):
     file = tmp_path / "weights.npz"
 
     def error():
@@ -139,7 +139,7 @@ def test_errors_of_the_file_name_it_and_the_array(tmp_path):
     assert f"{first[0]} as float64" in error()
 
 
-def test_images_of_four_channels(loaded):
+def test_images_of_four_channels_are_refused(loaded):
     with pytest.raises(UserError, match="4 channels"):
         loaded[0](np.zeros((1, 8, 8, 4), np.uint8))
 
@@ -152,7 +152,7 @@ def test_images_of_four_channels(loaded):
         ([1], "no state dict"),
     ],
 )
-def test_other_files_are_not_converted(tmp_path, monkeypatch, state, message):
+def test_other_weights_are_not_converted(tmp_path, monkeypatch, state, message):
     fake_torch(monkeypatch, state)
     (tmp_path / "weights.pth").write_bytes(b"")
     with pytest.raises(UserError, match=rf"weights\.pth is .*{message}"):

@@ -11,7 +11,7 @@ from diffusion_jax.evaluation.metrics import Moments
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Threads of BLAS that wait for each other's cores take 50 times as long."""
+    """Limits BLAS to one thread: threads that compete for the cores take 50 times as long."""
     with threadpoolctl.threadpool_limits(1):
         yield
 
@@ -25,7 +25,7 @@ def rotation(d):
 
 
 def spread(n, d, seed=0):
-    """Correlated features, the axes of unlike scale, the mean not 0."""
+    """Returns correlated features whose axes differ in scale and whose mean is not 0."""
     generator = rng(seed)
     return generator.standard_normal((n, d)) * np.linspace(0.5, 2, d) @ rotation(d) + generator.standard_normal(d)
 
@@ -44,7 +44,7 @@ def test_streamed_moments_are_those_of_all_rows(cuts):
         np.testing.assert_allclose(moments.covariance, np.cov(x, rowvar=False), rtol=1e-12, atol=1e-14)
 
 
-def test_moments_are_float64_and_do_not_change():
+def test_moments_are_float64_and_immutable():
     x = rng().standard_normal((40, 3)).astype(np.float32)
     moments = Moments.of(x[:10])
     before = moments.scatter.copy()
@@ -63,7 +63,7 @@ def test_moments_far_from_0_keep_their_digits():
 
 
 def test_frechet_of_commuting_covariances():
-    """|μ_x − μ_y|² + Σ (σ_x − σ_y)², in any axes."""
+    """The distance is |μ_x − μ_y|² + Σ (σ_x − σ_y)², in any axes."""
     axes = rotation(3)
     mean_x, mean_y = np.array([0.5, 0, 1]), np.array([0, 2.0, 1])
     cov_x, cov_y = (axes * np.square(scale) @ axes.T for scale in ([1, 2, 0.5], [3, 2.5, 0]))
@@ -81,7 +81,7 @@ def test_frechet_against_the_square_root_of_a_matrix():
 
 
 @pytest.mark.parametrize("n, m", [(5, 7), (5, 40), (40, 5), (8, 8), (9, 9), (10, 10), (30, 40), (2, 2)])
-def test_frechet_of_features_is_that_of_their_moments(n, m):
+def test_frechet_of_features_equals_frechet_of_their_moments(n, m):
     x, y = spread(n, 9), spread(m, 9, seed=1)
     expected = metrics.frechet(x.mean(0), np.cov(x, rowvar=False), y.mean(0), np.cov(y, rowvar=False))
     assert metrics.frechet_of_features(x, y) == pytest.approx(expected, rel=1e-6)
@@ -90,15 +90,15 @@ def test_frechet_of_features_is_that_of_their_moments(n, m):
     assert turned == pytest.approx(metrics.frechet_of_features(x, y), rel=1e-9)
 
 
-def test_frechet_of_few_rows_holds_no_covariance():
-    """[d, d] would be 2 TiB."""
+def test_frechet_of_few_rows_forms_no_covariance():
+    """A matrix [d, d] would take 2 TiB."""
     x = np.zeros((3, 2**19))
     x[0, :2] = 1, 2
-    # Both of rank 1, along the same line: |μ|² + (σ − 2 σ)² with |μ|² = 5/9, σ² = 5/3.
+    # Both covariances have rank 1, along the same line: |μ|² + (σ − 2 σ)² with |μ|² = 5/9, σ² = 5/3.
     assert metrics.frechet_of_features(x, 2 * x) == pytest.approx(5 / 9 + 5 / 3)
 
 
-def test_interval_holds_the_mean_of_other_draws_as_often_as_it_says():
+def test_interval_contains_the_mean_of_new_sets_with_its_level():
     def draw(generator):
         x, y = generator.standard_normal((2, 60, 2))
         return x, 1.5 * y + 0.5
@@ -114,15 +114,15 @@ def test_interval_holds_the_mean_of_other_draws_as_often_as_it_says():
     assert wide > 2 * narrow
 
 
-def test_interval_is_turned_round_the_distance():
-    """A long tail of the draws upwards is one of the interval downwards."""
+def test_interval_mirrors_the_draws_at_the_distance():
+    """A long upper tail of the draws becomes a long lower tail of the interval."""
     x, y = rng(6).standard_normal((25, 1)), rng(7).standard_normal((25, 1)) + 0.1
     low, high = metrics.frechet_interval(x, y, rng(8), num=400)
     distance = metrics.frechet_of_features(x, y)
     assert distance - low > 1.5 * (high - distance) > 0
 
 
-def test_interval_draws_both_sets_again():
+def test_interval_resamples_both_sets():
     fixed, x = np.array([[-1.0], [1.0]] * 30), rng(9).standard_normal((60, 1)) + 1
     few = fixed[:2]
     wide, narrow = (np.diff(metrics.frechet_interval(x, y, rng(10)))[0] for y in (few, fixed))
@@ -133,27 +133,27 @@ def test_interval_draws_both_sets_again():
 
 @pytest.mark.parametrize("sigma", [1, 2])
 def test_extrapolation_finds_the_intercept_of_gaussians(sigma):
-    """x ~ N(0, 1)^d against rows whose mean and covariance are 0 and σ² exactly: d (σ − 1)² at n = ∞."""
+    """x ~ N(0, 1)^d against rows with exactly mean 0 and covariance σ²: the distance is d (σ − 1)² at n = ∞."""
     d, n, repeats = 8, 400, 100
     y = sigma * np.concatenate([np.eye(d), -np.eye(d)]) * np.sqrt((2 * d - 1) / 2)
     xs = [rng(seed).standard_normal((n, d)) for seed in range(repeats)]
     plain = np.array([metrics.frechet_of_features(x, y) for x in xs])
     intercepts, errors = np.array([metrics.frechet_extrapolated(x, y, rng(i)) for i, x in enumerate(xs)]).T
-    # E |mean|² = d / n; of the root, E tr (C_x − 1)² / 4 = d (d + 1) / (4 n), times σ.
+    # The mean adds E |mean|² = d / n, and the root adds σ times E tr (C_x − 1)² / 4 = d (d + 1) / (4 n).
     bias = (d + sigma * d * (d + 1) / 4) / n
 
     def error_of_mean(values):
         return np.std(values, ddof=1) / np.sqrt(repeats)
 
     corrected = plain - intercepts
-    assert 4 * error_of_mean(corrected) < 0.6 * bias  # or the rest says nothing
+    assert 4 * error_of_mean(corrected) < 0.6 * bias  # otherwise the next two assertions prove nothing
     assert np.mean(corrected) == pytest.approx(bias, abs=4 * error_of_mean(corrected))
     assert np.mean(intercepts) == pytest.approx(d * (sigma - 1) ** 2, abs=4 * error_of_mean(intercepts))
-    # Of the scatter about the line, not of another x.
+    # The standard error describes the scatter about the line, and not another x.
     assert 0.2 < np.mean(errors) / np.std(intercepts) < 1
 
 
-def test_extrapolation_draws_its_rows_from_all():
+def test_extrapolation_draws_from_all_rows():
     x, y = np.sort(rng().standard_normal((400, 1)), axis=0), rng(1).standard_normal((400, 1))
     intercept, error = metrics.frechet_extrapolated(x, y, rng())
     assert intercept == pytest.approx(metrics.frechet_of_features(x, y), abs=0.05)
@@ -192,7 +192,7 @@ def test_extrapolation_uses_no_singular_covariance(monkeypatch):
 
 
 def double_loop(x, y):
-    """The unbiased MMD² as its definition has it."""
+    """Returns the unbiased MMD² by its definition."""
 
     def kernel(a, b):
         return (a @ b / len(a) + 1) ** 3
@@ -203,7 +203,7 @@ def double_loop(x, y):
     return xx + yy - 2 * sum(kernel(a, b) for a in x for b in y) / (n * m)
 
 
-def test_kernel_distance_is_that_of_the_definition():
+def test_kernel_distance_equals_its_definition():
     x, y = spread(5, 2), spread(5, 2, seed=1)
     mean, error = metrics.kernel_distance(x, y, rng(), num_subsets=3, subset_size=5)
     assert mean == pytest.approx(double_loop(x, y), rel=1e-12)
@@ -217,21 +217,21 @@ def test_kernel_distance_by_subsets():
     results = np.array([metrics.kernel_distance(x, y, rng(seed), 40, 2) for seed in range(50)])
     error = np.std(values) / np.sqrt(40)
     assert np.mean(results[:, 0]) == pytest.approx(np.mean(values), abs=4 * error / np.sqrt(50))
-    assert np.mean(values) == pytest.approx(double_loop(x, y))  # unbiased, whatever the size
+    assert np.mean(values) == pytest.approx(double_loop(x, y))  # unbiased for any subset size
     assert np.mean(results[:, 1]) == pytest.approx(error, rel=0.1)
     assert np.std(results[:, 0]) == pytest.approx(error, rel=0.3)
     errors_of_2 = [metrics.kernel_distance(x, y, rng(seed), 2, 2)[1] for seed in range(1000)]
-    assert np.mean(np.square(errors_of_2)) == pytest.approx(np.var(values) / 2, rel=0.2)  # unbiased itself
+    assert np.mean(np.square(errors_of_2)) == pytest.approx(np.var(values) / 2, rel=0.2)  # the variance is unbiased too
 
 
 def test_precision_recall_of_points_on_a_line():
-    """With k = 1 the balls of real reach 1 to each side, those of fake 1, 1, 7, 7."""
+    """With k = 1 the balls of real have radius 1, and those of fake have radii 1, 1, 7 and 7."""
     real = np.array([[0.0], [1.0], [10.0], [11.0], [100.0], [101.0]])
     fake = np.array([[0.5], [1.5], [13.0], [20.0]])
-    found = metrics.precision_recall(real, fake, k=1, k_density=1)
-    assert found == pytest.approx((2 / 4, 4 / 6, 3 / 4, 2 / 6))
-    assert (found.precision, found.recall, found.density, found.coverage) == found
-    # The other way round: real lies in 1, 2, 1, 1, 0, 0 balls of fake, the last of which is empty.
+    result = metrics.precision_recall(real, fake, k=1, k_density=1)
+    assert result == pytest.approx((2 / 4, 4 / 6, 3 / 4, 2 / 6))
+    assert (result.precision, result.recall, result.density, result.coverage) == result
+    # With the sets exchanged, the examples of real lie in 1, 2, 1, 1, 0, 0 balls of fake, and the last ball is empty.
     assert metrics.precision_recall(fake, real, k=1, k_density=1) == pytest.approx((4 / 6, 2 / 4, 5 / 6, 3 / 4))
 
 
@@ -256,12 +256,12 @@ def test_precision_recall_by_brute_force(k, k_density, d, monkeypatch):
     assert metrics.precision_recall(real, fake, k, k_density) == pytest.approx(expected)
 
 
-def test_precision_recall_counts_edges_whatever_the_rounding():
-    """A copy lies on the edges of k balls in the mean, and in its own."""
+def test_precision_recall_includes_edges_despite_rounding():
+    """A copy lies in its own ball, and on average on the edges of k others."""
     real = rng().standard_normal((60, 64)).astype(np.float32)
     for shift in (0, 1e4):
-        found = metrics.precision_recall(real + shift, rng(1).permutation(real) + shift)
-        assert found == pytest.approx((1, 1, 6 / 5, 1))
+        result = metrics.precision_recall(real + shift, rng(1).permutation(real) + shift)
+        assert result == pytest.approx((1, 1, 6 / 5, 1))
     twice = np.repeat(real[:7], 8, axis=0)  # every ball has the radius 0
     assert metrics.precision_recall(twice, twice) == pytest.approx((1, 1, 8 / 5, 1))
     twice = twice.astype(np.float64) + 1e4
@@ -276,7 +276,7 @@ def test_precision_recall_defaults():
 
 @pytest.mark.parametrize("num_directions", [1, 64, 130])
 def test_sliced_wasserstein_on_a_line(num_directions):
-    """Every direction is ±1: W_2 itself."""
+    """In one dimension every direction is ±1, so the distance is W_2 itself."""
 
     def distance(x, y):
         return metrics.sliced_wasserstein(np.c_[x], np.c_[y], rng(), num_directions)
@@ -284,7 +284,7 @@ def test_sliced_wasserstein_on_a_line(num_directions):
     x = rng().standard_normal(30)
     assert distance(x, rng(1).permutation(x) - 2.5) == pytest.approx(2.5)
     assert distance([0.0], [-1.0, 1.0]) == pytest.approx(1)
-    # Masses of 1/6: 0 0 0 3 3 3 against 0 0 1 1 2 2.
+    # In masses of 1/6, the sets are 0 0 0 3 3 3 and 0 0 1 1 2 2.
     assert (
         distance([3.0, 0.0], [1.0, 0.0, 2.0]) == distance([1.0, 0.0, 2.0], [3.0, 0.0]) == pytest.approx((7 / 6) ** 0.5)
     )
@@ -292,7 +292,7 @@ def test_sliced_wasserstein_on_a_line(num_directions):
 
 
 def test_sliced_wasserstein_in_space():
-    """Of a shift by v, |v| / √d in any axes, as E (θ·v)² = |v|² / d."""
+    """A shift by v gives |v| / √d in any axes, because E (θ·v)² = |v|² / d."""
     x, v = spread(20, 5), np.array([3.0, 0, 4, 0, 0])
     for turn in (np.eye(5), rotation(5)):
         distance = metrics.sliced_wasserstein(x @ turn, (x + v) @ turn, rng(), num_directions=4000)
@@ -337,7 +337,7 @@ FOUR_D = np.zeros((10, 4))
         (lambda: Moments.of(ONE).covariance, "at least 2 rows, not 1"),
         (lambda: metrics.frechet([0, 0], np.eye(2), [0, 0, 0], np.eye(3)), r"\(2,\), \(2, 2\) and \(3,\), \(3, 3\)"),
         (lambda: metrics.frechet([0, 0], np.eye(3), [0, 0], np.eye(2)), r"not \(2,\), \(3, 3\)"),
-        (lambda: metrics.frechet_of_features(TEN, FOUR_D), "x has 3 features and y 4"),
+        (lambda: metrics.frechet_of_features(TEN, FOUR_D), "x has 3 features and y has 4"),
         (lambda: metrics.frechet_of_features(TEN, ONE), "y must have at least 2 rows, not 1"),
         (lambda: metrics.frechet_of_features(BROKEN, TEN), "x must be finite: 1 of 10 rows are not"),
         (lambda: metrics.frechet_interval(TEN, TEN, rng(), num=1), "num >= 2"),
@@ -349,22 +349,22 @@ FOUR_D = np.zeros((10, 4))
         (lambda: metrics.kernel_distance(TEN, TEN, rng(), subset_size=1), "not 100 of 1"),
         (lambda: metrics.precision_recall(TEN[:5], TEN), "real must have at least 6 rows, not 5"),
         (lambda: metrics.precision_recall(TEN, TEN[:3]), "fake must have at least 4 rows, not 3"),
-        (lambda: metrics.precision_recall(TEN, FOUR_D), "real has 3 features and fake 4"),
+        (lambda: metrics.precision_recall(TEN, FOUR_D), "real has 3 features and fake has 4"),
         (lambda: metrics.precision_recall(TEN, TEN, k=0), "k >= 1"),
         (lambda: metrics.sliced_wasserstein(TEN, TEN, rng(), 0), "at least 1 direction"),
         (lambda: metrics.sliced_wasserstein(TEN, TEN[:0], rng()), "y must have at least 1 rows"),
-        (lambda: metrics.nearest(TEN, FOUR_D), r"need train \[m, 3\], m >= 1, as samples have, not \(10, 4\)"),
+        (lambda: metrics.nearest(TEN, FOUR_D), r"need train \[m, 3\] with m >= 1, to match samples, not \(10, 4\)"),
         (lambda: metrics.nearest(TEN, TEN[:0]), r"not \(0, 3\)"),
         (lambda: metrics.nearest(TEN, BROKEN), "train must be finite"),
     ],
 )
-def test_errors_say_what_is_wrong(call, message):
+def test_errors_name_the_argument_and_its_value(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
 
-def test_moments_in_place_of_the_reference():
-    """As fixed as they are: the extrapolation is the same, the interval is that of a vast reference."""
+def test_moments_may_replace_the_reference():
+    """The extrapolation stays the same, and the interval is that of a fixed reference."""
     generator = rng(0)
     x, y = generator.standard_normal((120, 3)), generator.standard_normal((150, 3)) + 0.5
     moments = metrics.Moments.of(y)
@@ -374,5 +374,5 @@ def test_moments_in_place_of_the_reference():
     tails = np.quantile(draws - np.mean(draws), [0.975, 0.025])
     np.testing.assert_allclose((low, high), metrics.frechet_of_features(x, y) - tails, rtol=1e-9)
     for formula in (metrics.frechet_interval, metrics.frechet_extrapolated):
-        with pytest.raises(ValueError, match="x has 2 features and y 3"):
+        with pytest.raises(ValueError, match="x has 2 features and y has 3"):
             formula(x[:, :2], moments, rng())

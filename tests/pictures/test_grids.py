@@ -14,22 +14,22 @@ def test_to_uint8_clips():
     assert pixels.to_uint8(np.array([-3.0, 3.0])).tolist() == [0, 255]
 
 
-def test_small_images_are_enlarged_and_apart():
+def test_grid_enlarges_small_images_and_separates_them():
     sheet = grids.grid(np.full((5, 8, 8, 1), 255, np.uint8))
-    assert sheet.shape == (2 * 68 + 4, 3 * 68 + 4, 1)  # 2 rows of 3, tiles of 64 and gaps of 4
+    assert sheet.shape == (2 * 68 + 4, 3 * 68 + 4, 1)  # 2 rows of 3 tiles of 64 pixels, with gaps of 4 pixels
     white = sheet[..., 0] == 255
     assert white[4:68, 4:68].all() and not white[:4].any() and not white[:, 68:72].any()
     assert (sheet[72:136, 140:204] == 128).all()  # there is no sixth image
 
 
-def test_large_images_keep_their_pixels():
+def test_grid_keeps_the_pixels_of_large_images():
     x = np.random.default_rng(0).integers(0, 256, (2, 80, 64, 3), np.uint8)
     sheet = grids.grid(x, columns=1)
     np.testing.assert_array_equal(sheet[5:85, 5:69], x[0])
     np.testing.assert_array_equal(sheet[90:170, 5:69], x[1])
 
 
-def test_png_holds_what_was_saved(tmp_path):
+def test_png_has_the_saved_pixels(tmp_path):
     for channels in (1, 3):
         x = np.random.default_rng(0).integers(0, 256, (4, 6, channels), np.uint8)
         grids.save_png(tmp_path / "new" / "x.png", x)

@@ -48,12 +48,11 @@ def test_bytes_of_a_type(shape, size):
 
 
 def test_bytes_sent_over_the_links():
-    found = {"all-reduce": {"count": 1, "bytes": 800}, "all-gather": {"count": 2, "bytes": 80}}
-    assert programs.link_bytes(found, 4) == 800 * 2 * 3 / 4 + 80 * 3 / 4
-    assert (
-        programs.link_bytes({"reduce-scatter": {"count": 1, "bytes": 10}}, 4) == 30
-    )  # of whose results each has a quarter
-    assert programs.link_bytes(found, 1) == 0
+    totals = {"all-reduce": {"count": 1, "bytes": 800}, "all-gather": {"count": 2, "bytes": 80}}
+    assert programs.link_bytes(totals, 4) == 800 * 2 * 3 / 4 + 80 * 3 / 4
+    scatter = {"reduce-scatter": {"count": 1, "bytes": 10}}  # the result on a chip is a quarter of the input
+    assert programs.link_bytes(scatter, 4) == 30
+    assert programs.link_bytes(totals, 1) == 0
     assert programs.link_bytes({}, 8) == 0
 
 
@@ -73,17 +72,20 @@ def test_roofline(flops, moved, sent, seconds, bound, utilisation):
     assert line["utilisation"] == pytest.approx(utilisation)
 
 
-def test_memory_counts_what_is_given_away_once():
-    sizes = types.SimpleNamespace(
+def sizes(**more):
+    return types.SimpleNamespace(
         argument_size_in_bytes=100,
         output_size_in_bytes=90,
         alias_size_in_bytes=80,
         temp_size_in_bytes=1000,
         generated_code_size_in_bytes=7,
+        **more,
     )
-    assert programs.memory(sizes)["peak"] == 100 + 90 - 80 + 1000 + 7
-    sizes.peak_memory_in_bytes = 2000
-    assert programs.memory(sizes)["peak"] == 2000
+
+
+def test_memory_counts_donated_bytes_once():
+    assert programs.memory(sizes())["peak"] == 100 + 90 - 80 + 1000 + 7
+    assert programs.memory(sizes(peak_memory_in_bytes=2000))["peak"] == 2000
 
 
 MOVES = """\
@@ -125,9 +127,10 @@ ENTRY %main.1_spmd (p: f32[8], q: f32[4,8]) -> f32[8] {
 
 
 def test_bytes_of_the_chips_memory():
-    """Each array has 32 bytes, but for q, which has 128 and of which parts are read.
+    """Each array has 32 bytes, except q, which has 128 bytes and is read in part.
 
-    Outside: the copy, the slice, 2 of the other slice, 3 of the fusion with a slice, 2 of the sum; inside: 1 and 2.
+    Outside the loop: 1 for the copy, 1 and 2 for the slices, 3 for the fusion with a slice, 2 for the sum.
+    Inside: 1 and 2 for the fusions.
     """
     assert programs.hbm_bytes(MOVES) == (9 * 32, 3 * 32)
     both = MOVES.replace("f32[8]{0:T(128)S(1)}, f32[8]{0:T(128)}, u32", "f32[8]{0:T(128)}, f32[8]{0:T(128)}, u32")
@@ -136,17 +139,62 @@ def test_bytes_of_the_chips_memory():
     assert programs.hbm_bytes(whole)[0] == 9 * 32 + 128 - 32  # q is read whole
 
 
-def test_the_loops_of_a_compiled_program_are_found():
+def test_hbm_bytes_inside_the_loops_of_a_compiled_program():
     x = jax.ShapeDtypeStruct((1000,), jnp.float32)
 
     def loop(x):
         return jax.lax.scan(lambda x, _: (jnp.sin(x), None), x, length=50)[0]
 
     outside, inside = programs.hbm_bytes(jax.jit(loop).lower(x).compile().as_text())
-    assert inside >= 8000 > outside - 2 * 8000  # a turn reads and writes x, and around the loop it may be copied
+    assert inside >= 8000 > outside - 2 * 8000  # an iteration reads and writes x; outside the loop x may be copied
 
 
-class Overfull:
+def test_flops_of_a_known_program():
+    x = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+    program = jax.jit(lambda x: x @ x).lower(x).compile()
+    needs = programs.needs(program, CHIP, 1)
+    assert needs["per_chip"]["flops"] == pytest.approx(2 * 64**3, rel=0.01)
+    assert needs["memory"]["arguments"] == needs["memory"]["outputs"] == 4 * 64**2
+    assert needs["collectives"] == {}
+    assert needs["roofline"]["compute_seconds"] == needs["per_chip"]["flops"] / CHIP.flops
+    assert programs.flops_needed(program, 3) == 3 * needs["per_chip"]["flops"]
+    assert programs.memory_needed(program) == needs["memory"]["peak"] >= 4 * 2 * 64**2
+
+
+def raises(error):
+    def analysis():
+        raise error
+
+    return analysis
+
+
+@pytest.mark.parametrize(
+    "analysis",
+    [
+        lambda: None,
+        lambda: "another structure",
+        raises(NotImplementedError()),
+        raises(jax.errors.JaxRuntimeError("INTERNAL: a bug")),
+    ],
+)
+def test_training_needs_no_analysis(analysis):
+    """The functions of part 1 read no HLO text, and return None for a backend without the analyses."""
+    program = types.SimpleNamespace(memory_analysis=analysis, cost_analysis=analysis)
+    assert programs.memory_needed(program) is None
+    assert programs.flops_needed(program) is None
+    program = types.SimpleNamespace(memory_analysis=sizes, cost_analysis=lambda: {"flops": 5.0})
+    assert programs.memory_needed(program) == 100 + 90 - 80 + 1000 + 7
+    assert programs.flops_needed(program, loop_iterations=2) == 10.0
+
+
+def test_loop_iterations_and_steps():
+    x = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+    program = jax.jit(lambda x: jax.lax.scan(lambda x, _: (x @ x, None), x, length=10)[0]).lower(x).compile()
+    assert programs.needs(program, None, 1, 10)["per_chip"]["flops"] == pytest.approx(10 * 2 * 64**3, rel=0.01)
+    assert programs.needs(program, None, 1, 10, 10)["per_chip"]["flops"] == pytest.approx(2 * 64**3, rel=0.01)
+
+
+class FailingLowered:
     def __init__(self, message):
         self.message = message
 
@@ -154,35 +202,19 @@ class Overfull:
         raise jax.errors.JaxRuntimeError(self.message)
 
 
-def test_flops_of_a_known_program():
-    x = jax.ShapeDtypeStruct((64, 64), jnp.float32)
-    found = programs.needs(jax.jit(lambda x: x @ x).lower(x).compile(), CHIP, 1)
-    assert found["per_chip"]["flops"] == pytest.approx(2 * 64**3, rel=0.01)
-    assert found["memory"]["arguments"] == found["memory"]["outputs"] == 4 * 64**2
-    assert found["collectives"] == {}
-    assert found["roofline"]["compute_seconds"] == found["per_chip"]["flops"] / CHIP.flops
-
-
-def test_turns_and_steps():
-    x = jax.ShapeDtypeStruct((64, 64), jnp.float32)
-    program = jax.jit(lambda x: jax.lax.scan(lambda x, _: (x @ x, None), x, length=10)[0]).lower(x).compile()
-    assert programs.needs(program, None, 1, 10)["per_chip"]["flops"] == pytest.approx(10 * 2 * 64**3, rel=0.01)
-    assert programs.needs(program, None, 1, 10, 10)["per_chip"]["flops"] == pytest.approx(2 * 64**3, rel=0.01)
-
-
-def test_what_does_not_fit_is_told_from_other_errors():
+def test_compiled_tells_a_lack_of_memory_from_other_errors():
     full = (
         "RESOURCE_EXHAUSTED: CompileTimeHbmOom: the total memory required for HLO temporaries "
         "(17.91G) exceeds available HBM (15.75G)."
     )
     with pytest.raises(programs.DoesNotFit) as error:
-        programs.compiled(Overfull(full))
+        programs.compiled(FailingLowered(full))
     assert programs.shortage(error.value).endswith("HLO temporaries (17.91G) exceeds available HBM (15.75G)")
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        programs.compiled(Overfull("INTERNAL: a bug"))
+        programs.compiled(FailingLowered("INTERNAL: a bug"))
 
 
-def test_chips_by_what_jax_calls_them():
+def test_chips_by_the_device_kinds_of_jax():
     assert programs.chip_of(types.SimpleNamespace(device_kind="TPU v5 lite")) == programs.CHIPS["v5e"]
     assert programs.chip_of(jax.devices()[0]) is None
     assert programs.room(types.SimpleNamespace(device_kind="TPU v4")) == 32 * 2**30
