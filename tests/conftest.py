@@ -35,8 +35,21 @@ def tiny_config(**overrides):
     return config
 
 
+class Examples:
+    """Images, and labels if there are any, in memory; the interface of `cache.Cached` that batches use."""
+
+    def __init__(self, images, labels=None):
+        self.arrays = {"image": images} | ({} if labels is None else {"label": labels.astype(np.int32)})
+
+    def __len__(self):
+        return len(self.arrays["image"])
+
+    def examples(self, indices):
+        return {name: array[indices] for name, array in self.arrays.items()}
+
+
 def assert_same(a, b):
-    """Every leaf of the two trees, bit for bit."""
+    """Asserts that two trees have the same paths and, bit for bit, the same leaves."""
     paths_a, paths_b = (jax.tree.leaves_with_path(tree) for tree in (a, b))
     assert [path for path, _ in paths_a] == [path for path, _ in paths_b]
     for (path, x), (_, y) in zip(paths_a, paths_b, strict=True):

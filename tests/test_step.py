@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import assert_same, tiny_config
+from conftest import Examples, assert_same, tiny_config
 
 from diffusion_jax import losses, parts, schedule, step
 from diffusion_jax.data import pipeline
@@ -249,19 +249,6 @@ def test_several_steps_are_so_many_single_ones():
     assert_same(jax.device_get(together), jax.device_get(state))
     for name, values in jax.device_get(found).items():
         np.testing.assert_array_equal(values, np.hstack([line[name] for line in metrics]), err_msg=name)
-
-
-class Examples:
-    """Images and labels in memory, as `cache.Cached` has them on disk."""
-
-    def __init__(self, images, labels):
-        self._arrays = {"image": images, "label": labels.astype(np.int32)}
-
-    def __len__(self):
-        return len(self._arrays["image"])
-
-    def examples(self, indices):
-        return {name: array[indices] for name, array in self._arrays.items()}
 
 
 def test_a_data_set_on_the_device_gives_the_batches_of_the_pipeline():

@@ -1,4 +1,3 @@
-import itertools
 import json
 import os
 import resource
@@ -8,9 +7,10 @@ import types
 
 import numpy as np
 import pytest
+from conftest import assert_same
 from PIL import Image
 
-from diffusion_jax.data import order, pipeline
+from diffusion_jax.data import cache, pipeline
 from diffusion_jax.data.sources import Source
 from diffusion_jax.errors import UserError
 
@@ -32,7 +32,7 @@ def source(pictures=PICTURES, damaged=(), label=lambda i: i % 7, version="1"):
 def images(tmp_path):
     def open_images(source, **options):
         options = {"image_size": 10, "channels": 3, "cache_dir": str(tmp_path / "cache")} | options
-        return pipeline.open_images(source, **options)
+        return cache.open_images(source, **options)
 
     return open_images
 
@@ -61,7 +61,7 @@ def caches(tmp_path):
 
 def test_decoded_once(images, tmp_path, monkeypatch):
     first = images(source())
-    monkeypatch.setattr(pipeline, "_fit", None)
+    monkeypatch.setattr(cache, "_fit", None)
     second = images(source())
     np.testing.assert_array_equal(first[:], second[:])
     np.testing.assert_array_equal(second.labels, np.arange(150) % 7)
@@ -144,7 +144,7 @@ def test_leftovers_of_a_kill_are_removed(images, tmp_path):
 
 def test_another_process_may_be_first(images, monkeypatch):
     """Two processes make the same cache: the second finds it in place, and uses it."""
-    write, made = pipeline._write_images, []
+    write, made = cache._write_images, []
 
     def slow_write(*args):
         result = write(*args)
@@ -153,8 +153,7 @@ def test_another_process_may_be_first(images, monkeypatch):
             made.append(images(source())[:])
         return result
 
-    monkeypatch.setattr(pipeline, "_write_images", slow_write)
-    monkeypatch.setattr(pipeline.os, "getpid", itertools.count().__next__)
+    monkeypatch.setattr(cache, "_write_images", slow_write)
     np.testing.assert_array_equal(images(source())[:], made[1])
 
 
@@ -182,7 +181,7 @@ def test_no_room_and_no_right(images, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cache_dir: .*cannot be written"):
         images(source(), cache_dir=str(tmp_path / "file"))
-    monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
     with pytest.raises(UserError, match=r"free, and the cache takes .*cache_limit_gb"):
         images(source())
 
@@ -194,84 +193,26 @@ def test_on_the_fly_is_the_same(images, tmp_path, capsys):
     cached, decoded = images(source()), images(source(), cache_limit=1000)
     assert "decoded on the fly, the cache would take 0.0 GB" in capsys.readouterr().out
     assert len(caches(tmp_path)) == 1
-    np.testing.assert_array_equal(decoded.labels, cached.labels)
     assert decoded.shape == cached.shape
     for index in (3, slice(5), np.array([149, 0])):
         np.testing.assert_array_equal(decoded[index], cached[index])
     options = {"seed": 0, "batch_size": 8}
     ahead = pipeline.iterate(pipeline.batches(decoded, **options), 7, decoded.num_threads)
     for step in range(7, 40):
-        np.testing.assert_array_equal(next(ahead), pipeline.batches(cached, **options)[step])
+        assert_same(next(ahead), pipeline.batches(cached, **options)[step])
 
 
 def test_corrupt_on_the_fly(images):
     with pytest.raises(UserError, match=r"2\.png: image file is truncated"):
         images(source(damaged=[2]), cache_limit=0)[np.array([1, 2])]
-    found = images(source(damaged=[2, 3]), cache_limit=0, skip_corrupt=True)
-    np.testing.assert_array_equal(found[np.array([1, 2])], PICTURES[[1, 4], 1:11])
+    readable = images(source(damaged=[2, 3]), cache_limit=0, skip_corrupt=True)
+    np.testing.assert_array_equal(readable[np.array([1, 2])], PICTURES[[1, 4], 1:11])
+    assert_same(readable.examples(np.array([1, 2])), {"image": PICTURES[[1, 4], 1:11], "label": np.int32([1, 4])})
+    assert images(source(label=None, version="2"), cache_limit=0).examples(np.array([0])).keys() == {"image"}
     broken = images(source(damaged=range(150)), cache_limit=0)
     ahead = pipeline.iterate(pipeline.batches(broken, seed=0, batch_size=8), 0)
     with pytest.raises(UserError, match="truncated"):
         next(ahead)
-
-
-# ---------------------------------------------------------------- batches
-
-# A batch asks an array of images what it asks a cache.
-NUMBERED = np.arange(20, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 1), np.uint8)
-
-
-def batches(**options):
-    return pipeline.batches(NUMBERED, **{"seed": 0, "batch_size": 8} | options)
-
-
-def test_each_epoch_holds_every_image_once_in_its_own_order():
-    dataset = batches(batch_size=4)
-    epochs = [
-        [int(x) for step in range(5 * epoch, 5 * epoch + 5) for x in dataset[step][:, 0, 0, 0]] for epoch in (0, 1)
-    ]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(20))
-    assert epochs[0] != epochs[1]
-    assert epochs[0] != list(range(20))
-
-
-def test_the_seed_decides():
-    assert not np.array_equal(batches(seed=1)[0], batches()[0])
-    np.testing.assert_array_equal(batches()[3], batches()[3])
-
-
-@pytest.mark.parametrize("processes", [2, 4, 8])
-def test_the_global_batch_does_not_depend_on_the_processes(processes):
-    for step in (0, 3, 1000):
-        shares = [batches(process_index=p, process_count=processes)[step] for p in range(processes)]
-        np.testing.assert_array_equal(np.stack(shares, axis=1).reshape(8, 1, 2, 1), batches()[step])
-
-
-def test_batches_follow_the_order():
-    for step in (0, 4, 1000):
-        wanted = order.shuffled(8 * step + np.arange(8), 20, seed=0)
-        np.testing.assert_array_equal(batches()[step][:, 0, 0, 0], wanted)
-
-
-def test_iterate_starts_anywhere():
-    iterator = pipeline.iterate(batches(), 1001)
-    for step in range(1001, 1010):
-        np.testing.assert_array_equal(next(iterator), batches()[step])
-
-
-def test_each_process_reads_its_share_alone():
-    read = []
-
-    class Spy:
-        def __len__(self):
-            return len(NUMBERED)
-
-        def __getitem__(self, indices):
-            read.append(len(indices))
-            return NUMBERED[indices]
-
-    pipeline.batches(Spy(), seed=0, batch_size=8, process_index=1, process_count=4)[3]
-    assert read == [2]
 
 
 def test_memory_stays_flat(images):
