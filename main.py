@@ -5,7 +5,7 @@ python main.py --mode=prepare --config=configs/celeba.py   (the images alone: ne
 python main.py --mode=sample --workdir=runs/digits --num=64 --seed=0 --out=samples.png
 python main.py --mode=sample --workdir=runs/digits --show=interpolation
 python main.py --mode=evaluate --workdir=runs/digits --samples=samples.npz
-python main.py --mode=report --workdir=runs/digits
+python main.py --mode=report --workdir=runs/digits   (--format=svg or png: the charts as files too)
 python main.py --mode=audit --config=configs/celeba.py   (departures from Ho et al.)
 python main.py --mode=plan --config=configs/cifar10.py --topology=v5e:2x4   (needs no TPU, but libtpu)
 python main.py --mode=export --workdir=runs/digits --out=sampler.npz
@@ -50,7 +50,10 @@ OUT = flags.DEFINE_string(
     "where the samples go: .png (a grid), .npz (an array) or folder/ (arrays); of --mode=export: .npz",
 )
 FORMAT = flags.DEFINE_enum(
-    "format", "jax", ["jax", "diffusers"], "of --mode=export: one file, or a folder of diffusers"
+    "format",
+    "jax",
+    ["jax", "diffusers", "svg", "png"],
+    "of --mode=export: jax, one file, or diffusers, a folder; of --mode=report: svg or png, the charts as files too",
 )
 FROM = flags.DEFINE_string("from", "", "of --mode=import: diffusers' folder, .safetensors file or repository")
 TOPOLOGY = flags.DEFINE_string("topology", "", "of --mode=plan: a TPU and its shape, e.g. v5e:2x4, or cpu or gpu")
@@ -101,6 +104,8 @@ def _export():
         _refuse_how("--format=diffusers, whose pipeline has a sampler of its own")
         export_diffusers(WORKDIR.value, OUT.value or "diffusers")
         return
+    if FORMAT.value != "jax":
+        raise UserError(f"--format={FORMAT.value} does not go with --mode=export: give jax or diffusers")
     from diffusion_jax.sample import export_sampler
 
     export_sampler(WORKDIR.value, OUT.value or "sampler.npz", **_how())
@@ -128,7 +133,7 @@ def _evaluate():
 def _report():
     from diffusion_jax.report import report
 
-    report(WORKDIR.value, OUT.value)
+    report(WORKDIR.value, OUT.value, FORMAT.value if FORMAT.present else None)
 
 
 def _plan():
