@@ -103,7 +103,7 @@ def _contents(workdir, config):
     flat = _flatten(config.to_dict())
     group = curves["step"].shape[1] // MEANS if curves["step"].shape[1] > MANY else 1
     grids = sorted(_by_step(workdir / "samples", ".png").items())
-    shown = np.unique(np.linspace(0, len(grids) - 1, min(GRIDS, len(grids))).round().astype(int))
+    indices = np.unique(np.linspace(0, len(grids) - 1, min(GRIDS, len(grids))).round().astype(int))
     return {
         "title": workdir.name,
         "date": _date(datetime.datetime.now().timestamp()),
@@ -112,7 +112,7 @@ def _contents(workdir, config):
         "charts": _charts(curves, group, flat.get("schedule.num_steps")),
         "group": group,
         "num_damaged": num_damaged,
-        "grids": [_picture(grids[i][1], f"step {grids[i][0]:,}") for i in shown],
+        "grids": [_picture(grids[i][1], f"step {grids[i][0]:,}") for i in indices],
         "num_grids": len(grids),
         "evaluation": _evaluation(workdir / "evaluation"),
         "config": _by_group(flat),
@@ -198,7 +198,7 @@ def _by_group(flat):
 
 
 def _facts(workdir, flat, step, checkpoints, num_parameters, curves):
-    """Returns the rows of the first table; None where the workdir does not tell."""
+    """Returns the rows of the first table; None for a row without data."""
     batch_size = flat.get("train.batch_size")
     source = [str(flat[key]) for key in ("data.source", "data.path") if flat.get(key)]
     shape = [str(flat.get(f"data.{key}")) for key in ("image_size", "image_size", "channels")]
@@ -229,6 +229,7 @@ def _num_parameters(config):
 
 def _times(workdir, steps, steps_per_second):
     """Returns the time of all steps, by the speed of each line, and the dates of the first start and the last line."""
+    steps, steps_per_second = steps[steps_per_second > 0], steps_per_second[steps_per_second > 0]
     seconds = np.sum(np.diff(steps, prepend=0) / steps_per_second)
     starts = [path.name.split(".")[3] for path in workdir.glob("events.out.tfevents.*")]  # TensorBoard's file names
     starts = [int(start) for start in starts if start.isdecimal()]

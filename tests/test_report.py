@@ -134,8 +134,7 @@ def test_null_is_a_gap_and_damaged_lines_are_counted(run):
     lines = [{"step": i + 1, "loss": loss} for i, loss in enumerate(losses)]
     write_metrics(run, lines, end='[1]\n{"step": "x"}\n{"step": 10, "lo')
     page = rendered(run)
-    (chart,) = page.charts
-    assert [n for n in curves(chart)[0] if n > 1] == [2, 3] and dots(chart) == 1  # 0.8 stands alone
+    assert [n for n in curves(page.charts[0])[0] if n > 1] == [2, 3] and dots(page.charts[0]) == 1  # 0.8 stands alone
     assert "damaged and left out: 3." in page.text
 
 
@@ -149,7 +148,8 @@ def test_rare_and_unknown_metrics_are_drawn(run):
 
 @pytest.mark.parametrize("losses", [[0.0, 0.0], [-1.0, 1.0], [3.0], [1e-9, 1e9], [None], [float("inf"), 1e-30, 5.0]])
 def test_any_numbers_can_be_drawn(run, losses):
-    write_metrics(run, [{"step": i, "loss": loss, "new": loss} for i, loss in enumerate(losses)])
+    lines = [{"step": i, "loss": loss, "new": loss, "steps_per_second": 0.0} for i, loss in enumerate(losses)]
+    write_metrics(run, lines)
     page = rendered(run)
     num_finite = sum(loss is not None and np.isfinite(loss) for loss in losses)
     assert [curves(chart) for chart in page.charts] == ([[[num_finite]]] * 2 if num_finite else [])
