@@ -92,7 +92,7 @@ def _evaluate(given):
 def _report(given):
     from diffusion_jax.evaluation.report import report
 
-    report(given.workdir, given.out)
+    report(given.workdir, given.out, given.format)
 
 
 def _plan(given):
@@ -158,7 +158,7 @@ MODES = {
     "report": Mode(
         _report,
         "Writes one HTML page about a run; reads no checkpoint.",
-        *(("workdir",), ("out",)),
+        *(("workdir",), ("out", "format")),
         "--mode=report --workdir=runs/digits",
         on_device=False,
     ),

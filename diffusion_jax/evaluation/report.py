@@ -1,32 +1,38 @@
-"""A run as one HTML page that loads nothing, made of the files in its workdir; no checkpoint is read."""
+"""The HTML report of a run: one page that loads nothing, made from the files of the workdir.
+
+matplotlib draws the charts and Jinja2 fills report.html.jinja. No checkpoint is read and no device is used.
+"""
 
 import base64
-import contextlib
 import datetime
-import html
+import io
 import json
 import math
-import string
+import operator
+import re
 from typing import NamedTuple
 
 import jax
+import jinja2
+import matplotlib.style
 import numpy as np
 from etils import epath
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from diffusion_jax import parts
 from diffusion_jax.errors import UserError, one_line
+from diffusion_jax.running import files
+from diffusion_jax.running.config import flatten
 from diffusion_jax.running.workdir import absolute, read_config
 
-GRIDS = 12  # of samples that are shown
-RECENT = 10  # lines of metrics.jsonl that the speed is the median of
-LONG = 8  # numbers: a longer list is drawn
-MANY = 400  # lines of metrics.jsonl: of more, means are drawn over the values
-MEANS = 200  # about how many
-COLOURS = 6  # of lines; later lines take them again
-WIDTH, HEIGHT = 480, 250  # of a chart
-LEFT, RIGHT, TOP, BOTTOM = 62, 450, 10, 212  # of the room for its lines
+GRIDS = 12  # grids of samples on the page, at most
+RECENT = 10  # lines of metrics.jsonl whose median is the speed
+LONG = 8  # numbers: a longer list becomes a chart
+MANY = 400  # lines of metrics.jsonl: the values of more are drawn faint, with their means over them
+MEANS = 200  # means in a curve, about
 
-# (title, the curves that share it, on a log scale); a curve that is in none has its own.
+# (title, metrics that share the chart, log scale); any other metric gets a chart of its own.
 CHARTS = (
     ("Loss", ("loss", "held_out_loss"), True),
     ("Loss by quarter of t", ("loss_t1", "loss_t2", "loss_t3", "loss_t4"), True),
@@ -35,157 +41,185 @@ CHARTS = (
     ("Learning rate", ("learning_rate",), False),
     ("Images per second", ("images_per_second",), False),
 )
-NOT_DRAWN = ("step", "steps_per_second")  # the latter is images_per_second again
+NOT_DRAWN = ("step", "steps_per_second")  # images_per_second draws the same curve as steps_per_second
+STYLE = {
+    "font.size": 9,
+    "path.simplify_threshold": 0.5,  # pixels: 8,000 lines of metrics make 0.6 MB in place of 1.6
+    "svg.fonttype": "none",  # text is smaller than its outlines
+    "svg.hashsalt": "report",  # equal charts have equal bytes
+    "text.parse_math": False,  # a "$" in a name opens no formula
+}
 
 
-def report(workdir, out=None) -> None:
-    """Writes the page of the run in `workdir` to `out`, by default report.html there.
+class Picture(NamedTuple):
+    """A PNG file of the workdir, or a chart: SVG and its figure. Without content the page shows the note alone."""
 
-    What the workdir does not hold is left out, and the page says so.
-
-    Raises:
-      UserError: `workdir` holds no run, or `out` cannot be written.
-    """
-    run = _read(workdir)
-    out = epath.Path(out).expanduser() if out else run.workdir / "report.html"
-    sections = {
-        "Facts": _facts(run),
-        "Curves": _curves(run),
-        "Samples": _samples(run),
-        "Evaluation": _evaluation(run),
-        "Config": _config(run),
-    }
-    body = [f'<section id="{name.lower()}">\n<h2>{name}</h2>\n{text}\n</section>' for name, text in sections.items()]
-    links = [f'<a href="#{name.lower()}">{name}</a>' for name in sections]
-    now = _date(datetime.datetime.now().timestamp())
-    page = PAGE.substitute(title=_text(run.workdir.name), links="\n".join(links), body="\n".join(body), date=now)
-    _write(out, page)
-    print(f"report of step {run.step}: {out}")
-
-
-def _write(path, text):
-    """Writes beside and renames."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        if path.is_dir():
-            raise IsADirectoryError("it is a folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise UserError(f"--out={path} cannot be written ({one_line(error)}): give another file") from None
-
-
-# ---------------------------------------------------------------- what the workdir holds
-
-
-class _Run(NamedTuple):
-    workdir: epath.Path
-    config: dict
-    lines: list  # of metrics.jsonl: dicts with a step
-    damaged: int  # lines that are not whole
-    checkpoints: list  # steps
+    title: str
+    note: str = ""
+    alt: str = ""
+    content: bytes = b""
+    figure: Figure | None = None
 
     @property
-    def step(self):
-        """The last step that is known of."""
-        return max([0, *self.checkpoints, *(line["step"] for line in self.lines[-1:])])
-
-    def get(self, key):
-        """Of the config, None where it has no such key."""
-        return _flatten(self.config).get(key)
+    def uri(self) -> str:
+        """The content as a data: URI."""
+        media_type = "image/svg+xml" if self.figure else "image/png"
+        return f"data:{media_type};base64,{base64.b64encode(self.content).decode()}"
 
 
-def _read(workdir):
-    config = read_config(workdir).to_dict()
+def report(workdir: epath.PathLike, out: epath.PathLike | None = None, chart_format: str | None = None) -> None:
+    """Writes the report of a run as one HTML file, which names the parts that the workdir lacks.
+
+    Args:
+      workdir: folder of the run.
+      out: the file; None: report.html in `workdir`.
+      chart_format: "svg" or "png" also writes each chart to the folder `<out stem>-charts` beside `out`.
+
+    Raises:
+      UserError: `workdir` holds no run, `out` cannot be written, or `chart_format` is unknown.
+    """
+    if chart_format not in (None, "svg", "png"):
+        raise UserError(f"--format={chart_format} is not a format of charts: give svg or png")
+    config = read_config(workdir)
     workdir = absolute(workdir)
-    path = workdir / "metrics.jsonl"
-    texts = path.read_bytes().decode(errors="replace").splitlines() if path.exists() else []
-    lines = [line for line in map(_line, texts) if line is not None]
-    return _Run(workdir, config, lines, len(texts) - len(lines), sorted(_by_step(workdir / "checkpoints")))
-
-
-def _line(text):
-    """A line of metrics.jsonl, None if it is not whole."""
+    out = epath.Path(out).expanduser() if out else workdir / "report.html"
+    with matplotlib.style.context(STYLE, after_reset=True):  # the user's matplotlibrc changes nothing
+        contents = _contents(workdir, config)
+        folder = out.with_name(f"{out.stem}-charts")
+        contents_by_path = _chart_files(contents, folder, chart_format) if chart_format else {}
+    loader = jinja2.PackageLoader(__package__, "")
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["cell"] = _cell
+    contents_by_path[out] = environment.get_template("report.html.jinja").render(contents).encode()
     try:
-        line = json.loads(text)
-        return line if isinstance(line["step"], int) else None
-    except (ValueError, KeyError, TypeError):
-        return None
+        for path, content in contents_by_path.items():
+            with files.replacing(path) as file:
+                file.write(content)
+    except OSError as error:
+        raise UserError(f"--out={out} cannot be written ({one_line(error)}): give another file") from None
+    print(f"report of step {contents['step']}: {out}")
+
+
+def _contents(workdir, config):
+    """Returns what the template shows."""
+    curves, num_damaged = _read_curves(workdir / "metrics.jsonl")
+    checkpoints = sorted(_by_step(workdir / "checkpoints"))
+    step = int(max([0, *checkpoints, *curves["step"][0, -1:]]))
+    flat = flatten(config)
+    group = curves["step"].shape[1] // MEANS if curves["step"].shape[1] > MANY else 1
+    grids = sorted(_by_step(workdir / "samples", ".png").items())
+    indices = np.unique(np.linspace(0, len(grids) - 1, min(GRIDS, len(grids))).round().astype(int))
+    return {
+        "title": workdir.name,
+        "date": _date(datetime.datetime.now().timestamp()),
+        "step": step,
+        "facts": _facts(workdir, flat, step, checkpoints, _num_parameters(config), curves),
+        "charts": _charts(curves, group, flat.get("schedule.num_steps")),
+        "group": group,
+        "num_damaged": num_damaged,
+        "grids": [_picture(grids[i][1], f"step {grids[i][0]:,}") for i in indices],
+        "num_grids": len(grids),
+        "evaluation": _evaluation(workdir / "evaluation"),
+        "config": _by_group(flat),
+    }
+
+
+def _chart_files(contents, folder, chart_format):
+    """Returns {path: content} of all charts, named by their titles; a title that repeats gets a number."""
+    chart_files = {}
+    evaluation = (content for kind, content in contents["evaluation"] if kind == "picture")
+    for chart in (picture for picture in (*contents["charts"], *evaluation) if picture.figure):
+        stem = re.sub(r"\W+", "-", chart.title.lower()).strip("-") or "chart"
+        numbers = ("", *(f"-{i}" for i in range(2, len(chart_files) + 2)))
+        path = next(path for i in numbers if (path := folder / f"{stem}{i}.{chart_format}") not in chart_files)
+        chart_files[path] = chart.content if chart_format == "svg" else _saved(chart.figure, chart_format)
+    return chart_files
+
+
+# ---------------------------------------------------------------- the files of a workdir
+
+
+def _read_curves(path):
+    """Returns {metric: float [2, n], its steps and values} and the number of damaged lines; NaN stands for null."""
+    points, num_damaged = {"step": []}, 0
+    for text in path.read_bytes().decode(errors="replace").splitlines() if path.exists() else ():
+        try:
+            line = json.loads(text)
+            step = operator.index(line["step"])
+        except (ValueError, KeyError, TypeError):
+            num_damaged += 1
+            continue
+        for name, value in line.items():
+            if value is None or _is_number(value):
+                points.setdefault(name, []).append((step, value))
+    return {name: np.array(pairs, float).reshape(-1, 2).T for name, pairs in points.items()}, num_damaged
 
 
 def _by_step(folder, suffix=""):
-    """{step: path} of what is named by a step."""
+    """Returns {step: path} of the entries that a step names."""
     paths = folder.iterdir() if folder.is_dir() else ()
     return {int(path.stem): path for path in paths if path.stem.isdecimal() and path.suffix == suffix}
 
 
-def _flatten(values, prefix=""):
-    """{"a": {"b": 1}} as {"a.b": 1}."""
-    flat = {}
-    for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return flat
+def _picture(path, title):
+    """Returns a PNG file as a picture, or a note in its place."""
+    content = path.read_bytes()
+    if not content.startswith(b"\x89PNG\r\n\x1a\n"):
+        return Picture(title, f"{path.name} is no PNG: it is left out.")
+    return Picture(title, alt=path.name, content=content)
 
 
-def _is_number(value):
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _by_group(flat):
+    """Returns {group: rows of keys and exact values} of a config."""
+    groups = {}
+    for key, value in flat.items():
+        text = value if isinstance(value, str) and value else json.dumps(value)
+        groups.setdefault(key.split(".")[0], []).append((key, text))
+    return groups
 
 
 # ---------------------------------------------------------------- sections
 
 
-def _facts(run):
-    planned, batch_size = run.get("train.num_steps"), run.get("train.batch_size")
-    source = [run.get(key) for key in ("data.source", "data.path")]
-    shape = [run.get(key) for key in ("data.image_size", "data.image_size", "data.channels")]
-    rows = {
-        "step": f"{_cell(run.step)} of {_cell(planned)}",
-        "checkpoints": list(run.checkpoints) or None,
-        "parameters": _num_parameters(run.workdir),
-        "data": [" ".join(map(str, filter(None, source))), " × ".join(map(str, shape))] if all(shape) else None,
-        "images seen": run.step * batch_size if _is_number(batch_size) else None,
-    }
-    if run.lines:
-        loss, speed = (_finite(run, name) for name in ("loss", "images_per_second"))
-        if len(loss):
-            rows["loss"] = f"{_cell(loss[-1])}, least {_cell(loss.min())}"
-        if len(speed):
-            rows["images per second"] = f"{np.median(speed[-RECENT:]):,.4g}"
-        rows["time of the steps"] = _time(run)
-    return _table((rows | _dates(run)).items())
-
-
-def _num_parameters(workdir):
-    """From the shapes alone; None where this version cannot make the model of that config."""
-    with contextlib.suppress(Exception):  # whatever a config of another version makes of it
-        return sum(
-            math.prod(x.shape) for x in jax.tree.leaves(parts.build(read_config(workdir)).abstract_state().params)
-        )
-
-
-def _finite(run, name):
-    _, y = _series(run.lines, name)
-    return y[np.isfinite(y)]
-
-
-def _time(run):
-    """Of all steps, by the speed of each line."""
-    steps, speed = _series(run.lines, "steps_per_second")
-    seconds = np.nansum(np.diff(steps, prepend=0) / np.where(speed > 0, speed, np.nan))
-    return str(datetime.timedelta(seconds=round(float(seconds)))) if seconds else None
-
-
-def _dates(run):
-    """Of the first start, which TensorBoard's files have in their names, and of the last line."""
-    names = [path.name.split(".") for path in run.workdir.glob("events.out.tfevents.*")]
-    starts = [int(parts[3]) for parts in names if parts[3].isdecimal()]
-    metrics = run.workdir / "metrics.jsonl"
+def _facts(workdir, flat, step, checkpoints, num_parameters, curves):
+    """Returns the rows of the first table; None for a row without data."""
+    batch_size = flat.get("train.batch_size")
+    source = [str(flat[key]) for key in ("data.source", "data.path") if flat.get(key)]
+    shape = [str(flat.get(f"data.{key}")) for key in ("image_size", "image_size", "channels")]
+    loss, speed = (_finite(curves, name)[1] for name in ("loss", "images_per_second"))
     return {
+        "step": f"{_cell(step)} of {_cell(flat.get('train.num_steps'))}",
+        "checkpoints": checkpoints or None,
+        "parameters": num_parameters,
+        "data": [" ".join(source), " × ".join(shape)] if source else None,
+        "images seen": step * batch_size if _is_number(batch_size) else None,
+        "loss": f"{_cell(loss[-1])}, least {_cell(loss.min())}" if len(loss) else None,
+        "images per second": float(np.median(speed[-RECENT:])) if len(speed) else None,
+        **_times(workdir, *_finite(curves, "steps_per_second")),
+    }
+
+
+def _finite(curves, name):
+    """Returns the steps and the finite values of a metric, float [2, n]."""
+    curve = curves.get(name, np.zeros((2, 0)))
+    return curve[:, np.isfinite(curve[1])]
+
+
+def _num_parameters(config):
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(parts.build(config).abstract_state().params))
+
+
+def _times(workdir, steps, steps_per_second):
+    """Returns the time of all steps, by the speed of each line, and the dates of the first start and the last line."""
+    steps, steps_per_second = steps[steps_per_second > 0], steps_per_second[steps_per_second > 0]
+    seconds = np.sum(np.diff(steps, prepend=0) / steps_per_second)
+    starts = [path.name.split(".")[3] for path in workdir.glob("events.out.tfevents.*")]  # TensorBoard's file names
+    starts = [int(start) for start in starts if start.isdecimal()]
+    metrics = workdir / "metrics.jsonl"
+    return {
+        "time of the steps": str(datetime.timedelta(seconds=round(seconds))) if len(steps) else None,
         "first started": _date(min(starts)) if starts else None,
-        "last line of metrics": _date(metrics.stat().mtime) if run.lines else None,
+        "last line of metrics": _date(metrics.stat().mtime) if metrics.exists() else None,
     }
 
 
@@ -193,402 +227,172 @@ def _date(seconds):
     return f"{datetime.datetime.fromtimestamp(seconds, datetime.UTC):%Y-%m-%d %H:%M} UTC"
 
 
-def _curves(run):
-    if not run.lines:
-        return _missing("There are no metrics yet (metrics.jsonl).")
-    present = list(dict.fromkeys(name for line in run.lines for name in line if _is_number(line[name])))
+def _charts(curves, group, num_steps):
     known = {name for _, names, _ in CHARTS for name in names} | set(NOT_DRAWN)
-    charts = [*CHARTS, *((name, (name,), None) for name in present if name not in known)]
-    figures, group = [], len(run.lines) // MEANS if len(run.lines) > MANY else 1
-    for title, names, log in charts:
-        series = {_label(name, run): _series(run.lines, name) for name in names if name in present}
-        if series:
-            figures.append(_chart(title, "step", series, log, group))
-    notes = []
-    if group > 1:
-        notes.append(f"The strong lines are means of {group} values each, the faint ones the values.")
-    if run.damaged:
-        notes.append(f"Lines of metrics.jsonl that are damaged and left out: {run.damaged}.")
-    return "\n".join([_side_by_side(figures), *map(_missing, notes)])
+    charts = []
+    for title, names, log in (*CHARTS, *((name, (name,), None) for name in curves if name not in known)):
+        if series := {_label(name, num_steps): curves[name] for name in names if name in curves}:
+            charts.append(_chart(title, "step", title, series, log, group))
+    return charts
 
 
-def _series(lines, name):
-    """(steps, values) of the lines that have `name`; NaN for null."""
-    found = [(line["step"], line[name]) for line in lines if name in line]
-    pairs = np.array([(step, y if _is_number(y) else np.nan) for step, y in found], float).reshape(-1, 2)
-    return pairs[:, 0], pairs[:, 1]
-
-
-def _label(name, run):
-    """The steps of which loss_t1 … loss_t4 are."""
-    num_steps = run.get("schedule.num_steps")
-    if not (name.startswith("loss_t") and name[6:].isdecimal() and _is_number(num_steps)):
+def _label(name, num_steps):
+    """Returns the range of t for the loss of a quarter, loss_t1 … loss_t4; any other name as it is."""
+    quarter = re.fullmatch(r"loss_t([1-4])", name)
+    if not (quarter and _is_number(num_steps)):
         return name
-    first, last = (-(-i * num_steps // 4) for i in (int(name[6:]) - 1, int(name[6:])))
+    first, last = (-(-i * num_steps // 4) for i in (int(quarter[1]) - 1, int(quarter[1])))
     return f"t = {first + 1:,} … {last:,}"
 
 
-def _samples(run):
-    grids = _by_step(run.workdir / "samples", ".png")
-    if not grids:
-        return _missing("There are no grids of samples yet (samples/).")
-    steps = sorted(grids)
-    chosen = np.unique(np.linspace(0, len(steps) - 1, min(GRIDS, len(steps))).round().astype(int))
-    note = f"<p>{len(chosen)} of {len(steps)} grids.</p>\n" if len(chosen) < len(steps) else ""
-    return note + _side_by_side([_picture(grids[steps[i]], f"step {steps[i]:,}") for i in chosen])
-
-
-def _evaluation(run):
-    folders = _by_step(run.workdir / "evaluation")
+def _evaluation(folder):
+    """Returns (kind, content) for the template: a "note", a heading "h3" … "h6", a "table" or a "picture"."""
+    folders = _by_step(folder)
     if not folders:
-        return _missing("There is no evaluation yet (evaluation/).")
-    step = max(folders)
-    file = folders[step] / "evaluation.json"
-    parts = [f"<p>Of step {step:,}.</p>"]
+        return [("note", "There is no evaluation yet (evaluation/).")]
+    step, folder = max(folders.items())
+    blocks = [("note", f"Step {step:,}.")]
     try:
-        if file.exists():
-            values = json.loads(file.read_text())
-            parts += _values("", {"": values if isinstance(values, dict) else {"value": values}}, 3)
-        else:
-            parts.append(_missing(f"It has no numbers (evaluation/{step}/evaluation.json)."))
+        values = json.loads((folder / "evaluation.json").read_text())
+        blocks += _nested("", {"": values if isinstance(values, dict) else {"value": values}}, 2)
+    except FileNotFoundError:
+        blocks.append(("note", f"The evaluation has no numbers (evaluation/{step}/evaluation.json)."))
     except ValueError:
-        parts.append(_missing(f"evaluation/{step}/evaluation.json is not JSON: its numbers are left out."))
-    pictures = sorted(folders[step].glob("*.png"))
-    if not pictures:
-        parts.append(_missing(f"It has no pictures (evaluation/{step}/*.png)."))
-    return "\n".join([*parts, _side_by_side([_picture(path, path.name, "wide") for path in pictures])])
+        blocks.append(("note", f"evaluation/{step}/evaluation.json is not JSON: its numbers are left out."))
+    pictures = [("picture", _picture(path, path.name)) for path in sorted(folder.glob("*.png"))]
+    return blocks + (pictures or [("note", f"The evaluation has no pictures (evaluation/{step}/*.png).")])
 
 
-def _config(run):
-    """All keys with their exact values."""
-    groups = {}
-    for key, value in _flatten(run.config).items():
-        text = value if isinstance(value, str) and value else json.dumps(value)
-        groups.setdefault(key.split(".")[0], []).append((key, text))
-    return _side_by_side([_table(rows) for rows in groups.values()])
+def _nested(title, columns, level):
+    """Yields the content of {column: dict}: a row of a table for each key, a chart for each long list of numbers.
 
-
-# ---------------------------------------------------------------- nested values
-
-
-def _values(title, columns, level):
-    """Yields headings, tables and charts of {column: dict}: a row of a table for each key, a chart for each long list.
-
-    A dict whose values are dicts with a key in common is a table with a column for each of them.
+    A dict whose values are dicts with a key in common becomes a table with a column for each of them.
     """
     if len(columns) == 1:
         (only,) = columns.values()
-        if _alike(only):
-            columns = only
+        if len(only) > 1 and all(isinstance(value, dict) for value in only.values()):
+            columns = only if set.intersection(*map(set, only.values())) else columns
     if title:
-        yield f"<h{level}>{_text(title)}</h{level}>"
+        yield f"h{level}", title
     keys = list(dict.fromkeys(key for column in columns.values() for key in column))
     nested = [key for key in keys if any(isinstance(column.get(key), dict) for column in columns.values())]
     drawn = [key for key in keys if any(_is_long(column.get(key)) for column in columns.values())]
-    plain = [key for key in keys if key not in nested + drawn]
-    rows = [(key, *(column.get(key) for column in columns.values())) for key in plain]
+    rows = [(key, *(column.get(key) for column in columns.values())) for key in keys if key not in nested + drawn]
     if rows:
-        yield _table(rows, head=("", *columns) if list(columns) != [""] else None)
+        yield "table", (() if list(columns) == [""] else ("", *columns), rows)
     if drawn:
-        yield _side_by_side(_charts_of_lists(columns, drawn))
+        yield from _list_charts(columns, drawn)
     for key in nested:
         inner = {name: column[key] for name, column in columns.items() if isinstance(column.get(key), dict)}
-        yield from _values(key, inner, min(level + 1, 6))
-
-
-def _alike(values):
-    dicts = list(values.values())
-    if len(dicts) < 2 or not all(isinstance(value, dict) for value in dicts):
-        return False
-    return bool(set.intersection(*map(set, dicts)))
+        yield from _nested(key, inner, min(level + 1, 6))
 
 
 def _is_long(value):
-    """A list to be drawn: numbers, null for a gap."""
+    """True for a long list of numbers; null is a gap."""
     return isinstance(value, list) and len(value) > LONG and all(x is None or _is_number(x) for x in value)
 
 
-def _charts_of_lists(columns, keys):
-    """Each list over the list "t" or "step", or the first one; distortion over rate too."""
-    over = next((key for key in ("t", "step") if key in keys), keys[0])
-    pairs = [(over, key) for key in keys if key != over] or [("index", over)]
-    if {"rate", "distortion"} <= set(keys) and over not in ("rate", "distortion"):
+def _is_number(value):
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _list_charts(columns, keys):
+    """Yields a chart of each list over the list "t" or "step", or over the first; distortion over rate too."""
+    first = next((key for key in ("t", "step") if key in keys), keys[0])
+    pairs = [(first, key) for key in keys if key != first] or [("index", first)]
+    if {"rate", "distortion"} <= set(keys) and first not in ("rate", "distortion"):
         pairs.append(("rate", "distortion"))
-    charts = []
     for x_name, y_name in pairs:
-        lists = {name: column[y_name] for name, column in columns.items() if _is_long(column.get(y_name))}
-        over = {name: columns[name].get(x_name) for name in lists}
-        if not all(_is_long(over[name]) and len(over[name]) == len(y) for name, y in lists.items()):
-            x_name, over = "index", {name: range(len(y)) for name, y in lists.items()}
-        series = {name or y_name: (np.array(over[name], float), np.array(y, float)) for name, y in lists.items()}
-        charts.append(_chart(f"{y_name} over {x_name}", x_name, series))
-    return charts
+        lists = {name or y_name: column for name, column in columns.items() if _is_long(column.get(y_name))}
+        aligned = all(_is_long(x.get(x_name)) and len(x[x_name]) == len(x[y_name]) for x in lists.values())
+        x_name = x_name if aligned else "index"
+        series = {
+            name: np.array([x[x_name] if aligned else range(len(x[y_name])), x[y_name]], float)
+            for name, x in lists.items()
+        }
+        yield "picture", _chart(f"{y_name} over {x_name}", x_name, y_name, series)
+
+
+def _cell(value):
+    """Returns a value of a table or an axis as text."""
+    if value is None:
+        return "–"
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_cell, value))
+    if not _is_number(value):
+        return json.dumps(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e7 else f"{value:,.5g}"
 
 
 # ---------------------------------------------------------------- a chart
 
 
-def _chart(title, x_name, series, log=None, group=1):
-    """Lines of `series` {name: (x [n], y [n])} as a figure; where y is not finite a line has a gap.
+def _chart(title, x_name, y_name, series, log=None, group=1):
+    """Returns a chart with a line for each of `series` {name: float [2, n]}; what is not finite is a gap.
 
     Args:
-      log: the y axis shows ratios, if all y are above 0; None: if they are unlike.
-      group: how many values of a line a mean is drawn of; 1: no means.
+      log: True for a log scale where all y are above 0; None: where they also span a factor of 50.
+      group: number of neighbours in a mean; 1: no means.
     """
-    series = {name: (x, np.where(np.isfinite(x), y, np.nan)) for name, (x, y) in series.items()}
-    x_all, y_all = (np.concatenate([each[i] for each in series.values()]) for i in (0, 1))
-    x_all, y_all = x_all[np.isfinite(x_all)], y_all[np.isfinite(y_all)]
-    if not len(y_all):
-        return f"<figure><figcaption>{_text(title)}</figcaption>{_missing('No finite value.')}</figure>"
-    log = bool(y_all.min() > 0 and (y_all.max() > 50 * y_all.min() if log is None else log))
-    axes = _linear_axis(x_all, 5, tight=True), _log_axis(y_all) if log else _linear_axis(y_all, 5)
-    described = "; ".join(f"{name} {_described(x, y, x_name)}" for name, (x, y) in series.items())
-    scale = " <small>log scale</small>" if log else ""
-    return "\n".join(
-        [
-            f"<figure>\n<figcaption>{_text(title)}{scale}</figcaption>",
-            f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{_text(f"{title}: {described}")}">',
-            *_frame(*axes, x_name),
-            *_lines(*axes, series.values(), group),
-            f"</svg>\n{_legend(series, last=x_name == 'step')}\n</figure>",
-        ]
-    )
+    series = {name: np.where(np.isfinite(xy).all(axis=0), xy, np.nan) for name, xy in series.items()}
+    values = np.concatenate([y[np.isfinite(y)] for _, y in series.values()])
+    if not len(values):
+        return Picture(title, "No finite value.")
+    log = values.min() > 0 and (values.max() > 50 * values.min() if log is None else log)
+    figure = Figure(figsize=(4.8, 2.5), layout="constrained")
+    axes = figure.subplots()
+    lines = [_draw(axes, f"C{i}", xy, group) for i, xy in enumerate(series.values())]
+    axes.set(xlabel=x_name, ylabel=y_name)
+    axes.spines[["right", "top"]].set_visible(False)
+    _set_ticks(axes, values, log)
+    if len(lines) > 1:
+        figure.legend(lines, series, loc="outside upper left", ncols=2, frameon=False, markerscale=0)
+    alt = f"{title}: " + "; ".join(f"{name} {_described(*xy, x_name)}" for name, xy in series.items())
+    return Picture(title, "log scale" if log else "", alt, _saved(figure, "svg"), figure)
 
 
-def _legend(series, last):
-    """The names of the lines, and the last value of each if `last`."""
-    items = []
-    for i, (name, (_, y)) in enumerate(series.items()):
-        finite = y[np.isfinite(y)]
-        value = f" <b>{finite[-1]:,.4g}</b>" if last and len(finite) else ""
-        items.append(f'<li><i class="s{i % COLOURS}"></i>{_text(name)}{value}</li>')
-    return f'<ul class="legend">{"".join(items)}</ul>'
+def _draw(axes, color, xy, group):
+    """Draws one line, of means over the faint values where `group` > 1; a value between two gaps is a dot."""
+    means = xy[:, : xy.shape[1] // group * group].reshape(2, -1, group).mean(axis=2)
+    if group > 1 and np.isfinite(means).any():
+        axes.plot(*xy, color=color, alpha=0.25, linewidth=0.6)
+        xy = means
+    finite = np.pad(np.isfinite(xy[1]), 1)
+    alone = np.flatnonzero(finite[1:-1] & ~finite[:-2] & ~finite[2:])
+    return axes.plot(*xy, color=color, linewidth=1.3, marker=".", markevery=alone)[0]
 
 
-class _Axis(NamedTuple):
-    low: float
-    high: float
-    ticks: list
-    log: bool = False
-
-    def at(self, values, start, end):
-        """The places of `values` between `start` and `end`, where `low` and `high` are."""
-        low, high, values = (np.log10(x) if self.log else np.asarray(x) for x in (self.low, self.high, values))
-        return start + (end - start) * (values - low) / (high - low)
-
-    def labels(self):
-        """The ticks in letters."""
-        small = not self.log and max(map(abs, self.ticks)) < 1e-3
-        return [_number(tick, scientific=small and tick != 0) for tick in self.ticks]
-
-
-def _linear_axis(values, num, tight=False):
-    """About `num` round ticks; the axis ends with the values if `tight`, else with a tick, 0 where that is near."""
-    low, high = float(values.min()), float(values.max())
-    if high - low <= 1e-9 * max(abs(low), abs(high)):
-        low, high = (low - abs(low) / 2, high + abs(high) / 2) if low else (0.0, 1.0)
-    elif not tight and 0 < low < high / 2:
-        low = 0.0
-    raw = (high - low) / num
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(step for step in (power, 2 * power, 5 * power, 10 * power) if step >= raw * 0.999)
-    first, last = (math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9))
-    if not tight:
-        first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-        low, high = first * step, last * step
-    return _Axis(low, high, [i * step for i in range(first, last + 1)])
-
-
-def _log_axis(values):
-    """Ticks at powers of ten, or between them if those are few."""
-    low, high = float(values.min()), float(values.max())
-    margin = (high / low) ** 0.05 if high > 1.001 * low else 1.5
-    low, high = low / margin, high * margin
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for factors in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8)):
-        ticks = [factor * 10.0**power for power in powers for factor in factors]
-        ticks = [tick for tick in ticks if low <= tick <= high]
-        if len(ticks) >= 4:
-            return _Axis(low, high, ticks[:: -(-len(ticks) // 7)], log=True)
-    return _Axis(low, high, _linear_axis(np.array([low, high]), 4, tight=True).ticks, log=True)
-
-
-def _frame(horizontal, vertical, x_name):
-    """Yields the grid, the axis, their numbers and the name of x."""
-    for y, label in zip(vertical.at(vertical.ticks, BOTTOM, TOP), vertical.labels(), strict=True):
-        yield f'<line class="grid" x1="{LEFT}" x2="{RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        yield f'<text class="y" x="{LEFT - 7}" y="{y + 4:.1f}">{label}</text>'
-    for x, label in zip(horizontal.at(horizontal.ticks, LEFT, RIGHT), horizontal.labels(), strict=True):
-        yield f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{BOTTOM}" y2="{BOTTOM + 5}"/>'
-        yield f'<text class="x" x="{x:.1f}" y="{BOTTOM + 18}">{label}</text>'
-    yield f'<line class="axis" x1="{LEFT}" x2="{RIGHT}" y1="{BOTTOM}" y2="{BOTTOM}"/>'
-    yield f'<text class="x" x="{(LEFT + RIGHT) / 2:.1f}" y="{BOTTOM + 34}">{_text(x_name)}</text>'
-
-
-def _lines(horizontal, vertical, series, group):
-    """Yields the lines: where there are means, first all values, faint, and the means over them."""
-    faint, strong = [], []
-    for i, (x, y) in enumerate(series):
-        kind, (x_means, y_means) = f"s{i % COLOURS}", _means(x, y, group)
-        if group > 1 and np.isfinite(y_means).any():
-            faint += _line_of(horizontal.at(x, LEFT, RIGHT), vertical.at(y, BOTTOM, TOP), f"{kind} faint")
-            x, y = x_means, y_means
-        strong += _line_of(horizontal.at(x, LEFT, RIGHT), vertical.at(y, BOTTOM, TOP), kind)
-    yield from faint + strong
-
-
-def _means(x, y, group):
-    """Means over `group` neighbours; NaN where one of them is."""
-    whole = len(y) // group * group
-    return (values[:whole].reshape(-1, group).mean(axis=1) for values in (x, y))
-
-
-def _line_of(x, y, kind):
-    """Yields a polyline for each stretch without a gap; a dot if it is a single point."""
-    finite = np.isfinite(y)
-    edges = np.flatnonzero(np.diff(finite, prepend=False, append=False))
-    for first, stop in zip(edges[::2], edges[1::2], strict=True):
-        points = [f"{a:.1f},{b:.1f}" for a, b in zip(x[first:stop], y[first:stop], strict=True)]
-        if len(points) > 1:
-            yield f'<polyline class="{kind}" points="{" ".join(points)}"/>'
-        else:
-            yield f'<circle class="{kind}" cx="{x[first]:.1f}" cy="{y[first]:.1f}" r="2.5"/>'
+def _set_ticks(axes, values, log):
+    """Sets the scale and ticks of the axes, with numbers as in the tables."""
+    if log:
+        decades = math.log10(values.max() / values.min())
+        subs = (1,) if decades > 3 else (1, 2, 5) if decades > 1 else (1, 1.5, 2, 3, 4, 5, 6, 8)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=subs))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    elif 0 < values.min() < values.max() / 2:
+        axes.set_ylim(bottom=0)
+    axes.locator_params(axis="x", nbins=5)  # 800,000 fits beside its neighbours
+    axes.grid(axis="y", color="0.88")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: _cell(float(value)))
 
 
 def _described(x, y, x_name):
-    """What those who do not see the line are told."""
-    finite = np.isfinite(y)
-    if not finite.any():
-        return "no finite value"
-    x, y = x[finite], y[finite]
-    ends = [f"{_cell(float(y[i]))} at {x_name} {_cell(float(x[i]))}" for i in (0, -1)]
-    return f"from {ends[0]} to {ends[1]}, least {_cell(float(y.min()))}, greatest {_cell(float(y.max()))}"
+    """Returns the first, last, least and greatest value of a line, for a reader who cannot see the line."""
+    x, y = x[np.isfinite(y)], y[np.isfinite(y)]
+    if not len(y):
+        return "has no finite value"
+    first, last = (f"{_cell(y[i])} at {x_name} {_cell(x[i])}" for i in (0, -1))
+    return f"from {first} to {last}, least {_cell(y.min())}, greatest {_cell(y.max())}"
 
 
-# ---------------------------------------------------------------- pieces of HTML
-
-
-def _table(rows, head=None):
-    """Of (name, *values)."""
-    lines = ['<div class="table"><table>']
-    if head:
-        lines.append("<thead><tr>" + "".join(f'<th scope="col">{_text(name)}</th>' for name in head) + "</tr></thead>")
-    lines.append("<tbody>")
-    for name, *values in rows:
-        cells = "".join(f"<td>{_cell(value)}</td>" for value in values)
-        lines.append(f'<tr><th scope="row">{_text(name)}</th>{cells}</tr>')
-    return "\n".join([*lines, "</tbody></table></div>"])
-
-
-def _picture(path, caption, kind="grid"):
-    """A PNG inside the page; a "wide" one has a row of its own."""
-    content = path.read_bytes()
-    if content[:8] != b"\x89PNG\r\n\x1a\n" or len(content) < 24:
-        return _missing(f"{path.name} is no PNG: it is left out.")
-    width, height = (int.from_bytes(content[i : i + 4], "big") for i in (16, 20))
-    data = base64.b64encode(content).decode()
-    size = f'width="{width}" height="{height}"'
-    return (
-        f'<figure class="{kind}"><img alt="{_text(path.name)}" {size} src="data:image/png;base64,{data}">'
-        f"<figcaption>{_text(caption)}</figcaption></figure>"
-    )
-
-
-def _side_by_side(figures):
-    return '<div class="figures">\n' + "\n".join(figures) + "\n</div>" if figures else ""
-
-
-def _missing(text):
-    return f'<p class="missing">{_text(text)}</p>'
-
-
-def _cell(value):
-    """A value of a table, escaped."""
-    if value is None:
-        return "–"
-    if _is_number(value):
-        return _number(value)
-    if isinstance(value, str):
-        return _text(value)
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_cell, value))
-    return _text(json.dumps(value))
-
-
-def _number(value, scientific=False):
-    if isinstance(value, int):
-        return f"{value:,}"
-    if math.isfinite(value) and value and (scientific or not 1e-4 <= abs(value) < 1e7):
-        return np.format_float_scientific(float(f"{value:.4g}"), trim="-", exp_digits=1)
-    return f"{value:,.5g}" if abs(value) < 1e4 or not math.isfinite(value) else f"{value:,.0f}"
-
-
-def _text(value):
-    return html.escape(str(value))
-
-
-PAGE = string.Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-:root { color-scheme: light dark; --back: #fff; --front: #1b1f24; --pale: #596068; --rule: #e3e6ea;
-  --s0: #1f6fb4; --s1: #c2410c; --s2: #15803d; --s3: #9333a8; --s4: #8a6d00; --s5: #0f766e; }
-@media (prefers-color-scheme: dark) {
-  :root { --back: #14171b; --front: #e4e7eb; --pale: #a0a8b2; --rule: #30363d;
-    --s0: #6cb2f0; --s1: #f59e6c; --s2: #5fca86; --s3: #d79bea; --s4: #e0c04c; --s5: #5cc9bd; }
-}
-body { margin: 0 auto; padding: 1.5rem; max-width: 90rem; background: var(--back); color: var(--front);
-  font: 15px/1.45 system-ui, sans-serif; }
-h1 { margin: 0 0 .5rem; overflow-wrap: anywhere; }
-h2 { margin: 2.5rem 0 .8rem; padding-bottom: .2rem; border-bottom: 1px solid var(--rule); }
-h3, h4, h5, h6 { margin: 1.5rem 0 .6rem; font-size: 1.15em; }
-h4, h5, h6 { font-size: 1em; }
-a { color: var(--s0); }
-nav { display: flex; flex-wrap: wrap; gap: 1rem; }
-.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(24rem, 100%), 1fr)); gap: 1.5rem; }
-figure { margin: 0; min-width: 0; }
-figure.wide { grid-column: 1 / -1; }
-figcaption { margin: .2rem 0; font-weight: 500; overflow-wrap: anywhere; }
-small { color: var(--pale); font-weight: 400; }
-img { display: block; max-width: 100%; height: auto; }
-svg { display: block; width: 100%; height: auto; }
-svg text { fill: var(--pale); font-size: 12px; font-variant-numeric: tabular-nums; }
-text.x { text-anchor: middle; }
-text.y { text-anchor: end; }
-line.grid { stroke: var(--rule); }
-line.axis { stroke: var(--pale); }
-polyline { fill: none; stroke: currentColor; stroke-width: 1.6; stroke-linejoin: round; }
-polyline.faint { stroke-opacity: .25; stroke-width: .6; }
-circle { fill: currentColor; }
-.s0 { color: var(--s0); } .s1 { color: var(--s1); } .s2 { color: var(--s2); }
-.s3 { color: var(--s3); } .s4 { color: var(--s4); } .s5 { color: var(--s5); }
-.legend { display: flex; flex-wrap: wrap; gap: 0 1.2rem; margin: 0; padding: 0; list-style: none; font-size: .9em; }
-.legend i { display: inline-block; width: 1.2em; height: .2em; margin-right: .4em; vertical-align: middle;
-  background: currentColor; }
-.table { overflow-x: auto; margin-bottom: 1rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .2rem 1.2rem .2rem 0; border-bottom: 1px solid var(--rule); text-align: left; vertical-align: top;
-  overflow-wrap: anywhere; }
-tbody th { font-weight: 400; color: var(--pale); white-space: nowrap; }
-.missing, footer { color: var(--pale); }
-footer { margin-top: 2.5rem; font-size: .9em; }
-</style>
-</head>
-<body>
-<header>
-<h1>$title</h1>
-<nav aria-label="Sections">
-$links
-</nav>
-</header>
-<main>
-$body
-</main>
-<footer>Written $date by diffusion_jax.</footer>
-</body>
-</html>
-""")
+def _saved(figure, chart_format):
+    file = io.BytesIO()
+    metadata = {"Date": None} if chart_format == "svg" else None  # equal charts have equal bytes
+    figure.savefig(file, format=chart_format, dpi=300, transparent=True, metadata=metadata)
+    return file.getvalue()
