@@ -5,6 +5,7 @@ Each builder takes the whole config, whose keys `configs/default.py` explains. `
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -198,6 +199,16 @@ def train_step(config: ConfigDict) -> Callable:
         flip=config.data.flip,
         accumulate=config.train.accumulate,
     )
+
+
+def abstract_state(config: ConfigDict) -> step.TrainState:
+    """Returns the shapes and dtypes of the training state; touches no device."""
+    return step.abstract_state(model(config), optimizer(config), image_shape(config))
+
+
+def num_parameters(config: ConfigDict) -> int:
+    """Counts the parameters of the network; touches no device."""
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(abstract_state(config).params))
 
 
 def clip(config: ConfigDict) -> tuple[float, float] | None:

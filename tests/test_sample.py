@@ -19,7 +19,7 @@ def workdir(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
     config, rng = tiny_config(), np.random.default_rng(0)
     workdirs.write_config(workdir, config)
-    shapes = parts.build(config).abstract_state()
+    shapes = parts.abstract_state(config)
     random = jax.tree.map(lambda leaf: np.asarray(rng.normal(0, 0.1, leaf.shape)).astype(leaf.dtype), shapes)
     with checkpoint.open_manager(workdir) as manager:
         checkpoint.save(manager, 0, random)

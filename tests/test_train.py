@@ -206,7 +206,7 @@ def test_initial_state():
     assert_same(state.params, state.ema_params)
     assert_same(state, parts.build(config).init_state())
     assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), parts.build(config).abstract_state()
+        lambda x: (x.shape, x.dtype), parts.abstract_state(config)
     )
 
 

@@ -100,7 +100,7 @@ def whole_state(workdir):
     """Checksums of every leaf of the newest checkpoint, and the samples, to the byte."""
     config = workdirs.read_config(workdir)
     with checkpoint.open_manager(workdir, read_only=True) as manager:
-        state = checkpoint.restore(manager, parts.build(config).abstract_state())
+        state = checkpoint.restore(manager, parts.abstract_state(config))
     grid = pathlib.Path(workdir) / "samples" / f"{state.step}.png"
     return checkpoint.checksums(state), grid.read_bytes()
 
@@ -268,7 +268,7 @@ def restored(workdir):
     config = workdirs.read_config(workdir)
     try:
         with checkpoint.open_manager(workdir) as manager, contextlib.redirect_stdout(sys.stderr):
-            state = checkpoint.restore(manager, parts.build(config).abstract_state(), set_aside=True)
+            state = checkpoint.restore(manager, parts.abstract_state(config), set_aside=True)
             return int(state.step), checkpoint.checksums(state)
     except UserError as error:
         return error

@@ -12,7 +12,6 @@ import operator
 import re
 from typing import NamedTuple
 
-import jax
 import jinja2
 import matplotlib.style
 import numpy as np
@@ -113,7 +112,7 @@ def _contents(workdir, config):
         "title": workdir.name,
         "date": _date(datetime.datetime.now().timestamp()),
         "step": step,
-        "facts": _facts(workdir, flat, step, checkpoints, _num_parameters(config), curves),
+        "facts": _facts(workdir, flat, step, checkpoints, parts.num_parameters(config), curves),
         "charts": _charts(curves, group, flat.get("schedule.num_steps")),
         "group": group,
         "num_damaged": num_damaged,
@@ -203,10 +202,6 @@ def _finite(curves, name):
     """Returns the steps and the finite values of a metric, float [2, n]."""
     curve = curves.get(name, np.zeros((2, 0)))
     return curve[:, np.isfinite(curve[1])]
-
-
-def _num_parameters(config):
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(parts.build(config).abstract_state().params))
 
 
 def _times(workdir, steps, steps_per_second):

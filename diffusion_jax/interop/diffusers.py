@@ -340,7 +340,7 @@ def _layout(config):
     """{diffusers' name: (keys, shape)} of every parameter of the network."""
     levels = len(config.model.multipliers)
     layout = {}
-    for keys, leaf in flatten_dict(parts.build(config).abstract_state().params).items():
+    for keys, leaf in flatten_dict(parts.abstract_state(config).params).items():
         layout[_torch_name(keys, levels)] = keys, leaf.shape
     return layout
 

@@ -3,7 +3,6 @@
 import math
 import re
 
-import jax
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
@@ -92,19 +91,19 @@ def audit(config: ConfigDict, out: str | None = None) -> list[tuple[str, object,
 def settings(config: ConfigDict) -> dict[str, object]:
     """Returns the settings that `audit` compares."""
     run = parts.build(config)
-    params = run.abstract_state().params
+    modules = run.abstract_state().params
     heights = [config.data.image_size >> level for level in range(len(config.model.multipliers))]
     widths = [config.model.channels * multiplier for multiplier in config.model.multipliers]
     beta_squared = np.asarray(run.schedule.beta[1:], np.float64) ** 2
     is_complete = run.num_sampling_steps == config.schedule.num_steps
     return {
-        "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(params)),
+        "parameters": parts.num_parameters(config),
         "channels": config.model.channels,
         "channels of the levels": list(config.model.multipliers),
         "residual blocks per level": config.model.num_res_blocks,
         "heights of the levels with attention": [h for h in heights if h in tuple(config.model.attention_resolutions)],
         "attention blocks (down, middle, up)": [
-            sum(bool(re.match(rf"{part}\w*_attn_\d+$", name)) for name in params) for part in ("down", "mid", "up")
+            sum(bool(re.match(rf"{part}\w*_attn_\d+$", name)) for name in modules) for part in ("down", "mid", "up")
         ],
         "groups of GroupNorm": sorted({math.gcd(config.model.num_groups, width) for width in widths}),
         "dropout": config.model.dropout,

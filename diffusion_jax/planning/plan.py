@@ -104,7 +104,7 @@ def plan(config: ConfigDict, topology: str, out: str | None = None, search: bool
         "chips": num_chips,
         "chip": chip._asdict() if chip else None,
         "dtype": config.model.dtype,
-        "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(parts.build(config).abstract_state().params)),
+        "parameters": parts.num_parameters(config),
         "train": train | _whole(train, batch, num_chips, 1, config.train.num_steps),
         "sampling": chain | _whole(chain, num, num_chips, num_steps, num_steps * calls),
         "largest_batch_per_chip": {"estimate": _room(train["memory"], batch, chip) if chip else None},

@@ -91,7 +91,7 @@ def untrained(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("untrained")
     config, rng = tiny_config(train__num_steps=2), np.random.default_rng(0)
     workdirs.write_config(workdir, config)
-    shapes = parts.build(config).abstract_state()
+    shapes = parts.abstract_state(config)
     random = jax.tree.map(lambda leaf: np.asarray(rng.normal(0, 0.1, leaf.shape)).astype(leaf.dtype), shapes)
     with checkpoint.open_manager(workdir) as manager:
         checkpoint.save(manager, 0, random)
@@ -100,7 +100,7 @@ def untrained(tmp_path_factory):
 
 def restore(workdir, config):
     with checkpoint.open_manager(workdir, read_only=True) as manager:
-        return checkpoint.restore(manager, parts.build(config).abstract_state())
+        return checkpoint.restore(manager, parts.abstract_state(config))
 
 
 @pytest.fixture
