@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn  # noqa: TID251 (the room of flax)
+from flax import linen as nn
 from jax import lax
 
 

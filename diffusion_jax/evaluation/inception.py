@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from flax import linen as nn  # noqa: TID251 (the other network)
+from flax import linen as nn
 
 from diffusion_jax.errors import UserError, one_line
 
