@@ -9,7 +9,7 @@ import logging as stdlib_logging
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from absl import flags, logging
@@ -122,7 +122,6 @@ class Mode(NamedTuple):
 
 
 _SAMPLER = ("sampler", "steps", "eta")
-_FORMATS = ("jax", "diffusers", "svg", "png")
 MODES = {
     "train": Mode(
         _train,
@@ -205,36 +204,50 @@ _MISSING = {
 }
 
 
+_SHOWS = ("interpolation", "progressive", "variations", "inpainting", "animation")
+_FLAGS: dict[str, tuple[Any, Any, str]] = {  # name: (type or values, default, help)
+    "mode": (tuple(sorted({name.split(" ")[0] for name in MODES})), "train", "what to do"),
+    "help": (bool, False, "show the flags of the mode"),
+    "debug": (bool, False, "show the traceback of an error"),
+    "workdir": (str, None, "folder of the run: config, checkpoints, metrics, samples"),
+    "num": (int, None, "images: to sample (64), to evaluate (all); rows of a figure"),
+    "seed": (int, 0, "seed of the samples or of the evaluation"),
+    "out": (str, None, "file or folder to write"),
+    "sampler": (configs.CHOICES["sampling.sampler"], None, "default: the config's"),
+    "steps": (int, None, "steps of the sampler; default: the config's"),
+    "eta": (float, None, "noise of ddim; default: the config's"),
+    "show": (_SHOWS, None, "the figure to draw"),
+    "images": (str, "", "folder or zip to interpolate or inpaint; default: the run's images"),
+    "splits": (list, [], "splits to evaluate; default: data.split and data.test_split"),
+    "samples": (str, "", "samples that --mode=sample wrote, to be measured too"),
+    "inception": (str, "", "weights of Inception v3 (tools.convert_inception)"),
+    "reference": (str, "", "statistics-….npz of another evaluation"),
+    "format": (("jax", "diffusers", "svg", "png"), None, "export: jax or diffusers; report: charts as svg or png"),
+    "from": (str, "", "diffusers' folder, .safetensors file or repository"),
+    "topology": (str, "", "a TPU and its shape, e.g. v5e:2x4, or cpu or gpu"),
+    "search": (bool, True, "look for the largest batch that fits, after the table"),
+    "platform": (("", "tpu", "gpu", "cpu"), "", "where to compute; default: the best"),
+    "coordinator": (str, "", "host:port of process 0; Cloud TPU pods and Slurm know it"),
+    "num_processes": (int, 1, "number of processes, with --coordinator"),
+    "process_id": (int, 0, "number of this process, with --coordinator"),
+}
+_DEFINE: dict[type, Callable] = {
+    str: flags.DEFINE_string,
+    int: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+    bool: flags.DEFINE_bool,
+    list: flags.DEFINE_list,
+}
+
+
 def _define(values: flags.FlagValues) -> None:
     """Defines every flag in `values`."""
-    known = {"flag_values": values}
-    modes = sorted({name.split(" ")[0] for name in MODES})
-    shows = ["interpolation", "progressive", "variations", "inpainting", "animation"]
-    config_flags.DEFINE_config_file("config", None, "a config that ships (celeba) or a file", **known)
-    flags.DEFINE_enum("mode", "train", modes, "what to do", **known)
-    flags.DEFINE_bool("help", False, "show the flags of the mode", short_name="h", **known)
-    flags.DEFINE_bool("debug", False, "show the traceback of an error", **known)
-    flags.DEFINE_string("workdir", None, "folder of the run: config, checkpoints, metrics, samples", **known)
-    flags.DEFINE_integer("num", None, "images: to sample (64), to evaluate (all); rows of a figure", **known)
-    flags.DEFINE_integer("seed", 0, "seed of the samples or of the evaluation", **known)
-    flags.DEFINE_string("out", None, "file or folder to write", **known)
-    flags.DEFINE_enum("sampler", None, configs.CHOICES["sampling.sampler"], "default: the config's", **known)
-    flags.DEFINE_integer("steps", None, "steps of the sampler; default: the config's", **known)
-    flags.DEFINE_float("eta", None, "noise of ddim; default: the config's", **known)
-    flags.DEFINE_enum("show", None, shows, "the figure to draw", **known)
-    flags.DEFINE_string("images", "", "folder or zip to interpolate or inpaint; default: the run's images", **known)
-    flags.DEFINE_list("splits", [], "splits to evaluate; default: data.split and data.test_split", **known)
-    flags.DEFINE_string("samples", "", "samples that --mode=sample wrote, to be measured too", **known)
-    flags.DEFINE_string("inception", "", "weights of Inception v3 (tools.convert_inception)", **known)
-    flags.DEFINE_string("reference", "", "statistics-….npz of another evaluation", **known)
-    flags.DEFINE_enum("format", None, _FORMATS, "export: jax or diffusers; report: charts as svg or png", **known)
-    flags.DEFINE_string("from", "", "diffusers' folder, .safetensors file or repository", **known)
-    flags.DEFINE_string("topology", "", "a TPU and its shape, e.g. v5e:2x4, or cpu or gpu", **known)
-    flags.DEFINE_bool("search", True, "look for the largest batch that fits, after the table", **known)
-    flags.DEFINE_enum("platform", "", ["", "tpu", "gpu", "cpu"], "where to compute; default: the best", **known)
-    flags.DEFINE_string("coordinator", "", "host:port of process 0; Cloud TPU pods and Slurm know it", **known)
-    flags.DEFINE_integer("num_processes", 1, "number of processes, with --coordinator", **known)
-    flags.DEFINE_integer("process_id", 0, "number of this process, with --coordinator", **known)
+    config_flags.DEFINE_config_file("config", None, "a config that ships (celeba) or a file", flag_values=values)
+    for name, (kind, default, text) in _FLAGS.items():
+        if isinstance(kind, tuple):
+            flags.DEFINE_enum(name, default, kind, text, flag_values=values)
+        else:
+            _DEFINE[kind](name, default, text, flag_values=values)
 
 
 # ---------------------------------------------------------------- from arguments to a mode
