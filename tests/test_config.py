@@ -102,7 +102,7 @@ def test_optimizer():
         ("schedule.num_steps", 0, "schedule.num_steps=0 must be an integer >= 1"),
         ("schedule.name", "linear", "'linear' must be one of su_linear, ho_linear, cosine"),
         ("sampling.sigma", "large", "must be one of zero, beta, posterior"),
-        ("train.loss", "l2", "must be one of simple, vlb, step, weighted_step"),
+        ("train.loss", "l2", "must be one of simple, step, weighted_step, vlb"),
         ("model.dtype", "float16", "must be one of float32, bfloat16"),
         ("data.channels", 2, "data.channels=2 must be one of 1, 3"),
         ("data.image_size", 9, "image_size=9 does not fit .* multiples of 2"),
