@@ -28,7 +28,7 @@ def export(config, params, step: int, sample, out: str) -> None:
     Args:
       config: the run's config as a dict, kept in the file for whoever reads it.
       params: nested dicts of arrays.
-      sample: (params, rng, indices [n]) -> float32 [n, H, W, C], of any n: `sampling.make_sample`.
+      sample: (params, rng, indices [n]) -> float32 [n, H, W, C], of any n: `sampling.make_indexed_sample_fn`.
       out: where; ends in .npz.
 
     Raises:

@@ -190,8 +190,8 @@ def sample_fn(config: ConfigDict, num: int | None = None, window: sampling.Windo
 
 
 def sample(config: ConfigDict):
-    """sample(params, rng, indices [n]) -> float32 [n, H, W, C] of any n, see `sampling.make_sample`."""
-    return sampling.make_sample(*_network_and_schedule(config), image_shape(config), **_how(config))
+    """sample(params, rng, indices [n]) -> float32 [n, H, W, C] of any n, see `sampling.make_indexed_sample_fn`."""
+    return sampling.make_indexed_sample_fn(*_network_and_schedule(config), image_shape(config), **_how(config))
 
 
 def _network_and_schedule(config):
