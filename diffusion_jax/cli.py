@@ -37,7 +37,7 @@ def _prepare(given):
 
 
 def _sample(given):
-    from diffusion_jax.sample import write_samples
+    from diffusion_jax.interop.samples import write_samples
 
     settings = {name: given[name].value for name in _SAMPLER}
     write_samples(given.workdir, given.num or 64, given.seed, given.out or "samples.png", **settings)
@@ -243,11 +243,11 @@ _DEFINE: dict[type, Callable] = {
 def _define(values: flags.FlagValues) -> None:
     """Defines every flag in `values`."""
     config_flags.DEFINE_config_file("config", None, "a config that ships (celeba) or a file", flag_values=values)
-    for name, (kind, default, text) in _FLAGS.items():
+    for name, (kind, value, text) in _FLAGS.items():
         if isinstance(kind, tuple):
-            flags.DEFINE_enum(name, default, kind, text, flag_values=values)
+            flags.DEFINE_enum(name, value, kind, text, flag_values=values)
         else:
-            _DEFINE[kind](name, default, text, flag_values=values)
+            _DEFINE[kind](name, value, text, flag_values=values)
 
 
 # ---------------------------------------------------------------- from arguments to a mode

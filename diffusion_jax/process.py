@@ -1,79 +1,84 @@
-"""The forward and the reverse process: one equation of Su (2022), one function.
+"""The forward and the reverse process: one function for each equation of Su (2022).
 
 Every function takes a scalar step t in 1..T (an int or an int array of shape []) and
-arrays of one shape, whatever that is: one image, or a batch that shares t. For a batch
-with a t each, use `jax.vmap`.
+arrays of one common shape: one image, or a batch that shares t. `jax.vmap` maps a
+function over a batch with one t per example.
 
-Two noises are told apart by name: `eps` is the noise ε_t of the single step t,
-`eps_bar` the noise ε̄_t of the steps 1..t together, which the network predicts.
+Two noises have two names: `eps` is the noise ε_t of the single step t, `eps_bar` the
+noise ε̄_t of the steps 1..t together. The network predicts `eps_bar`.
 """
 
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from diffusion_jax.schedule import Schedule
 
+Network = Callable[[jax.Array, jax.Array], jax.Array]  # (x [B, ...], t [B] in 1..T) -> [B, ...]
 
-def forward_step(s: Schedule, x_prev, t, eps):
+
+def forward_step(s: Schedule, x_prev: ArrayLike, t: ArrayLike, eps: ArrayLike) -> jax.Array:
     """(3): x_t = α_t x_{t−1} + β_t ε_t."""
     return s.alpha[t] * x_prev + s.beta[t] * eps
 
 
-def forward(s: Schedule, x_0, t, eps_bar):
+def forward(s: Schedule, x_0: ArrayLike, t: ArrayLike, eps_bar: ArrayLike) -> jax.Array:
     """(6): x_t = ᾱ_t x_0 + β̄_t ε̄_t. Here t may be 0, which returns x_0."""
     return s.alpha_bar[t] * x_0 + s.beta_bar[t] * eps_bar
 
 
-def step_noise(s: Schedule, eps_bar, t):
-    """(12): E[ε_t | ε̄_t] = (β_t / β̄_t) ε̄_t; applied to the network's output, Su's ε_θ."""
+def step_noise(s: Schedule, eps_bar: ArrayLike, t: ArrayLike) -> jax.Array:
+    """(12): E[ε_t | ε̄_t] = (β_t / β̄_t) ε̄_t. The network's output as ε̄_t gives Su's ε_θ."""
     return s.beta[t] / s.beta_bar[t] * eps_bar
 
 
-def reverse_step(s: Schedule, x_t, t, eps, noise=0.0):
-    """(8), (16): μ(x_t) = (x_t − β_t ε) / α_t; with noise = σ_t z, (17).
+def reverse_step(s: Schedule, x_t: ArrayLike, t: ArrayLike, eps: ArrayLike, noise: ArrayLike = 0.0) -> jax.Array:
+    """(8), (16): μ(x_t) = (x_t − β_t ε) / α_t. With noise = σ_t z this is (17).
 
     Args:
-      eps: the noise of the single step t, i.e. `step_noise` of the network's output.
-      noise: what is added to the mean, with its scale.
+      eps: the noise of the single step t, which is `step_noise` of the network's output.
+      noise: is added to the mean as it is, already scaled by σ_t.
     """
     return (x_t - s.beta[t] * eps) / s.alpha[t] + noise
 
 
-def predict_x_0(s: Schedule, x_t, t, eps_bar):
+def predict_x_0(s: Schedule, x_t: ArrayLike, t: ArrayLike, eps_bar: ArrayLike) -> jax.Array:
     """(6) solved for x_0: (x_t − β̄_t ε̄_t) / ᾱ_t."""
     return (x_t - s.beta_bar[t] * eps_bar) / s.alpha_bar[t]
 
 
-def predict_eps_bar(s: Schedule, x_t, t, x_0):
+def predict_eps_bar(s: Schedule, x_t: ArrayLike, t: ArrayLike, x_0: ArrayLike) -> jax.Array:
     """(6) solved for ε̄_t: (x_t − ᾱ_t x_0) / β̄_t."""
     return (x_t - s.alpha_bar[t] * x_0) / s.beta_bar[t]
 
 
-def velocity(s: Schedule, x_0, t, eps_bar):
-    """v = ᾱ_t ε̄_t − β̄_t x_0, Salimans & Ho (2022), appendix D: what a network may predict instead of ε̄."""
+def velocity(s: Schedule, x_0: ArrayLike, t: ArrayLike, eps_bar: ArrayLike) -> jax.Array:
+    """v = ᾱ_t ε̄_t − β̄_t x_0, Salimans & Ho (2022), appendix D. A network may predict v in place of ε̄."""
     return s.alpha_bar[t] * eps_bar - s.beta_bar[t] * x_0
 
 
-def predict_eps_bar_from_velocity(s: Schedule, x_t, t, v):
-    """ε̄_t = ᾱ_t v + β̄_t x_t, which inverts `velocity` with (6)."""
+def predict_eps_bar_from_velocity(s: Schedule, x_t: ArrayLike, t: ArrayLike, v: ArrayLike) -> jax.Array:
+    """ε̄_t = ᾱ_t v + β̄_t x_t, from `velocity` and (6)."""
     return s.alpha_bar[t] * v + s.beta_bar[t] * x_t
 
 
-def variance_between(s: Schedule, t, u):
-    """1 − (ᾱ_t/ᾱ_u)², the variance that the steps u+1..t add; β_t² for u = t − 1. 0 <= u < t.
+def variance_between(s: Schedule, t: ArrayLike, u: ArrayLike) -> jax.Array:
+    """1 − (ᾱ_t/ᾱ_u)², the variance that the steps u+1..t add, for 0 <= u < t. It is β_t² for u = t − 1.
 
-    From the differences of ᾱ where it changes most, of β̄ where that does: in float32 the
-    plain form is wrong by 6e-4 of itself where β² is 1e-4.
+    The formula as written loses digits: its relative error in float32 is 6e-4 where β² is 1e-4.
+    The code takes the difference of ᾱ² or of β̄², whichever changes faster at t.
     """
     from_alpha = (s.alpha_bar[u] - s.alpha_bar[t]) * (s.alpha_bar[u] + s.alpha_bar[t])
     from_beta = (s.beta_bar[t] - s.beta_bar[u]) * (s.beta_bar[t] + s.beta_bar[u])
     return jnp.where(s.beta_bar[t] < s.alpha_bar[t], from_beta, from_alpha) / s.alpha_bar[u] ** 2
 
 
-def posterior_mean(s: Schedule, x_0, x_t, t):
-    """The mean of q(x_{t−1} | x_t, x_0), Ho et al. (2020), (7).
+def posterior_mean(s: Schedule, x_0: ArrayLike, x_t: ArrayLike, t: ArrayLike) -> jax.Array:
+    """(ᾱ_{t−1} β_t² x_0 + α_t β̄_{t−1}² x_t) / β̄_t², the mean of q(x_{t−1} | x_t, x_0): Ho et al. (2020), (7).
 
-    (ᾱ_{t−1} β_t² x_0 + α_t β̄_{t−1}² x_t) / β̄_t²: where `reverse_step` leads when the
-    network's prediction of x_0 is this x_0.
+    It equals the mean of `reverse_step` if x_0 is the network's prediction of x_0.
     """
     x_0_part = s.alpha_bar[t - 1] * s.beta[t] ** 2 * x_0
     x_t_part = s.alpha[t] * s.beta_bar[t - 1] ** 2 * x_t

@@ -1,65 +1,88 @@
-"""From noise to data: the reverse chain as one `lax.scan`, and `sample_fn` around it."""
+"""From noise to data: chains of steps as one `lax.scan` each, the grids of steps, and samplers around the chains."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import io_callback
+from jax.typing import ArrayLike
 
 from diffusion_jax import process
+from diffusion_jax.process import Network
 from diffusion_jax.schedule import Schedule
 
-LATENT = 0  # what fold_in(key, LATENT) draws is x_T; step t of the chain, 1..T, draws from fold_in(key, t)
+LATENT = 0  # fold_in(key, LATENT) is the key of x_T; fold_in(key, t) is the key of step t in 1..T
 
 
-def normal(keys, t, shape):
-    """Standard normal noise of step t, example i from fold_in(keys[i], t): [B, *shape] float32."""
+def image_keys(rng: jax.Array, indices: ArrayLike) -> jax.Array:
+    """Returns one key for each image: fold_in(rng, i) for i in `indices`. int [n] -> keys [n]."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(rng, indices)
+
+
+def normal(keys: jax.Array, t: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
+    """Returns the standard normal noise of step t: float32 [B, *shape], example i from fold_in(keys[i], t)."""
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, t), shape))(keys)
 
 
 class Window(NamedTuple):
-    """A look into a chain while it runs, from inside its one program; the samples stay the same, bit for bit.
+    """An observer of a chain, called from inside the chain's program. The samples stay the same, bit for bit.
 
-    After every `every` steps the host is called: report(t, look(x_t, x_0)), t the step that is
-    reached and x_0 the prediction that led there; report(t) if look is None. If it returns
-    something true, the chain stops and what it has reached is its result.
+    After every `every` steps the host runs report(t, look(x_t, x_0)), or report(t) if `look` is None. t is the
+    step that the chain has reached and x_0 the prediction that led to x_t. The chain ignores the return value and
+    does not wait for the host: call `jax.effects_barrier()` before you read what `report` has collected.
+
+    A window cannot stop a chain. To stop early, cut the chain and decide between the parts: chains
+    compose, by `start` and `stop` of `reverse_chain` or by a grid cut in two (`ddim_chain`).
+
+    Attributes:
+      report: (t) or (t, looked), a function of the host.
+      every: number of steps from one report to the next, at least 1.
+      look: (x_t [B, ...], x_0 [B, ...]) -> a pytree of arrays. It runs on the device.
     """
 
-    report: Callable
+    report: Callable[..., Any]
     every: int = 1
-    look: Callable | None = None
+    look: Callable[[jax.Array, jax.Array], Any] | None = None
 
 
-def reverse_chain(eps_bar_fn, s: Schedule, sigma, x, keys, start=None, stop=0, clip=None, window=None):
+def reverse_chain(
+    eps_bar_fn: Network,
+    s: Schedule,
+    sigma: ArrayLike,
+    x: ArrayLike,
+    keys: jax.Array,
+    start: int | None = None,
+    stop: int = 0,
+    clip: tuple[float, float] | None = None,
+    window: Window | None = None,
+) -> jax.Array:
     """(17) for t = start, ..., stop + 1 in one `lax.scan`: from x_start to x_stop.
 
-    With sigma = 0 it is the greedy chain (16). No noise is added at t = 1 (Ho et al.,
+    With sigma = 0 this is the greedy chain (16). No noise is added at t = 1 (Ho et al.,
     algorithm 2; Su's code adds σ_1 z there, half a grey level).
 
     Args:
       eps_bar_fn: (x [B, ...], t [B]) -> ε̄ [B, ...], the network.
       sigma: [T + 1] standard deviation of the noise of each step.
       x: [B, ...] x_start.
-      keys: [B] PRNG keys; the noise of example i at step t is drawn from
-        fold_in(keys[i], t) and from nothing else, so chains compose: T -> k -> 0 is T -> 0.
-      start, stop: Python ints, T >= start >= stop >= 0; start defaults to T.
-      clip: (lo, hi) bounds the prediction of x_0 inside the chain, as Ho et al. do and
-        Su does not; None leaves it free.
-      window: a `Window`, or None.
+      keys: [B] PRNG keys. The noise of example i at step t is drawn from fold_in(keys[i], t)
+        alone, so chains compose: T -> k -> 0 equals T -> 0, bit for bit.
+      start, stop: Python ints, T >= start >= stop >= 0; start=None is T.
+      clip: (lo, hi) bounds the predicted x_0 inside the chain, as Ho et al. do; None, as Su does, does not.
+      window: observes the chain, see `Window`.
 
     Returns:
-      [B, ...] x_stop; with a window, (x_t, t), where t > stop if it has stopped the chain:
-      start=t goes on, bit for bit.
+      [B, ...] x_stop.
 
     Raises:
-      ValueError: start or stop out of range.
+      ValueError: start or stop is out of range.
     """
     start = s.num_steps if start is None else start
     if not s.num_steps >= start >= stop >= 0:
-        raise ValueError(f"need T >= start >= stop >= 0, not T={s.num_steps}, start={start}, stop={stop}")
+        raise ValueError(f"start={start} and stop={stop} must satisfy T >= start >= stop >= 0 with T={s.num_steps}")
 
     s, sigma = jax.tree.map(jnp.asarray, (s, sigma))
 
@@ -68,11 +91,24 @@ def reverse_chain(eps_bar_fn, s: Schedule, sigma, x, keys, start=None, stop=0, c
         return x, (x, x_0)
 
     ts = jnp.arange(start, stop, -1)
-    return _scan(step, x, ts, ts - 1, start, window)
+    return _scan(step, x, ts, ts - 1, window)
 
 
-def ancestral_step(eps_bar_fn, s: Schedule, sigma, x, keys, t, clip=None):
-    """(17): x_{t−1} from x_t, and the prediction of x_0 on the way. Arguments of `reverse_chain`; t int []."""
+def ancestral_step(
+    eps_bar_fn: Network,
+    s: Schedule,
+    sigma: jax.Array,
+    x: jax.Array,
+    keys: jax.Array,
+    t: ArrayLike,
+    clip: tuple[float, float] | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """(17), one step of `reverse_chain`: from x = x_t [B, ...] to (x_{t−1}, the prediction of x_0).
+
+    Args:
+      t: int [] in 1..T.
+      eps_bar_fn, sigma, keys, clip: see `reverse_chain`.
+    """
     x_0, eps_bar = _predict(eps_bar_fn, s, x, t, clip)
     noise = jnp.where(t > 1, sigma[t], 0.0) * normal(keys, t, x.shape[1:])
     if clip is None:
@@ -80,30 +116,39 @@ def ancestral_step(eps_bar_fn, s: Schedule, sigma, x, keys, t, clip=None):
     return process.posterior_mean(s, x_0, x, t) + noise, x_0
 
 
-def ddim_chain(eps_bar_fn, s: Schedule, ts, x, keys, eta=0.0, clip=None, window=None):
-    """Song et al. (2021), (12), along the steps of a grid, in one `lax.scan`: from x_{ts[0]} to x_{ts[-1]}.
+def ddim_chain(
+    eps_bar_fn: Network,
+    s: Schedule,
+    ts: ArrayLike | Sequence[int],
+    x: ArrayLike,
+    keys: jax.Array,
+    eta: ArrayLike = 0.0,
+    clip: tuple[float, float] | None = None,
+    window: Window | None = None,
+) -> jax.Array:
+    """Song et al. (2021), (12), along a grid of steps in one `lax.scan`: from x_{ts[0]} to x_{ts[-1]}.
 
-    eta = 0 is deterministic; eta = 1 over all steps is the chain with the posterior sigma.
-    Chains compose: a grid cut in two, at an entry that both parts hold, leads to the same.
+    eta = 0 is deterministic. eta = 1 over all steps is the chain with the posterior sigma.
+    Chains compose: two parts of a grid, cut at an entry that both parts contain, lead to the same x, bit for bit.
 
     Args:
-      eps_bar_fn: (x [B, ...], t [B]) -> ε̄ [B, ...].
-      ts: int [n + 1], descending, from at most T to at least 0: see `grid_uniform`.
+      eps_bar_fn: (x [B, ...], t [B]) -> ε̄ [B, ...], the network.
+      ts: int [n + 1], falling from at most T to at least 0, see `grid_uniform`. Its values may be traced
+        and are then not checked.
       x: [B, ...] x_{ts[0]}.
-      keys: [B]; the noise of example i at step t is drawn from fold_in(keys[i], t) alone.
-      eta: scale of the noise, any number >= 0; where it asks for more than the whole variance
-        it gets that.
-      clip: (lo, hi) bounds the prediction of x_0, from which ε̄ is then derived again
-        (improved-diffusion does so, diffusers does not).
-      window: as of `reverse_chain`; the rest of the grid goes on.
+      keys: [B] PRNG keys. The noise of example i at step t is drawn from fold_in(keys[i], t) alone.
+      eta: scale of the noise, >= 0. The noise is capped at the whole variance of the step.
+      clip: (lo, hi) bounds the predicted x_0. ε̄ is then derived from the bounded x_0
+        (improved-diffusion does the same, diffusers does not).
+      window: observes the chain, see `Window`.
 
     Returns:
-      [B, ...] x_{ts[-1]}; with a window, (x_t, t).
+      [B, ...] x_{ts[-1]}.
 
     Raises:
-      ValueError: ts is no such grid.
+      ValueError: ts is not a falling grid.
     """
-    ts = _check_grid(s, ts)
+    ts = _checked_grid(s, ts)
     s = jax.tree.map(jnp.asarray, s)
 
     def step(x, t_u):
@@ -116,25 +161,34 @@ def ddim_chain(eps_bar_fn, s: Schedule, ts, x, keys, eta=0.0, clip=None, window=
         x = s.alpha_bar[u] * x_0 + direction * eps_bar + deviation * normal(keys, t, x.shape[1:])
         return x, (x, x_0)
 
-    return _scan(step, x, ts[:-1], ts[1:], ts[0], window)
+    return _scan(step, x, ts[:-1], ts[1:], window)
 
 
-def dpmpp_2m_chain(eps_bar_fn, s: Schedule, ts, x, clip=None, window=None):
+def dpmpp_2m_chain(
+    eps_bar_fn: Network,
+    s: Schedule,
+    ts: ArrayLike | Sequence[int],
+    x: ArrayLike,
+    clip: tuple[float, float] | None = None,
+    window: Window | None = None,
+) -> jax.Array:
     """DPM-Solver++(2M), Lu et al. (2022), algorithm 2, in one `lax.scan`: from x_{ts[0]} to x_{ts[-1]}.
 
-    Deterministic, of second order in λ = log(ᾱ/β̄). The first step is of first order, and so is
-    a last step to t = 0, where λ is infinite: it returns the prediction of x_0. That covers the lower order
-    at the end which others switch on for fewer than 15 steps: here it is so for any number.
+    The chain is deterministic and of second order in λ = log(ᾱ/β̄). The first step is of first order. A
+    last step to t = 0, where λ is infinite, is of first order for any number of steps (other code
+    does so below 15 steps) and returns the prediction of x_0.
 
     Args:
-      eps_bar_fn, x, clip, window: as of `ddim_chain`; a chain that is cut has one more step of
-        first order.
-      ts: int [n + 1], descending; best `grid_log_snr`.
+      ts: int [n + 1], as in `ddim_chain`; `grid_log_snr` suits this chain best.
+      eps_bar_fn, x, clip, window: see `ddim_chain`. A chain cut in two takes one more step of first order.
+
+    Returns:
+      [B, ...] x_{ts[-1]}.
 
     Raises:
-      ValueError: ts is no such grid.
+      ValueError: ts is not a falling grid.
     """
-    ts = _check_grid(s, ts)
+    ts = _checked_grid(s, ts)
     s = jax.tree.map(jnp.asarray, s)
     log_snr = jnp.log(s.alpha_bar) - jnp.log(jnp.maximum(s.beta_bar, jnp.finfo(jnp.float32).tiny))
 
@@ -149,41 +203,37 @@ def dpmpp_2m_chain(eps_bar_fn, s: Schedule, ts, x, clip=None, window=None):
         x = share * x + (s.alpha_bar[u] - s.alpha_bar[t] * share) * blend
         return (x, x_0, h), (x, x_0)
 
-    result = _scan(step, (x, jnp.zeros_like(x), jnp.zeros(())), ts[:-1], ts[1:], ts[0], window)
-    return result[0] if window is None else (result[0][0], result[1])
+    x, _, _ = _scan(step, (x, jnp.zeros_like(x), jnp.zeros(())), ts[:-1], ts[1:], window)
+    return x
 
 
-def _scan(step, carry, ts, us, start, window):
-    """`step` along the pairs (t, u) of steps: the last carry, with a window also the step that is reached."""
-    if window is None:
-        return lax.scan(lambda carry, t_u: (step(carry, t_u)[0], None), carry, (ts, us))[0]
+def _scan(step, carry, ts, us, window):
+    """Scans `step`: (carry, (t, u)) -> (carry, (x_u, x_0)) over the steps from t to u. Returns the last carry."""
 
-    def call(u, x, x_0):
-        looked = () if window.look is None else (window.look(x, x_0),)
-        flag = jax.ShapeDtypeStruct((), jnp.bool_)
-        return io_callback(lambda *args: np.bool_(bool(window.report(*args))), flag, u, *looked)
+    def observed(carry, t_u_i):
+        t, u, i = t_u_i
+        carry, states = step(carry, (t, u))
+        if window is not None:
+            # Only the call is conditional: XLA would round a step inside a `lax.cond` differently.
+            lax.cond(i % window.every == 0, lambda: _report(window, u, states), lambda: None)
+        return carry, None
 
-    # Not a scan whose steps are skipped after a stop: a step within a `lax.cond` is rounded otherwise.
-    def go(state):
-        i, carry, _, _ = state
-        carry, (x, x_0) = step(carry, (ts[i], us[i]))
-        due = (i + 1) % window.every == 0
-        stopped = lax.cond(due, lambda: call(us[i], x, x_0), lambda: jnp.zeros((), jnp.bool_))
-        return i + 1, carry, us[i], stopped
+    return lax.scan(observed, carry, (ts, us, jnp.arange(1, len(ts) + 1)))[0]
 
-    def goes_on(state):
-        i, _, _, stopped = state
-        return (i < len(ts)) & ~stopped
 
-    first = (jnp.zeros((), jnp.int32), carry, jnp.asarray(start, us.dtype), jnp.zeros((), jnp.bool_))
-    _, carry, reached, _ = lax.while_loop(goes_on, go, first)
-    return carry, reached
+def _report(window, t, states):
+    """Calls `window.report` on the host and drops what it returns."""
+
+    def call(*args):
+        window.report(*args)
+
+    io_callback(call, None, t, *() if window.look is None else (window.look(*states),))
 
 
 def _predict(eps_bar_fn, s, x, t, clip):
-    """(x_0, ε̄) that the network predicts at the scalar step t; ε̄ is that of the clipped x_0."""
-    # XLA rounds differently where it can see that the schedule is constant. Behind the barrier it
-    # cannot, so that an exported chain, in which it never is, gives the same bits.
+    """Returns (x_0, ε̄) as the network predicts them at the scalar step t; ε̄ follows from the clipped x_0."""
+    # XLA rounds a constant schedule differently from one that is an argument. The barrier hides the
+    # constant, so an exported chain, whose schedule is an argument, gives the same bits.
     s = lax.optimization_barrier(s)
     eps_bar = eps_bar_fn(x, jnp.full(x.shape[:1], t))
     x_0 = process.predict_x_0(s, x, t, eps_bar)
@@ -194,97 +244,120 @@ def _predict(eps_bar_fn, s, x, t, clip):
 
 
 def grid_uniform(s: Schedule, n: int) -> np.ndarray:
-    """n steps of about equal length: int [n + 1] from T to 0. ValueError unless 1 <= n <= T."""
-    return _grid(s, n, np.linspace(s.num_steps, 0, _at_least_1(n) + 1))
+    """Returns n steps of nearly equal length: int [n + 1] from T to 0.
+
+    Raises:
+      ValueError: n is outside 1..T.
+    """
+    _check_num_steps(s, n)
+    return _distinct(s, np.linspace(s.num_steps, 0, n + 1))
 
 
 def grid_quadratic(s: Schedule, n: int) -> np.ndarray:
-    """n steps that shorten towards 0, ts = T (1 − i/n)², Song et al. (2021), appendix D. int [n + 1]."""
-    return _grid(s, n, s.num_steps * np.linspace(1, 0, _at_least_1(n) + 1) ** 2)
+    """ts = T (1 − i/n)², i = 0..n, Song et al. (2021), appendix D: n steps that shorten towards 0, int [n + 1].
+
+    Raises:
+      ValueError: n is outside 1..T.
+    """
+    _check_num_steps(s, n)
+    return _distinct(s, s.num_steps * np.linspace(1, 0, n + 1) ** 2)
 
 
 def grid_log_snr(s: Schedule, n: int) -> np.ndarray:
-    """n steps, all but the last about equal in λ = log(ᾱ/β̄): int [n + 1] from T by way of 1 to 0."""
+    """Returns n − 1 steps from T to 1, nearly equal in λ = log(ᾱ/β̄), and the step from 1 to 0: int [n + 1].
+
+    Raises:
+      ValueError: n is outside 1..T.
+    """
+    _check_num_steps(s, n)
     alpha_bar, beta_bar = (np.asarray(x, np.float64)[1:] for x in (s.alpha_bar, s.beta_bar))
     log_snr = np.log(alpha_bar / beta_bar)  # falls with t
-    wanted = np.linspace(log_snr[-1], log_snr[0], _at_least_1(n))
-    ts = np.interp(-wanted, -log_snr, np.arange(1, s.num_steps + 1))
-    return _grid(s, n, np.append(ts, 0))
+    targets = np.linspace(log_snr[-1], log_snr[0], n)
+    ts = np.interp(-targets, -log_snr, np.arange(1, s.num_steps + 1))
+    return _distinct(s, np.append(ts, 0))
 
 
-def _at_least_1(n):
-    if n < 1:
-        raise ValueError(f"a grid needs at least 1 step, not {n}")
-    return n
+def _check_num_steps(s, n):
+    if not 1 <= n <= s.num_steps:
+        raise ValueError(f"a grid of n={n} steps needs 1 <= n <= T={s.num_steps}")
 
 
-def _grid(s, n, ts):
-    """Rounds to whole steps that differ, T and 0 at the ends."""
-    if n > s.num_steps:
-        raise ValueError(f"a grid of {n} steps needs T >= {n}, not T={s.num_steps}")
-    ts = np.rint(ts).astype(np.int32)
+def _distinct(s, ts):
+    """Returns ts [n + 1] rounded to distinct steps that fall from T to 0."""
+    n, ts = len(ts) - 1, np.rint(ts).astype(np.int32)
     for i in range(n - 1, -1, -1):
         ts[i] = max(ts[i], ts[i + 1] + 1)
     return np.minimum(ts, s.num_steps - np.arange(n + 1))
 
 
-def _check_grid(s, ts):
-    ts = np.asarray(ts)
-    if ts.ndim != 1 or len(ts) < 2 or (np.diff(ts) >= 0).any() or ts[0] > s.num_steps or ts[-1] < 0:
-        raise ValueError(f"ts must fall from at most T={s.num_steps} to at least 0, not {ts}")
+def _checked_grid(s, ts):
+    """Returns ts as int32 [n + 1]. Raises ValueError if its shape, or its values where they are known, are no grid."""
+    traced = isinstance(ts, jax.core.Tracer)
+    ts = ts if traced else np.asarray(ts)
+    if ts.ndim != 1 or len(ts) < 2:
+        raise ValueError(f"ts has shape {ts.shape}: it must be a vector of at least 2 steps")
+    if not traced and ((np.diff(ts) >= 0).any() or ts[0] > s.num_steps or ts[-1] < 0):
+        values = np.array2string(ts, threshold=10, max_line_width=200)
+        raise ValueError(f"ts={values} must fall from at most T={s.num_steps} to at least 0")
     return jnp.asarray(ts, jnp.int32)
 
 
-def image_keys(rng, indices):
-    return jax.vmap(jax.random.fold_in, (None, 0))(rng, indices)
-
-
 def make_indexed_sample_fn(
-    apply_fn: Callable, s: Schedule, sigma, image_shape, clip=None, chain: Callable | None = None, window=None
-) -> Callable:
-    """sample(params, rng, indices [n], s=s, sigma=sigma) -> float32 [n, H, W, C]: images `indices` on one device.
+    apply_fn: Callable[..., jax.Array],
+    s: Schedule,
+    sigma: ArrayLike,
+    image_shape: Sequence[int],
+    clip: tuple[float, float] | None = None,
+    chain: Callable[..., jax.Array] | None = None,
+    window: Window | None = None,
+) -> Callable[..., jax.Array]:
+    """Returns the sampler of one device, which generates the images that `indices` number.
 
-    Image i depends on (params, rng, i) alone. Arguments as of `make_sample_fn`.
+    It is sample(params, rng, indices [n], s=s, sigma=sigma) -> float32 [n, H, W, C], for any n. Image i
+    depends on (params, rng, i) alone.
+
+    Args:
+      image_shape: (H, W, C).
+      apply_fn, s, sigma, clip, chain, window: see `make_sample_fn`.
     """
     chain = chain or reverse_chain
 
     def sample(params, rng, indices, s=s, sigma=sigma):
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, indices)
+        keys = image_keys(rng, indices)
         x = normal(keys, LATENT, tuple(image_shape))
-        x = chain(lambda x, t: apply_fn({"params": params}, x, t), s, sigma, x, keys, clip=clip, window=window)
-        return x if window is None else x[0]
+        return chain(lambda x, t: apply_fn({"params": params}, x, t), s, sigma, x, keys, clip=clip, window=window)
 
     return sample
 
 
 def make_sample_fn(
-    apply_fn: Callable,
+    apply_fn: Callable[..., jax.Array],
     s: Schedule,
-    sigma,
-    shape,
-    clip=None,
-    chain: Callable | None = None,
+    sigma: ArrayLike,
+    shape: Sequence[int],
+    clip: tuple[float, float] | None = None,
+    chain: Callable[..., jax.Array] | None = None,
     window: Window | None = None,
-) -> Callable:
-    """The sampler: sample_fn(params, rng, first=0) -> float32 [N, H, W, C].
+) -> Callable[..., jax.Array]:
+    """Returns the sampler of this process: sample_fn(params, rng, first=0) -> float32 [N, H, W, C].
 
-    All T steps are one XLA program, pmapped over this process's devices. Image i
-    depends on (params, rng, i) alone, not on N, nor on the number of devices;
-    `first` shifts i, so that many images can be made in several calls.
+    All T steps are one XLA program, pmapped over the local devices. Image i depends on
+    (params, rng, i) alone, not on N or the number of devices. A call returns the images first .. first + N − 1,
+    so several calls can share a large number of images.
 
     Args:
       apply_fn: ({"params": params}, x [B, H, W, C], t [B] in 1..T) -> ε̄, a Flax module's `apply`.
       sigma: [T + 1], see `reverse_chain`.
       shape: (N, H, W, C).
       clip: see `reverse_chain`.
-      chain: (eps_bar_fn, s, sigma, x_T, keys, clip=clip, window=window) -> as `reverse_chain`; default `reverse_chain`.
-      window: handed to the chain; it reports once for each device, and is not to stop the chain.
+      chain: (eps_bar_fn, s, sigma, x_T, keys, clip=clip, window=window) -> x_0; None is `reverse_chain`.
+      window: observes the chain of each device, see `Window`.
     """
     num, *image_shape = shape
     devices = jax.local_devices()[:num]
     per_device = -(-num // len(devices))
     sample = make_indexed_sample_fn(apply_fn, s, sigma, image_shape, clip, chain, window)
-    # The schedule is an argument, not a constant: the program is then the same for every T.
+    # The schedule is an argument, not a constant, so the program is the same for every T.
     pmapped = jax.pmap(sample, in_axes=(None, None, 0, None, None), devices=devices)
 
     def sample_fn(params, rng, first=0):

@@ -1,54 +1,65 @@
 """The UNet of Ho et al. (2020), appendix B, weight for weight.
 
-Layouts are NHWC. Modules are named after the variable scopes of Ho's code, with "_" for "/".
+Layouts are NHWC. Modules have the names of the variable scopes in Ho's code, with "_" for "/".
 """
 
 import functools
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
+from jax.typing import DTypeLike
+
+_EPSILON = 1e-6  # ε of GroupNorm in Ho's weights; 1e-5 is visible at low contrast
+
+# Ho's "init_scale=0": residual branches start close to zero and still receive gradients.
+_NEARLY_ZERO = 1e-10
 
 
 def _init(scale=1.0):
     return nn.initializers.variance_scaling(scale, "fan_avg", "uniform")
 
 
-_EPSILON = 1e-6  # of GroupNorm, as in Ho's weights: 1e-5 shows in low contrast
-
-# Ho's "init_scale=0": a residual branch that starts as nearly nothing, but not dead.
-_NEARLY_ZERO = 1e-10
-
-
-def conv(features, dtype, kernel_size=3, strides=1, init_scale=1.0, name=None):
-    """A 3×3 convolution, padding "SAME" (which pads a strided one at the bottom and right)."""
+def conv(
+    features: int,
+    dtype: DTypeLike,
+    kernel_size: int = 3,
+    strides: int = 1,
+    init_scale: float = 1.0,
+    name: str | None = None,
+) -> nn.Conv:
+    """Returns a convolution, 3×3 by default, with padding "SAME": strided ones pad at the bottom and right."""
     return nn.Conv(features, (kernel_size, kernel_size), strides, dtype=dtype, kernel_init=_init(init_scale), name=name)
 
 
-def dense(features, dtype, init_scale=1.0, name=None):
-    """A dense layer; on NHWC images a 1×1 convolution (Ho's `nin`)."""
+def dense(features: int, dtype: DTypeLike, init_scale: float = 1.0, name: str | None = None) -> nn.Dense:
+    """Returns a dense layer. On NHWC images it is a 1×1 convolution, Ho's `nin`."""
     return nn.Dense(features, dtype=dtype, kernel_init=_init(init_scale), name=name)
 
 
 class GroupNorm(nn.Module):
     """GroupNorm (Wu & He 2018) with float32 statistics, ε = 1e-6.
 
-    With fewer channels than groups, or a number that they do not divide: as many groups as divide both.
-    Mean and variance come from one pass over x, and of x less a value near the mean: as exact as two
-    passes, where E[x²] − E[x]² errs by 3e-2 at a mean of 100. Sums go over the pixels first, so that x
-    keeps its channels side by side.
+    The number of groups is the greatest common divisor of `num_groups` and the channels of x.
+    One pass over x computes mean and variance of x − c, with c a value near the mean. This is as accurate as
+    two passes, while E[x²] − E[x]² is off by 3e-2 at a mean of 100. Sums run over the pixels first, which
+    preserves the layout of x.
+
+    Attributes:
+      num_groups: largest number of groups.
+      dtype: of the output.
     """
 
     num_groups: int
-    dtype: Any
+    dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises x [B, H, W, C]."""
         channels = x.shape[-1]
         groups = math.gcd(self.num_groups, channels)
 
@@ -56,28 +67,28 @@ class GroupNorm(nn.Module):
             means = per_channel.reshape(-1, groups, channels // groups).mean(axis=-1)
             return jnp.repeat(means, channels // groups, axis=-1)
 
-        # The pixel is taken before the cast: of the cast x XLA would make an array, to take it from.
-        centre = lax.stop_gradient(x[:, x.shape[1] // 2, x.shape[2] // 2])
-        near = group_mean(centre.astype(jnp.float32))[:, None, None]
-        moved = x.astype(jnp.float32) - near
-        mean = group_mean(moved.mean(axis=(1, 2)))
-        variance = group_mean((moved**2).mean(axis=(1, 2))) - mean**2
+        # The slice precedes the cast: XLA would write all of the cast x to memory in order to slice it.
+        pixel = lax.stop_gradient(x[:, x.shape[1] // 2, x.shape[2] // 2])
+        shift = group_mean(pixel.astype(jnp.float32))[:, None, None]
+        shifted = x.astype(jnp.float32) - shift
+        mean = group_mean(shifted.mean(axis=(1, 2)))
+        variance = group_mean((shifted**2).mean(axis=(1, 2))) - mean**2
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
         factor = lax.rsqrt(variance + _EPSILON) * scale[None]
-        return ((moved - mean[:, None, None]) * factor[:, None, None] + bias[None, None, None]).astype(self.dtype)
+        return ((shifted - mean[:, None, None]) * factor[:, None, None] + bias[None, None, None]).astype(self.dtype)
 
 
-def time_embedding(t, features):
-    """Ho's sinusoidal embedding of t in 0..T−1: [B] -> float32 [B, features], [sin | cos]."""
+def time_embedding(t: jax.Array, features: int) -> jax.Array:
+    """Returns Ho's sinusoidal embedding [sin | cos] of t in 0..T−1: [B] -> float32 [B, features]."""
     half = features // 2
     frequencies = jnp.exp(-math.log(1e4) * jnp.arange(half) / (half - 1))
     angles = jnp.outer(t.astype(jnp.float32), frequencies)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
-def drop(h, rate, keys):
-    """Dropout; the mask of example i is drawn from keys[i] alone, whatever batch or device it is in."""
+def drop(h: jax.Array, rate: float, keys: jax.Array) -> jax.Array:
+    """Applies dropout to h [B, ...]. The mask of example i depends on keys[i] alone, not on its batch or device."""
 
     def keep(key):
         return jax.random.bernoulli(key, 1 - rate, h.shape[1:])
@@ -86,15 +97,23 @@ def drop(h, rate, keys):
 
 
 class ResnetBlock(nn.Module):
-    """norm, SiLU, conv; + time; norm, SiLU, dropout (with keys [B], if given), conv; + input."""
+    """The residual block: norm, SiLU, conv, + time embedding, norm, SiLU, dropout, conv, + input.
+
+    Attributes:
+      features: channels of the output.
+      dropout: dropout rate.
+      num_groups: see `GroupNorm`.
+      dtype: of the computation.
+    """
 
     features: int
     dropout: float
     num_groups: int
-    dtype: Any
+    dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x, temb, dropout_keys=None):
+    def __call__(self, x: jax.Array, temb: jax.Array, dropout_keys: jax.Array | None = None) -> jax.Array:
+        """Applies the block to x [B, H, W, C] and temb [B, E]; keys [B] switch dropout on. -> [B, H, W, features]"""
         norm = functools.partial(GroupNorm, self.num_groups, self.dtype)
         h = nn.silu(norm(name="norm1")(x))
         h = conv(self.features, self.dtype, name="conv1")(h)
@@ -109,14 +128,21 @@ class ResnetBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """norm, self-attention over all positions with one head, + input."""
+    """The attention block: norm, self-attention over all positions with one head, + input.
+
+    Attributes:
+      num_groups: see `GroupNorm`.
+      dtype: of the computation.
+      attention: see `UNet`.
+    """
 
     num_groups: int
-    dtype: Any
-    attention: Callable = jax.nn.dot_product_attention
+    dtype: DTypeLike
+    attention: Callable[..., jax.Array] = jax.nn.dot_product_attention
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Applies the block: [B, H, W, C] -> [B, H, W, C]."""
         batch, height, width, channels = x.shape
         h = GroupNorm(self.num_groups, self.dtype, name="norm")(x)
         h = h.reshape(batch, height * width, 1, channels)
@@ -128,25 +154,21 @@ class AttentionBlock(nn.Module):
 class UNet(nn.Module):
     """The noise predictor: (x [B, H, W, C], t [B] in 1..T) -> ε̄ float32 [B, H, W, C].
 
-    The defaults are Ho's network for CIFAR-10, 35,746,307 parameters at C = 3;
-    multipliers (1, 1, 2, 2, 4, 4) are the one for 256×256, 113,673,219.
+    The defaults are Ho's network for CIFAR-10, with 35,746,307 parameters at C = 3. Multipliers
+    (1, 1, 2, 2, 4, 4) give the network for 256×256, with 113,673,219 parameters.
 
     Attributes:
       channels: channels at full resolution.
-      multipliers: one a level: the level's channels are `channels` times it. Each level
-        halves the resolution of the one before.
-      num_res_blocks: residual blocks per level on the way down; one more on the way up.
+      multipliers: one per level. Level i has multipliers[i] · channels channels and half the
+        resolution of level i − 1.
+      num_res_blocks: residual blocks per level on the way down; the way up has one more per level.
       attention_resolutions: heights of the levels with self-attention after every block.
-      dropout: rate inside the residual blocks when train=True: from dropout_keys [B], a key
-        per example, or else from rngs={"dropout": key}.
-      num_groups: groups of GroupNorm, see `GroupNorm`.
-      dtype: of the computation, float32 or bfloat16; parameters, the statistics of
-        normalisation, softmax and the output are float32.
+      dropout: dropout rate inside the residual blocks when train=True.
+      num_groups: see `GroupNorm`.
+      dtype: of the computation, float32 or bfloat16. Parameters, the statistics of
+        normalisation, the softmax and the output are float32.
       attention: (q, k, v [B, positions, 1, C]) -> [B, positions, 1, C], softmax of q·k / √C in float32.
-      remat: compute the activations inside the blocks again for the gradient, rather than keep them.
-
-    Raises (when called):
-      ValueError: H or W is not a multiple of 2^(levels − 1).
+      remat: True recomputes the activations inside the blocks for the gradient instead of storing them.
     """
 
     channels: int = 128
@@ -155,12 +177,28 @@ class UNet(nn.Module):
     attention_resolutions: tuple[int, ...] = (16,)
     dropout: float = 0.0
     num_groups: int = 32
-    dtype: Any = jnp.float32
-    attention: Callable = jax.nn.dot_product_attention
+    dtype: DTypeLike = jnp.float32
+    attention: Callable[..., jax.Array] = jax.nn.dot_product_attention
     remat: bool = False
 
     @nn.compact
-    def __call__(self, x, t, train=False, dropout_keys=None):
+    def __call__(
+        self, x: jax.Array, t: jax.Array, train: bool = False, dropout_keys: jax.Array | None = None
+    ) -> jax.Array:
+        """Predicts ε̄.
+
+        Args:
+          x: [B, H, W, C].
+          t: int [B] in 1..T.
+          train: True switches dropout on.
+          dropout_keys: [B] PRNG keys, one per example; None takes them from rngs={"dropout": key}.
+
+        Returns:
+          float32 [B, H, W, C].
+
+        Raises:
+          ValueError: H or W is not a multiple of 2^(levels − 1).
+        """
         levels = len(self.multipliers)
         check_image_size(*x.shape[1:3], levels)
         image_channels = x.shape[-1]
@@ -172,7 +210,7 @@ class UNet(nn.Module):
         resnet_block, attention_block = maybe_remat(ResnetBlock), maybe_remat(AttentionBlock)
 
         def residual(h, features, name):
-            # Each block has a stream of its own.
+            # Each block folds in its own number, so no two blocks share a mask.
             keys = jax.vmap(jax.random.fold_in, (0, None))(dropout_keys, next(counter)) if with_dropout else None
             return resnet_block(features, self.dropout, self.num_groups, self.dtype, name=name)(h, temb, keys)
 
@@ -185,7 +223,7 @@ class UNet(nn.Module):
                 h = attend(h, name.replace("block", "attn"))
             return h
 
-        # Ho's weights know the steps as 0..T−1: here, and only here, 1 is subtracted.
+        # Ho's weights expect steps 0..T−1. This is the only place that subtracts 1.
         temb = time_embedding(t - 1, self.channels)
         temb = dense(4 * self.channels, self.dtype, name="temb_dense0")(temb)
         temb = dense(4 * self.channels, self.dtype, name="temb_dense1")(nn.silu(temb))
@@ -215,18 +253,18 @@ class UNet(nn.Module):
         return h.astype(jnp.float32)
 
 
-def check_image_size(height, width, levels):
-    """Raises ValueError unless `levels` − 1 halvings of the image come out even."""
+def check_image_size(height: int, width: int, levels: int) -> None:
+    """Raises ValueError unless height and width are multiples of 2^(levels − 1)."""
     multiple = 2 ** (levels - 1)
     if height % multiple or width % multiple:
         raise ValueError(
-            f"an image of {height}x{width} cannot be halved {levels - 1} times (the UNet has {levels} levels): "
+            f"an image of {height}x{width} cannot be halved {levels - 1} times by a UNet of {levels} levels: "
             f"height and width must be multiples of {multiple}"
         )
 
 
 def _double(x):
-    """Nearest-neighbour upsampling by 2."""
+    """Upsamples [B, H, W, C] by 2, nearest neighbour."""
     batch, height, width, channels = x.shape
     x = jnp.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
     return x.reshape(batch, 2 * height, 2 * width, channels)

@@ -168,4 +168,5 @@ def test_config_json_comes_back(tmp_path):
     configs.check_same_run(again, config, "w")
     configs.check(again)
     assert parts.model(again) == parts.model(config)
-    assert workdirs.read_config(tmp_path) is None
+    with pytest.raises(UserError, match="holds no run"):
+        workdirs.read_config(tmp_path)

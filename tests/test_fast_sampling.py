@@ -1,4 +1,6 @@
-"""DDIM, DPM-Solver++(2M) and their grids: identities on four rough steps, then Gaussian data in closed form."""
+"""DDIM, DPM-Solver++(2M), their grids, and windows: identities on four rough steps, Gaussian data in closed form."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +12,16 @@ from diffusion_jax import process, sampling, schedule, unet
 KEYS = jax.random.split(jax.random.key(0), 3)
 X = np.random.default_rng(1).standard_normal((3, 2, 2, 1)).astype(np.float32)
 GRIDS = (sampling.grid_uniform, sampling.grid_quadratic, sampling.grid_log_snr)
+S = schedule.ho_linear(20)
 
 
 def network(x, t):
-    """Any function, different at each t and for each pixel."""
+    """A stand-in for the network: different at each t and at each pixel."""
     return jnp.tanh(x) * t[:, None, None, None] / 4 - 0.1
 
 
 def optimal(s, mean, deviation):
-    """The best prediction of ε̄ for data N(mean, deviation²)."""
+    """Returns the optimal network for data N(mean, deviation²) and the variances v of x_t."""
     v = np.asarray(s.alpha_bar) ** 2 * deviation**2 + np.asarray(s.beta_bar) ** 2
 
     def eps_bar_fn(x, t):
@@ -66,8 +69,8 @@ def test_ddim_composes_bit_for_bit(rough, eta):
     np.testing.assert_array_equal(chain(chain(X, [4, 3, 2]), [2, 0]), whole)
 
 
-def test_ddim_with_more_noise_than_there_is_room_for(rough):
-    """eta beyond the whole variance: the direction is all noise, and nothing is NaN."""
+def test_ddim_caps_the_noise_at_the_whole_variance(rough):
+    """A large eta makes the direction all noise, and nothing is NaN."""
     x = sampling.ddim_chain(network, rough, [3, 2], X, KEYS, 100.0)
     x_0 = process.predict_x_0(rough, X, 3, network(X, np.full(3, 3)))
     z = sampling.normal(KEYS, 3, X.shape[1:])
@@ -75,7 +78,7 @@ def test_ddim_with_more_noise_than_there_is_room_for(rough):
 
 
 def test_ddim_gain_on_gaussian_data(rough):
-    """From t to u: (ᾱ_u ᾱ_t s² + β̄_u β̄_t)/v_t on x − ᾱ_t m, around ᾱ_u m."""
+    """A step from t to u multiplies x − ᾱ_t m by (ᾱ_u ᾱ_t s² + β̄_u β̄_t)/v_t and adds ᾱ_u m."""
     mean, deviation = 0.3, 0.5
     eps_bar_fn, v = optimal(rough, mean, deviation)
     a, b = rough.alpha_bar, rough.beta_bar
@@ -103,7 +106,7 @@ def test_dpmpp_2m_is_a_loop_over_its_formula(rough):
     np.testing.assert_allclose(sampling.dpmpp_2m_chain(network, rough, [4, 3, 2, 1, 0], X), x, rtol=1e-5, atol=1e-5)
 
 
-def test_dpmpp_2m_of_one_step_is_ddim_and_the_last_returns_x_0(rough):
+def test_one_dpmpp_2m_step_is_ddim_and_the_last_returns_x_0(rough):
     for ts in ([4, 2], [3, 0]):
         one = sampling.dpmpp_2m_chain(network, rough, ts, X, clip=(-0.5, 0.75))
         ddim = sampling.ddim_chain(network, rough, ts, X, KEYS, clip=(-0.5, 0.75))
@@ -112,7 +115,7 @@ def test_dpmpp_2m_of_one_step_is_ddim_and_the_last_returns_x_0(rough):
 
 
 def test_order_of_convergence():
-    """On Gaussian data the exact path is √(v_u/v_t) around the mean; error against the number of equal steps in λ."""
+    """Errors against the exact path √(v_u/v_t) of Gaussian data, for grids of n equal steps in λ, fall as n^−order."""
     log_snr = np.linspace(4, -4, 256 * 8)
     alpha_bar_squared = 1 / (1 + np.exp(-2 * log_snr))
     s = schedule.from_beta_squared(1 - alpha_bar_squared / np.concatenate([[1.0], alpha_bar_squared[:-1]]))
@@ -142,13 +145,12 @@ def test_grids_fall_from_t_to_0(grid):
             ts = grid(s, n)
             assert ts.shape == (n + 1,) and ts[0] == s.num_steps and ts[-1] == 0
             assert (np.diff(ts) < 0).all()
-        with pytest.raises(ValueError, match=f"a grid of {s.num_steps + 1} steps"):
-            grid(s, s.num_steps + 1)
-        with pytest.raises(ValueError, match="at least 1 step"):
-            grid(s, 0)
+        for n in (0, s.num_steps + 1):
+            with pytest.raises(ValueError, match=f"a grid of n={n} steps needs 1 <= n <= T={s.num_steps}"):
+                grid(s, n)
 
 
-def test_what_the_grids_space():
+def test_spacing_of_the_grids():
     s = schedule.ho_linear(1000)
     assert sampling.grid_uniform(s, 4).tolist() == [1000, 750, 500, 250, 0]
     assert sampling.grid_quadratic(s, 4).tolist() == [1000, 562, 250, 62, 0]
@@ -158,12 +160,48 @@ def test_what_the_grids_space():
     np.testing.assert_allclose(steps, steps.mean(), rtol=0.15)
 
 
-@pytest.mark.parametrize("ts", [[4], [3, 3, 0], [5, 0], [2, -1], [0, 4], [[4, 0]]])
-def test_what_is_no_grid(rough, ts):
-    with pytest.raises(ValueError, match="must fall from at most T=4"):
-        sampling.ddim_chain(network, rough, ts, X, KEYS)
-    with pytest.raises(ValueError, match="must fall from at most T=4"):
-        sampling.dpmpp_2m_chain(network, rough, ts, X)
+@pytest.mark.parametrize("kind", [list, np.array, jnp.array])
+@pytest.mark.parametrize(
+    "ts, message",
+    [
+        ([4], r"ts has shape \(1,\): "),
+        ([[4, 0]], r"ts has shape \(1, 2\): "),
+        ([3, 3, 0], r"ts=\[3 3 0\] must fall from at most T=4 to at least 0"),
+        ([5, 0], r"ts=\[5 0\] must fall"),
+        ([2, -1], r"ts=\[ 2 -1\] must fall"),
+        ([0, 4], r"ts=\[0 4\] must fall"),
+    ],
+)
+def test_grids_that_do_not_fall_are_rejected(rough, ts, message, kind):
+    with pytest.raises(ValueError, match=message):
+        sampling.ddim_chain(network, rough, kind(ts), X, KEYS)
+    with pytest.raises(ValueError, match=message):
+        sampling.dpmpp_2m_chain(network, rough, kind(ts), X)
+
+
+TRACED = {
+    "ddim": lambda ts, x: sampling.ddim_chain(network, S, ts, x, KEYS, 0.5, (-1.0, 1.0)),
+    "dpmpp_2m": lambda ts, x: sampling.dpmpp_2m_chain(network, S, ts, x),
+}
+
+
+@pytest.mark.parametrize("chain", TRACED.values(), ids=TRACED)
+def test_a_traced_grid_gives_the_bits_of_the_concrete_grid(chain):
+    traces = []
+
+    @jax.jit
+    def traced(ts, x):
+        traces.append(ts)
+        return chain(ts, x)
+
+    for grid in GRIDS:
+        ts = grid(S, 4)
+        concrete = jax.jit(lambda x, ts=ts: chain(ts, x))(X)
+        np.testing.assert_array_equal(traced(ts, X), concrete)
+        np.testing.assert_array_equal(jax.jit(lambda x, ts=ts: chain(jnp.asarray(ts), x))(X), concrete)
+    assert len(traces) == 1  # one program for every grid of 4 steps
+    with pytest.raises(ValueError, match=r"ts has shape \(1,\)"):
+        traced(np.array([4]), X)
 
 
 def test_an_image_does_not_depend_on_its_batch(rough):
@@ -174,7 +212,7 @@ def test_an_image_does_not_depend_on_its_batch(rough):
         np.testing.assert_array_equal(chain(X[1:2], KEYS[1:2])[0], chain(X, KEYS)[1])
 
 
-# ---------------------------------------------------------------- what the network predicts
+# ---------------------------------------------------------------- velocity and variance
 
 
 def test_velocity_is_inverted(rough):
@@ -196,85 +234,81 @@ def test_variance_between():
     assert process.variance_between(s, 1000, 0) == pytest.approx(1 - np.prod(1 - beta_squared), rel=1e-5)
 
 
-# ---------------------------------------------------------------- a window into the chain
+# ---------------------------------------------------------------- windows
 
 
 def chains(s):
-    """Each chain from its first to its last step, and from a step it was stopped at."""
-    sigma, ts = schedule.sigma_beta(s), sampling.grid_uniform(s, 10)
+    """Returns {name: chain(x, start, stop=0, window=None)} of the three chains."""
+    sigma, grid = schedule.sigma_beta(s), sampling.grid_uniform(s, 10)
 
-    def rest(t):
-        return ts[list(ts).index(t) :]
+    def ts(start, stop):
+        return grid[(grid <= start) & (grid >= stop)]
 
     return {
-        "ancestral": lambda x, t, window=None: sampling.reverse_chain(
-            network, s, sigma, x, KEYS, t, clip=(-1.0, 1.0), window=window
+        "ancestral": lambda x, start, stop=0, window=None: sampling.reverse_chain(
+            network, s, sigma, x, KEYS, start, stop, clip=(-1.0, 1.0), window=window
         ),
-        "ddim": lambda x, t, window=None: sampling.ddim_chain(network, s, rest(t), x, KEYS, 0.5, window=window),
-        "dpmpp_2m": lambda x, t, window=None: sampling.dpmpp_2m_chain(network, s, rest(t), x, window=window),
+        "ddim": lambda x, start, stop=0, window=None: sampling.ddim_chain(
+            network, s, ts(start, stop), x, KEYS, 0.5, window=window
+        ),
+        "dpmpp_2m": lambda x, start, stop=0, window=None: sampling.dpmpp_2m_chain(
+            network, s, ts(start, stop), x, window=window
+        ),
     }
 
 
-S = schedule.ho_linear(20)
-
-
 @pytest.mark.parametrize("name", ["ancestral", "ddim", "dpmpp_2m"])
-def test_a_window_sees_every_kth_step_and_changes_nothing(name):
-    chain, seen = chains(S)[name], []
+def test_a_window_observes_every_kth_step_and_changes_no_bit(name):
+    chain, reports = chains(S)[name], {}
 
-    def report(t, looked):
-        seen.append((int(t), *map(np.asarray, looked)))
+    def report(t, states):
+        reports[int(t)] = [np.asarray(x) for x in states]
+        return True  # the chain ignores it
 
-    window = sampling.Window(report, every=4, look=lambda x, x_0: (x, x_0))
-    x, reached = jax.jit(lambda x: chain(x, 20, window))(X)
+    window = sampling.Window(report, every=4, look=lambda x_t, x_0: (x_t, x_0))
+    x = jax.jit(lambda x: chain(x, 20, window=window))(X)
     jax.effects_barrier()
     np.testing.assert_array_equal(x, jax.jit(lambda x: chain(x, 20))(X))
-    assert int(reached) == 0
-    stops = [16, 12, 8, 4, 0] if name == "ancestral" else [12, 4]
-    assert [t for t, *_ in seen] == stops
-    if name == "ancestral":  # the states on the way are those of the chain cut there
-        for t, state, _ in seen:
-            cut = sampling.reverse_chain(network, S, schedule.sigma_beta(S), X, KEYS, 20, t, clip=(-1.0, 1.0))
-            np.testing.assert_array_equal(state, cut)
-            assert abs(seen[0][2]).max() <= 1
+    assert sorted(reports) == ([0, 4, 8, 12, 16] if name == "ancestral" else [4, 12])
+    for t, (x_t, _) in reports.items():
+        np.testing.assert_array_equal(x_t, chain(X, 20, t))
+    if name == "ancestral":
+        x_17 = chain(X, 20, 17)
+        x_0 = np.clip(process.predict_x_0(S, x_17, 17, network(x_17, np.full(3, 17))), -1, 1)
+        np.testing.assert_allclose(reports[16][1], x_0, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["ancestral", "ddim", "dpmpp_2m"])
-def test_a_stopped_chain_goes_on_from_where_it_is(name):
-    chain = chains(S)[name]
-    window = sampling.Window(lambda t: t <= 8, every=2)
-    x, t = jax.jit(lambda x: chain(x, 20, window))(X)
-    assert int(t) == 8
-    rest = jax.jit(lambda x: chain(x, 8))(x)
-    if name != "dpmpp_2m":  # which forgets the step before
-        np.testing.assert_array_equal(rest, jax.jit(lambda x: chain(x, 20))(X))
+@pytest.mark.parametrize("name", ["ancestral", "ddim"])
+def test_a_chain_cut_to_stop_early_continues_bit_for_bit(name):
+    """The host decides between two parts of a chain, after the window of the first."""
+    chain, steps = chains(S)[name], []
+    window = sampling.Window(lambda t: steps.append(int(t)))
+    x_8 = chain(X, 20, 8, window)
+    jax.effects_barrier()
+    assert min(steps) == 8
+    np.testing.assert_array_equal(chain(x_8, 8, 0, window), chain(X, 20))
 
 
 @pytest.mark.parametrize("clip", [None, (-1.0, 1.0)])
-def test_a_window_changes_nothing_of_a_real_network(clip):
-    """Convolutions, attention and constants are where XLA would round otherwise."""
+def test_a_window_changes_no_bit_of_a_real_network(clip):
+    """XLA may round convolutions, attention and constants differently in a different program."""
     model = unet.UNet(channels=16, multipliers=(1, 2), num_res_blocks=1, attention_resolutions=(4,), num_groups=8)
     s = schedule.ho_linear(1000)
     keys = jax.random.split(jax.random.key(0), 4)
     x = sampling.normal(keys, sampling.LATENT, (8, 8, 1))
-    params = model.init(jax.random.key(1), x, jnp.ones(4, jnp.int32))
+    params = jax.jit(model.init)(jax.random.key(1), x, jnp.ones(4, jnp.int32))
     params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(p.size), p.shape), params)
 
-    def chain(window=None):
-        return jax.jit(
-            lambda x: sampling.reverse_chain(
-                lambda x, t: model.apply(params, x, t),
-                s,
-                schedule.sigma_beta(s),
-                x,
-                keys,
-                100,
-                clip=clip,
-                window=window,
-            )
-        )(x)
+    def eps_bar_fn(x, t):
+        return model.apply(params, x, t)
 
-    seen = []
-    watched, t = chain(sampling.Window(lambda t, x_0: seen.append(t), every=20, look=lambda x, x_0: x_0))
-    assert t == 0 and len(seen) == 5
-    np.testing.assert_array_equal(watched, chain())
+    @functools.partial(jax.jit, static_argnames="window")
+    def chain(x, window=None):
+        sigma = schedule.sigma_beta(s)
+        return sampling.reverse_chain(eps_bar_fn, s, sigma, x, keys, 100, clip=clip, window=window)
+
+    steps = []
+    observed = chain(x, sampling.Window(lambda t, x_0: steps.append(int(t)), every=20, look=lambda x_t, x_0: x_0))
+    jax.effects_barrier()
+    assert sorted(steps) == [0, 20, 40, 60, 80]
+    np.testing.assert_array_equal(observed, chain(x))

@@ -1,4 +1,4 @@
-"""The variational bound: formulas on four rough steps in float64, then data whose bound is known."""
+"""The variational bound: formulas in float64 on four rough steps, then data whose bound is known."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ EPS_BAR = np.random.default_rng(2).standard_normal((3, 2, 2, 1)).astype(np.float
 
 
 def network(x, t):
-    """Any function, different at each t and for each pixel."""
+    """A stand-in for the network: different at each t and at each pixel."""
     return jnp.tanh(x) * t[:, None, None, None] / 4 - 0.1
 
 
@@ -25,20 +25,20 @@ def network(x, t):
 @pytest.mark.parametrize("std", [0.002, 0.01, 0.3, 5.0])
 @pytest.mark.parametrize("mean", [-1.2, -0.5, 0.0, 0.99])
 def test_decoder_is_the_mass_of_a_bin(mean, std):
-    inner = np.arange(-254, 255, 2) / 255  # the borders between the bins
+    inner = np.arange(-254, 255, 2) / 255  # the edges between two bins
     borders = np.concatenate([[-np.inf], inner, [np.inf]])
     upper, lower = (borders[1:] - mean) / std, (borders[:-1] - mean) / std
     left = np.where(upper + lower > 0, stats.norm.sf(lower) - stats.norm.sf(upper), 0)
     mass = np.where(upper + lower > 0, left, stats.norm.cdf(upper) - stats.norm.cdf(lower))
     actual = likelihood.decoder_log_likelihood(LEVELS, jnp.float32(mean), jnp.log(jnp.float32(std)))
-    seen = mass > 1e-250
-    np.testing.assert_allclose(actual[seen], np.log(mass[seen]), rtol=2e-4, atol=2e-4)
+    representable = mass > 1e-250
+    np.testing.assert_allclose(actual[representable], np.log(mass[representable]), rtol=2e-4, atol=2e-4)
     assert np.isfinite(actual).all()
     assert np.exp(np.asarray(actual, np.float64)).sum() == pytest.approx(1, abs=1e-4)
 
 
-def test_decoder_far_from_the_pixel_keeps_counting():
-    """Where Φ itself is 0 in float32; the slope tells where the pixel is."""
+def test_decoder_is_finite_far_from_the_pixel():
+    """Φ is 0 in float32 there; the log likelihood still falls and its gradient still points to the pixel."""
     far, farther = (likelihood.decoder_log_likelihood(LEVELS[100], m, jnp.log(0.01)) for m in (0.5, 0.8))
     assert farther < far < -1000
     slope = jax.grad(lambda m: likelihood.decoder_log_likelihood(LEVELS[100], m, jnp.log(0.01)))(0.5)
@@ -46,7 +46,7 @@ def test_decoder_far_from_the_pixel_keeps_counting():
 
 
 def test_decoder_by_tanh():
-    """Ho et al.'s: near the exact one at a pixel, with a floor, the same at the edges."""
+    """Ho et al.'s approximation is close to the exact mass, has a floor and has open bins at both ends."""
     mean, log_std = jnp.float32(0.1), jnp.log(jnp.float32(0.02))
     approximate = likelihood.decoder_log_likelihood(LEVELS, mean, log_std, exact=False)
     exact = likelihood.decoder_log_likelihood(LEVELS, mean, log_std)
@@ -79,7 +79,7 @@ def test_prior_kl(rough):
 
 @pytest.mark.parametrize("clip", [None, (-0.5, 0.75)])
 @pytest.mark.parametrize("name", ["beta", "posterior", "other"])
-def test_terms_are_the_divergences_of_the_two_normals(rough, name, clip):
+def test_terms_are_the_divergences_of_two_normals(rough, name, clip):
     sigma = {"beta": schedule.sigma_beta, "posterior": schedule.sigma_posterior}.get(
         name, lambda s: np.array([9.0, 9.0, 0.2, 0.3, 0.4])
     )(rough)
@@ -89,7 +89,7 @@ def test_terms_are_the_divergences_of_the_two_normals(rough, name, clip):
         x_0 = process.predict_x_0(rough, x_t, t, network(x_t, np.full(3, t)))
         x_0 = np.asarray(x_0 if clip is None else jnp.clip(x_0, *clip))
         means = [np.asarray(process.posterior_mean(rough, x, x_t, t), np.float64) for x in (X, x_0)]
-        if t == 1:  # the decoder's deviation does not depend on sigma
+        if t == 1:  # the standard deviation of the decoder does not depend on sigma
             nats = -likelihood.decoder_log_likelihood(X, x_0, np.log(posterior[2]))
         else:
             nats = kl(means[0], posterior[t] ** 2, means[1], np.float64(sigma[t]) ** 2)
@@ -98,7 +98,7 @@ def test_terms_are_the_divergences_of_the_two_normals(rough, name, clip):
         np.testing.assert_allclose(actual, expected, rtol=2e-5, atol=2e-6)
 
 
-def test_a_batch_may_have_a_t_each(rough):
+def test_examples_of_a_batch_may_have_different_t(rough):
     sigma, ts = schedule.sigma_beta(rough), np.array([3, 1, 4])
     together = likelihood.vlb_term(network, rough, sigma, X, ts, EPS_BAR)
     for i, t in enumerate(ts):
@@ -106,7 +106,7 @@ def test_a_batch_may_have_a_t_each(rough):
         assert alone[0] == pytest.approx(float(together[i]), rel=1e-5), t
 
 
-def test_the_decoder_as_told(rough):
+def test_decoder_std_and_tanh_reach_the_decoder(rough):
     term = likelihood.vlb_term(
         network, rough, schedule.sigma_beta(rough), X, np.ones(3, int), EPS_BAR, decoder_std=0.3, exact=False
     )
@@ -114,7 +114,7 @@ def test_the_decoder_as_told(rough):
     x_0 = process.predict_x_0(rough, x_1, 1, network(x_1, np.ones(3)))
     nats = -likelihood.decoder_log_likelihood(X, x_0, np.log(0.3), exact=False)
     np.testing.assert_allclose(term, np.asarray(nats).mean(axis=(1, 2, 3)) / np.log(2), rtol=1e-5)
-    with pytest.raises(ValueError, match="give decoder_std"):
+    with pytest.raises(ValueError, match="T=1: give decoder_std"):
         likelihood.default_decoder_std(schedule.ho_linear(1))
 
 
@@ -136,12 +136,12 @@ def test_the_bound_is_the_sum_of_its_parts(rough):
     assert bound["distortion"] == pytest.approx(127.5 * np.sqrt(np.mean((x_0 - X) ** 2)), rel=1e-5)
 
 
-def test_what_the_network_misses_by_step(rough):
+def test_squared_error_and_loss_of_each_step(rough):
     terms, squared_error, loss = likelihood.vlb_by_step(network, rough, schedule.sigma_beta(rough), X, KEYS)
     assert terms.shape == squared_error.shape == loss.shape == (4, 3)
     noise = np.stack([jax.random.normal(jax.random.fold_in(key, 3), (2, 2, 1)) for key in KEYS])
     np.testing.assert_allclose(loss[2], losses.simple_loss(network, rough, X, np.full(3, 3), noise), rtol=1e-5)
-    ratio = (rough.beta_bar[3] / rough.alpha_bar[3]) ** 2  # (6): an error of ε̄ is one of x_0
+    ratio = (rough.beta_bar[3] / rough.alpha_bar[3]) ** 2  # by (6), an error of ε̄ scales to one of x_0
     np.testing.assert_allclose(squared_error[2], loss[2] * ratio, rtol=1e-4)
 
 
@@ -153,7 +153,7 @@ def test_rate_and_distortion_of_progressive_coding():
 
 @pytest.mark.parametrize("sigma", [schedule.sigma_beta, schedule.sigma_posterior])
 def test_float32_is_enough(sigma):
-    """The network that knows x_0 leaves the deviations' share: its 999 terms sum up as in float64."""
+    """With a perfect network only the ratio of the deviations remains; its 999 terms sum to the float64 value."""
     s = schedule.ho_linear(1000)
     beta, beta_bar, deviation = (np.asarray(x, np.float64) for x in (s.beta, s.beta_bar, sigma(s)))
     ratio = (beta[2:] * beta_bar[1:-1] / (beta_bar[2:] * deviation[2:])) ** 2
@@ -175,43 +175,43 @@ def test_float32_is_enough(sigma):
     ],
     ids=["Ho", "Su"],
 )
-def test_a_fair_coin_for_each_pixel(s, sigma, bits):
-    """Pixels 0 or 255; the best network expects x_0 = tanh(ᾱ x / β̄²). More than the 1 bit they hold: x_0 is dim."""
+def test_pixels_from_a_fair_coin(s, sigma, bits):
+    """Pixels are 0 or 255 and the optimal network predicts x_0 = tanh(ᾱ x / β̄²). The bound exceeds their 1 bit."""
 
-    def best(x, t):
+    def optimal(x, t):
         a, b = s.alpha_bar[t][:, None], s.beta_bar[t][:, None]
         return (x - a * jnp.tanh(a * x / b**2)) / b
 
     x_0 = np.random.default_rng(0).choice([-1.0, 1.0], (8, 20_000)).astype(np.float32)
     keys = jax.random.split(jax.random.key(1), 8)
-    bound = jax.jit(lambda x: likelihood.vlb(best, s, sigma(s), x, keys, exact=False))(x_0)
+    bound = jax.jit(lambda x: likelihood.vlb(optimal, s, sigma(s), x, keys, exact=False))(x_0)
     assert float(bound["total"]) == pytest.approx(bits, abs=1e-3)
 
 
-def test_gaussian_data_with_the_true_reverse_variance(rough):
-    """The bound is then tight: the entropy of the data plus KL(q(x_T) ‖ N(0, 1))."""
+def test_the_bound_is_tight_on_gaussian_data_with_the_true_reverse_variance(rough):
+    """The bound equals the entropy of the data plus KL(q(x_T) ‖ N(0, 1))."""
     deviation = 0.25
     v = np.asarray(rough.alpha_bar, np.float64) ** 2 * deviation**2 + np.asarray(rough.beta_bar, np.float64) ** 2
     sigma = np.concatenate([[0.0], np.asarray(rough.beta, np.float64)[1:] * np.sqrt(v[:-1] / v[1:])])
 
-    def best(x, t):
+    def optimal(x, t):
         return rough.beta_bar[t][:, None] * x / jnp.asarray(v, jnp.float32)[t][:, None]
 
     x_0 = np.random.default_rng(0).normal(0, deviation, (8, 50_000))
     x_0 = (np.rint((np.clip(x_0, -1, 1) + 1) * 127.5) / 127.5 - 1).astype(np.float32)
     keys = jax.random.split(jax.random.key(1), 8)
-    bound = likelihood.vlb(best, rough, jnp.asarray(sigma), x_0, keys, decoder_std=sigma[1])
+    bound = likelihood.vlb(optimal, rough, jnp.asarray(sigma), x_0, keys, decoder_std=sigma[1])
     entropy = stats.norm(scale=deviation).entropy() - np.log(2 / 255)
     tight = (entropy + kl(0.0, v[-1], 0.0, 1.0)) / np.log(2)
     assert float(bound["total"]) == pytest.approx(tight, abs=3e-3)
-    other = likelihood.vlb(best, rough, schedule.sigma_beta(rough), x_0, keys, decoder_std=sigma[1])
+    other = likelihood.vlb(optimal, rough, schedule.sigma_beta(rough), x_0, keys, decoder_std=sigma[1])
     assert float(other["total"]) > tight + 0.02
 
 
-# ---------------------------------------------------------------- as a training objective
+# ---------------------------------------------------------------- the training objective
 
 
-def test_the_bound_as_a_loss(rough):
+def test_vlb_loss_is_num_steps_times_the_term(rough):
     sigma, ts = schedule.sigma_beta(rough), np.array([1, 2, 4])
     expected = 4 * np.asarray(likelihood.vlb_term(network, rough, sigma, X, ts, EPS_BAR))
     np.testing.assert_allclose(losses.vlb_loss(network, rough, sigma, X, ts, EPS_BAR), expected, rtol=1e-6)
@@ -222,11 +222,11 @@ def test_importance_is_the_share_of_each_term_on_gaussian_data(sigma):
     s, deviation = schedule.ho_linear(20, 0.02, 0.4), 0.25
     v = s.alpha_bar**2 * deviation**2 + s.beta_bar**2
 
-    def best(x, t):
+    def optimal(x, t):
         return s.beta_bar[t][:, None] * x / v[t][:, None]
 
     x_0 = np.random.default_rng(0).normal(0, deviation, (8, 20_000)).astype(np.float32)
-    terms, _, _ = likelihood.vlb_by_step(best, s, sigma(s), x_0, jax.random.split(jax.random.key(0), 8))
+    terms, _, _ = likelihood.vlb_by_step(optimal, s, sigma(s), x_0, jax.random.split(jax.random.key(0), 8))
     p = losses.importance(s, sigma(s), deviation)
     assert p[0] == 0
     assert p.sum() == pytest.approx(1)

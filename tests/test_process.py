@@ -1,6 +1,6 @@
-"""Exact identities, in coordinates: x_0 and the noises ε_1..ε_T are taken as an
-orthonormal basis, so that a random variable is the vector of its coefficients and a
-covariance is a dot product. Nothing here is random."""
+"""Exact identities in coordinates. x_0 and the noises ε_1..ε_T are an orthonormal
+basis, so a random variable is the vector of its coefficients and a covariance is a
+dot product. Nothing here is random."""
 
 import jax
 import numpy as np
@@ -14,15 +14,15 @@ close = pytest.approx
 
 
 def walk(s):
-    """[x_0, ..., x_T] by repeated (3)."""
+    """Returns [x_0, ..., x_T] by repeated (3)."""
     xs = [X_0]
     for t in STEPS:
         xs.append(np.asarray(process.forward_step(s, xs[-1], t, EPS[t])))
     return xs
 
 
-def test_single_steps_make_the_forward_process(rough):
-    """n times (3) is (6): the same coefficient of x_0, the rest of norm β̄_t."""
+def test_repeated_steps_are_the_forward_process(rough):
+    """t times (3) is (6): x_0 has the coefficient ᾱ_t, the noise has norm β̄_t."""
     for t, x_t in enumerate(walk(rough)):
         signal, noise = np.asarray(process.forward(rough, np.eye(2)[0], t, np.eye(2)[1]))
         assert x_t[0] == close(signal, rel=1e-6)
@@ -34,7 +34,7 @@ def test_forward_at_0_is_the_data(rough):
 
 
 def test_step_noise_is_the_conditional_expectation(rough):
-    """(12): E[ε_t | ε̄_t] = <ε_t, ε̄_t> ε̄_t, both of unit variance."""
+    """(12): E[ε_t | ε̄_t] = <ε_t, ε̄_t> ε̄_t, where both have unit variance."""
     for t, x_t in enumerate(walk(rough)):
         if t == 0:
             continue
@@ -44,14 +44,14 @@ def test_step_noise_is_the_conditional_expectation(rough):
 
 
 def test_reverse_step_inverts_forward_step(rough):
-    """(8) with the true noise of the step."""
+    """(8) with the noise that (3) added."""
     xs = walk(rough)
     for t in STEPS:
         np.testing.assert_allclose(process.reverse_step(rough, xs[t], t, EPS[t]), xs[t - 1], atol=1e-6)
 
 
-def test_reverse_step_adds_the_noise_it_is_given(rough):
-    """(17)"""
+def test_reverse_step_adds_its_noise(rough):
+    """(17): the noise is added to the mean (16)."""
     mean = process.reverse_step(rough, X_0, 3, EPS[3])
     np.testing.assert_allclose(process.reverse_step(rough, X_0, 3, EPS[3], 0.25 * EPS[4]), mean + 0.25 * EPS[4])
 
@@ -63,8 +63,8 @@ def test_predictions_invert_forward(rough):
         np.testing.assert_allclose(process.predict_eps_bar(rough, x_t, t, X_0), EPS[1], atol=1e-6)
 
 
-def test_posterior_mean_by_gaussian_conditioning(rough):
-    """Given x_0: E[x_{t−1} | x_t] = ᾱ_{t−1} x_0 + cov/var · (x_t − ᾱ_t x_0), from the walk's coordinates."""
+def test_posterior_mean_is_gaussian_conditioning(rough):
+    """E[x_{t−1} | x_t, x_0] = ᾱ_{t−1} x_0 + cov/var · (x_t − ᾱ_t x_0), with cov and var from coordinates."""
     xs = walk(rough)
     for t in STEPS:
         noise_prev, noise = xs[t - 1][1:], xs[t][1:]
@@ -82,7 +82,7 @@ def test_posterior_mean_of_the_predicted_x_0_is_the_reverse_step(rough):
         np.testing.assert_allclose(process.posterior_mean(rough, x_0, x_t, t), expected, rtol=2e-6, atol=2e-6)
 
 
-def test_vmap_over_t_is_a_loop(rough):
+def test_vmap_over_t_equals_a_loop(rough):
     t = np.array([4, 1, 3])
     x, eps = np.arange(6.0).reshape(3, 2), np.ones((3, 2))
     batch = jax.vmap(process.reverse_step, (None, 0, 0, 0))(rough, x, t, eps)

@@ -12,12 +12,12 @@ X = np.random.default_rng(1).standard_normal((3, 2, 2, 1)).astype(np.float32)
 
 
 def network(x, t):
-    """Any function, different at each t and for each pixel."""
+    """A stand-in for the network: different at each t and at each pixel."""
     return jnp.tanh(x) * t[:, None, None, None] / 4 - 0.1
 
 
 def test_the_chain_is_a_loop_over_17(rough):
-    sigma = np.array([9.0, 9.0, 0.2, 0.3, 0.4])  # entry 1 must not be used: no noise at t = 1
+    sigma = np.array([9.0, 9.0, 0.2, 0.3, 0.4])  # no noise at t = 1: entry 1 must not be used
     x = X.copy()
     for t in (4, 3, 2, 1):
         eps = process.step_noise(rough, network(x, np.full(3, t)), t)
@@ -27,7 +27,7 @@ def test_the_chain_is_a_loop_over_17(rough):
 
 
 def test_clip_bounds_the_predicted_x_0(rough):
-    """Against a loop that derives ε̄ again from the clipped x_0; the noise is not clipped."""
+    """The chain equals a loop that derives ε̄ from the clipped x_0 and does not clip the noise."""
     sigma = np.array([0.0, 0.0, 0.2, 0.3, 0.4])
     x = 3 * X
     for t in (4, 3, 2, 1):
@@ -52,8 +52,8 @@ def test_chains_compose_bit_for_bit(rough, clip):
 
 
 @pytest.mark.parametrize("start, stop", [(5, 0), (2, 3), (4, -1)])
-def test_start_and_stop_out_of_range(rough, start, stop):
-    with pytest.raises(ValueError, match="T=4"):
+def test_start_and_stop_out_of_range_are_rejected(rough, start, stop):
+    with pytest.raises(ValueError, match=f"start={start} and stop={stop} must satisfy .* T=4"):
         sampling.reverse_chain(network, rough, np.zeros(5), X, KEYS, start, stop)
 
 
@@ -71,7 +71,7 @@ def optimal(s, mean, deviation):
 
 
 def gains(s, deviation):
-    """ᾱ_t s² / v_t: what becomes of x_t's deviation from its mean by the end of the chain."""
+    """ᾱ_t s² / v_t, the factor from the deviation of x_t to the deviation of the sample, both from their means."""
     a, b = np.asarray(s.alpha_bar, np.float64), np.asarray(s.beta_bar, np.float64)
     return a * deviation**2 / (a**2 * deviation**2 + b**2)
 
@@ -79,7 +79,7 @@ def gains(s, deviation):
 @pytest.mark.parametrize("sigma_of", [schedule.sigma_zero, schedule.sigma_beta, schedule.sigma_posterior])
 @pytest.mark.parametrize("num_steps", [None, 1000])
 def test_every_path_on_gaussian_data_ends_at_its_closed_form(rough, sigma_of, num_steps):
-    """x_0 = m + gain_T (x_T − ᾱ_T m) + Σ_{t>=2} gain_{t−1} σ_t z_t, path by path, not only in the moments."""
+    """x_0 = m + gain_T (x_T − ᾱ_T m) + Σ_{t>=2} gain_{t−1} σ_t z_t for each path, not only in the moments."""
     s = schedule.ho_linear(num_steps) if num_steps else rough
     mean, deviation = 0.3, 0.5
     sigma = sigma_of(s)
@@ -95,7 +95,7 @@ def test_every_path_on_gaussian_data_ends_at_its_closed_form(rough, sigma_of, nu
     "sigma_of, expected", [(schedule.sigma_beta, 0.2507521), (schedule.sigma_posterior, 0.2461252)]
 )
 def test_variance_of_the_chain_on_gaussian_data(sigma_of, expected):
-    """Ho's schedule, T = 1000, data N(0.3, 0.5²): the variance that the paths above have."""
+    """Ho's schedule with T = 1000 and data N(0.3, 0.5²): the paths of the closed form have the known variance."""
     s = schedule.ho_linear()
     gain = gains(s, 0.5)
     variance = gain[-1] ** 2 + np.sum(np.asarray(sigma_of(s), np.float64)[2:] ** 2 * gain[1:-1] ** 2)
@@ -103,7 +103,7 @@ def test_variance_of_the_chain_on_gaussian_data(sigma_of, expected):
 
 
 def test_moments_of_sampled_gaussian_data():
-    """The same by drawing: 40,000 numbers through make_sample_fn."""
+    """40,000 samples of make_sample_fn have the mean and the variance of the closed form."""
     s = schedule.ho_linear(200, start=0.1 / 200, end=20 / 200)
     sample_fn = sampling.make_sample_fn(
         lambda variables, x, t: optimal(s, variables["params"], 0.5)(x, t), s, schedule.sigma_beta(s), (400, 10, 10, 1)
@@ -117,6 +117,15 @@ def test_moments_of_sampled_gaussian_data():
 
 
 # ---------------------------------------------------------------- sample_fn
+
+
+@pytest.mark.parametrize("rng", [jax.random.key(5), jax.random.PRNGKey(5)], ids=["typed", "raw"])
+def test_image_keys_fold_in_the_index(rng):
+    indices = np.array([3, 0, 7])
+    expected = jnp.stack([jax.random.fold_in(rng, i) for i in (3, 0, 7)])
+    for actual in (sampling.image_keys(rng, indices), jax.jit(sampling.image_keys)(rng, indices)):
+        assert actual.dtype == rng.dtype
+        np.testing.assert_array_equal(*map(jax.random.key_data, (actual, expected)))
 
 
 def apply(variables, x, t):
@@ -148,11 +157,11 @@ def test_sample_fn_is_the_chain_from_its_latent(rough):
 def test_sample_fn_is_traced_once(rough):
     traces = []
 
-    def counted(variables, x, t):
+    def recording_apply(variables, x, t):
         traces.append(x.shape)
         return apply(variables, x, t)
 
-    sample_fn = sampling.make_sample_fn(counted, rough, rough.beta, (4, 2, 2, 1))
+    sample_fn = sampling.make_sample_fn(recording_apply, rough, rough.beta, (4, 2, 2, 1))
     for seed in range(3):
         sample_fn(np.float32(seed), jax.random.key(seed), seed)
     assert traces == [(1, 2, 2, 1)]  # one image per device, all four steps in one loop
@@ -163,7 +172,7 @@ def test_clip_reaches_the_chain(rough):
 
 
 def test_the_program_is_the_same_for_every_number_of_steps():
-    """The same instructions: the steps are a loop, and the schedule is an argument."""
+    """T = 10 and T = 1000 compile to the same instructions: steps are a loop and the schedule is an argument."""
 
     def instructions(num_steps):
         s = schedule.ho_linear(num_steps)
@@ -173,3 +182,13 @@ def test_the_program_is_the_same_for_every_number_of_steps():
 
     assert len(instructions(10)) > 20
     assert instructions(10) == instructions(1000)
+
+
+def test_a_window_reports_once_per_device_and_changes_no_bit(rough):
+    steps = []
+    window = sampling.Window(lambda t: steps.append(int(t)), every=2)
+    sample_fn = sampling.make_sample_fn(apply, rough, rough.beta, (8, 2, 2, 1), window=window)
+    images = sample_fn(1.0, jax.random.key(5))
+    jax.effects_barrier()
+    assert sorted(steps) == [0] * 4 + [2] * 4
+    np.testing.assert_array_equal(images, sampler(rough, 8)(1.0, jax.random.key(5)))

@@ -20,20 +20,26 @@ def test_entry_0_is_clean_data(rough):
     assert [float(array[0]) for array in rough] == [1.0, 0.0, 1.0, 0.0]
 
 
-@pytest.mark.parametrize("bad", [[], [[0.1]], 0.1, [0.1, 1.0], [-0.1], [float("nan")]])
-def test_beta_squared_out_of_range(bad):
-    with pytest.raises(ValueError, match="beta_squared"):
-        schedule.from_beta_squared(bad)
+@pytest.mark.parametrize("values, shape", [([], "0,"), ([[0.1]], "1, 1"), (0.1, "")])
+def test_beta_squared_of_another_shape_is_rejected(values, shape):
+    with pytest.raises(ValueError, match=rf"beta_squared has shape \({shape}\)"):
+        schedule.from_beta_squared(values)
 
 
-@pytest.mark.parametrize("make", [schedule.su_linear, schedule.ho_linear, schedule.cosine])
-def test_no_steps(make):
-    with pytest.raises(ValueError):
-        make(0)
+@pytest.mark.parametrize("values, number", [([0.1, 1.0], "1.0"), ([-0.1], "-0.1"), ([float("nan"), 0.1], "nan")])
+def test_beta_squared_out_of_range_is_rejected(values, number):
+    with pytest.raises(ValueError, match=f"beta_squared holds {number}: "):
+        schedule.from_beta_squared(values)
 
 
-def test_rounded_once():
-    """A float32 product is off by 1.7e-4 here; β̄_1 = β_1 = 0.01 exactly."""
+@pytest.mark.parametrize("named", [schedule.su_linear, schedule.ho_linear, schedule.cosine])
+def test_zero_steps_are_rejected(named):
+    with pytest.raises(ValueError, match="T >= 1"):
+        named(0)
+
+
+def test_arrays_are_rounded_to_float32_once():
+    """β̄_1 = β_1 = 0.01 exactly; a float32 product is off by 1.7e-4."""
     s = schedule.ho_linear()
     np.testing.assert_allclose(s.beta_bar[1], 0.01, rtol=1e-7)
     s = schedule.su_linear()
@@ -58,7 +64,7 @@ def test_ho_linear():
 
 
 def test_cosine():
-    """ᾱ_t² / ᾱ_0² is the cosine as long as the cap of β² is not met, i.e. before the last step."""
+    """ᾱ_t² / ᾱ_0² is the cosine before the last step, where the cap of β² applies."""
     s = schedule.cosine(8)
     f = [np.cos((t / 8 + 0.008) / 1.008 * np.pi / 2) ** 2 for t in range(8)]
     np.testing.assert_allclose(s.alpha_bar[:8] ** 2, np.array(f) / f[0], rtol=1e-5)
@@ -70,8 +76,8 @@ def test_sigma_zero_and_beta(rough):
     np.testing.assert_array_equal(schedule.sigma_beta(rough), rough.beta)
 
 
-def test_sigma_posterior_is_the_conditional_deviation(rough):
-    """Var(x_{t−1} | x_t, x_0) from the covariance of (x_{t−1}, x_t) given x_0."""
+def test_sigma_posterior_is_the_conditional_standard_deviation(rough):
+    """The covariance of (x_{t−1}, x_t) conditional on x_0 gives Var(x_{t−1} | x_t, x_0)."""
     alpha_bar_squared = np.concatenate([[1], np.cumprod(1 - BETA_SQUARED)])
     sigma = schedule.sigma_posterior(rough)
     assert sigma.shape == (5,) and sigma[0] == 0

@@ -11,6 +11,8 @@ from tensorboardX.proto import event_pb2
 
 from diffusion_jax import losses, parts, process, sample, sampling, train
 from diffusion_jax.errors import UserError
+from diffusion_jax.interop import samples
+from diffusion_jax.interop.samples import write_samples
 from diffusion_jax.planning import programs
 from diffusion_jax.running import workdir as workdirs
 
@@ -344,23 +346,23 @@ def test_a_progress_bar_changes_no_bit(uninterrupted, capsys):
 def test_samples_in_shards(uninterrupted, tmp_path, monkeypatch):
     """As in one file; only what is missing is made; other samples are not mixed in."""
     workdir, _ = uninterrupted
-    monkeypatch.setattr(sample, "SHARD", 3)
-    sample.write_samples(workdir, 8, 1, str(tmp_path / "all.npz"))
-    sample.write_samples(workdir, 8, 1, f"{tmp_path}/shards/")
+    monkeypatch.setattr(samples, "SHARD", 3)
+    write_samples(workdir, 8, 1, str(tmp_path / "all.npz"))
+    write_samples(workdir, 8, 1, f"{tmp_path}/shards/")
     names = ["00000000-00000002.npz", "00000003-00000005.npz", "00000006-00000007.npz"]
     assert sorted(path.name for path in (tmp_path / "shards").iterdir()) == [*names, "samples.json"]
     (tmp_path / "shards" / names[1]).unlink()
     before = (tmp_path / "shards" / names[0]).stat().st_mtime_ns
-    sample.write_samples(workdir, 8, 1, f"{tmp_path}/shards/")
+    write_samples(workdir, 8, 1, f"{tmp_path}/shards/")
     assert (tmp_path / "shards" / names[0]).stat().st_mtime_ns == before
     shards = np.concatenate([np.load(tmp_path / "shards" / name)["arr_0"] for name in names])
     whole = np.load(tmp_path / "all.npz")["arr_0"]
     assert abs(shards.astype(int) - whole).max() <= 1  # 1e-6 may round to the next grey level
-    sample.write_samples(workdir, 9, 1, f"{tmp_path}/shards/")  # one more: the last shard grows
+    write_samples(workdir, 9, 1, f"{tmp_path}/shards/")  # one more: the last shard grows
     names[2] = "00000006-00000008.npz"
     assert sorted(path.name for path in (tmp_path / "shards").iterdir()) == [*names, "samples.json"]
     with pytest.raises(UserError, match="holds samples of another run"):
-        sample.write_samples(workdir, 8, 2, f"{tmp_path}/shards/")
+        write_samples(workdir, 8, 2, f"{tmp_path}/shards/")
 
 
 @pytest.mark.parametrize("loss", ["simple", "step"])

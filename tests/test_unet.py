@@ -23,7 +23,7 @@ def count(tree):
 
 @pytest.fixture(scope="module")
 def small():
-    """A network whose every weight matters: the initial one has residual branches of 1e-10."""
+    """Returns a network whose every weight matters; the initial residual branches have a scale of 1e-10."""
     model = unet.UNet(**SMALL)
     params = jax.jit(model.init)(jax.random.key(0), X, T)["params"]
     leaves, tree = jax.tree.flatten(params)
@@ -33,7 +33,7 @@ def small():
 
 
 def apply(model, params, *args, **kwargs):
-    """Compiled as a whole: op by op a network of this size takes seconds."""
+    """Applies the network as one program; op by op it takes seconds."""
     return jax.jit(lambda params: model.apply({"params": params}, *args, **kwargs))(params)
 
 
@@ -48,7 +48,7 @@ def test_parameters_of_the_256_network():
     assert count(shapes(multipliers=(1, 1, 2, 2, 4, 4), size=256)) == 113_673_219
 
 
-def test_names_are_hos_scopes():
+def test_parameter_names_are_hos_scopes():
     params = shapes(multipliers=(1, 2), attention_resolutions=(16,))
     blocks = {"norm1", "conv1", "temb_proj", "norm2", "conv2"}
     assert set(params["down_0_block_0"]) == blocks
@@ -64,7 +64,7 @@ def test_names_are_hos_scopes():
 
 
 def test_initial_scales():
-    """variance_scaling(1, fan_avg, uniform): bound sqrt(3 / fan_avg); 1e-5 of it where a residual branch ends."""
+    """variance_scaling(1, fan_avg, uniform) has the bound sqrt(3 / fan_avg); residual branches end in 1e-5 of it."""
     params = jax.jit(unet.UNet(**SMALL).init)(jax.random.key(0), X, T)["params"]
     assert all(np.all(leaf == 0) for path, leaf in jax.tree.leaves_with_path(params) if path[-1].key == "bias")
     block = params["mid_block_1"]
@@ -75,7 +75,7 @@ def test_initial_scales():
     assert abs(params["conv_out"]["kernel"]).max() <= 1e-5 * np.sqrt(3 / (9 * (8 + 3) / 2))
 
 
-# ---------------------------------------------------------------- its parts
+# ---------------------------------------------------------------- modules
 
 
 def test_time_embedding():
@@ -87,11 +87,11 @@ def test_time_embedding():
 
 def test_step_1_is_embedded_as_0(small, monkeypatch):
     model, params = small
-    seen = []
+    embedded = []
     embed = unet.time_embedding
-    monkeypatch.setattr(unet, "time_embedding", lambda t, features: seen.append(t) or embed(t, features))
+    monkeypatch.setattr(unet, "time_embedding", lambda t, features: embedded.append(t) or embed(t, features))
     jax.eval_shape(lambda: model.apply({"params": params}, X, T))
-    np.testing.assert_array_equal(seen[0], [0, 6])
+    np.testing.assert_array_equal(embedded[0], [0, 6])
 
 
 def test_attention_is_one_head_over_all_positions():
@@ -108,7 +108,7 @@ def test_attention_is_one_head_over_all_positions():
 
 
 def test_residual_block():
-    """norm, SiLU, conv; + time before norm2; norm, SiLU, conv; + the input through a 1×1."""
+    """The block is norm, SiLU, conv, + time embedding, norm, SiLU, conv, + the input through a 1×1 convolution."""
     x = np.random.default_rng(0).standard_normal((2, 4, 4, 8)).astype(np.float32)
     temb = np.random.default_rng(1).standard_normal((2, 5)).astype(np.float32)
     block = unet.ResnetBlock(16, 0.0, 4, jnp.float32)
@@ -140,7 +140,7 @@ def test_group_norm_far_from_zero_and_at_low_contrast():
 
 @pytest.mark.parametrize("channels, groups", [(128, 32), (384, 32), (16, 16), (48, 16), (6, 2)])
 def test_groups_divide_the_channels(channels, groups):
-    """Flax's own, of two passes, with as many groups; by value, gradient and parameters' names."""
+    """Values, gradients and parameter names equal those of Flax's two-pass GroupNorm with the same groups."""
     x = np.random.default_rng(0).standard_normal((2, 4, 4, channels)).astype(np.float32) * 3 + 5
     flax = nn.GroupNorm(groups, epsilon=1e-6, use_fast_variance=False)
     variables = flax.init(jax.random.key(0), x)
@@ -149,21 +149,21 @@ def test_groups_divide_the_channels(channels, groups):
     def value_and_gradient(module):
         return jax.value_and_grad(lambda v, x: (module.apply(v, x) ** 3).mean(), (0, 1))(variables, x)
 
-    wanted, found = value_and_gradient(flax), value_and_gradient(unet.GroupNorm(32, jnp.float32))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, wanted)
+    expected, actual = value_and_gradient(flax), value_and_gradient(unet.GroupNorm(32, jnp.float32))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), actual, expected)
 
 
-def test_group_norm_where_the_pixel_it_starts_from_is_an_outlier():
+def test_group_norm_with_an_outlier_at_the_pixel_of_the_shift():
     x = np.random.default_rng(0).standard_normal((1, 8, 8, 32)).astype(np.float32)
     x[:, 4, 4] += 30
-    wanted = nn.GroupNorm(8, epsilon=1e-6, use_fast_variance=False)
-    variables = wanted.init(jax.random.key(0), x)
-    found = unet.GroupNorm(8, jnp.float32).apply(variables, x)
-    np.testing.assert_allclose(found, wanted.apply(variables, x), atol=1e-4)
+    flax = nn.GroupNorm(8, epsilon=1e-6, use_fast_variance=False)
+    variables = flax.init(jax.random.key(0), x)
+    actual = unet.GroupNorm(8, jnp.float32).apply(variables, x)
+    np.testing.assert_allclose(actual, flax.apply(variables, x), atol=1e-4)
 
 
 def test_downsampling_pads_at_the_bottom_and_right():
-    """A stride-2 kernel that picks its centre sees pixels 1, 3, 5, …: nothing is padded at the top and left."""
+    """A stride-2 kernel that copies its centre reads pixels 1, 3, 5, …: no padding at the top and left."""
     x = jnp.arange(36.0).reshape(1, 6, 6, 1)
     kernel = jnp.zeros((3, 3, 1, 1)).at[1, 1].set(1)
     down = unet.conv(1, jnp.float32, strides=2).apply({"params": {"kernel": kernel, "bias": jnp.zeros(1)}}, x)
@@ -175,7 +175,7 @@ def test_upsampling_is_nearest():
     np.testing.assert_array_equal(unet._double(x), x.repeat(2, axis=1).repeat(2, axis=2))
 
 
-# ---------------------------------------------------------------- the whole
+# ---------------------------------------------------------------- the network
 
 
 def test_images_need_not_be_square(small):
@@ -196,18 +196,18 @@ def test_the_step_and_every_weight_matter(small):
         for path, gradient in jax.tree.leaves_with_path(jax.jit(jax.grad(loss))(params, T))
         if not np.any(gradient)
     ]
-    # A shift of all keys changes no softmax: this bias is in Ho's network, and is not used.
+    # Ho's network has a bias of the keys, but a shift of all keys does not change the softmax.
     assert [name for name in dead if "['k']['bias']" not in name] == []
 
 
-def test_examples_do_not_see_each_other(small):
+def test_examples_do_not_affect_each_other(small):
     model, params = small
     both = apply(model, params, X, T)
     np.testing.assert_allclose(apply(model, params, X[1:], T[1:]), both[1:], atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [(9, 8), (8, 6)])
-def test_sizes_that_cannot_be_halved(size):
+def test_image_sizes_that_cannot_be_halved_are_rejected(size):
     model = unet.UNet(channels=8, multipliers=(1, 1, 1))
     with pytest.raises(ValueError, match=f"{size[0]}x{size[1]} .* multiples of 4"):
         model.init(jax.random.key(0), jnp.zeros((1, *size, 1)), jnp.ones(1, int))
@@ -222,11 +222,11 @@ def test_bfloat16_computes_with_float32_parameters_and_output(small):
     exact, rough = apply(model, params, X, T), apply(half, params, X, T)
     assert rough.dtype == jnp.float32
     error = float(jnp.linalg.norm(rough - exact) / jnp.linalg.norm(exact))
-    assert 1e-4 < error < 0.05  # it did compute in bfloat16, and not worse than that
+    assert 1e-4 < error < 0.05  # bfloat16 rounds visibly, and no worse
 
 
 def test_bfloat16_keeps_statistics_and_softmax_in_float32():
-    """The HLO's exponentials (softmax's; SiLU has logistic) and reductions are float32."""
+    """Exponentials (the softmax; SiLU compiles to logistic) and reductions of the HLO are float32."""
     block = unet.AttentionBlock(4, jnp.bfloat16)
     x = jnp.zeros((2, 4, 4, 8), jnp.bfloat16)
     params = block.init(jax.random.key(0), x)
@@ -266,14 +266,15 @@ def test_drop_keeps_the_mean_and_differs_between_examples():
     assert not np.array_equal(dropped[0], dropped[1])
 
 
-def test_every_block_drops_its_own(small, monkeypatch):
+def test_every_block_has_its_own_dropout_keys(small, monkeypatch):
     model, params = small
-    seen = []
-    monkeypatch.setattr(unet, "drop", lambda h, rate, keys: seen.append(jax.random.key_data(keys)) or h)
+    block_keys = []
+    monkeypatch.setattr(unet, "drop", lambda h, rate, keys: block_keys.append(jax.random.key_data(keys)) or h)
 
     @jax.jit
     def keys():
         model.clone(dropout=0.1).apply({"params": params}, X, T, True, jax.random.split(jax.random.key(0), 2))
-        return jnp.concatenate(seen)
+        return jnp.concatenate(block_keys)
 
-    assert len(np.unique(keys(), axis=0)) == 2 * len(seen) == 2 * (2 + 2 + 2 * 2)  # down, middle, up; two examples
+    num_blocks = 2 + 2 + 2 * 2  # down, middle, up
+    assert len(np.unique(keys(), axis=0)) == 2 * len(block_keys) == 2 * num_blocks  # two examples

@@ -1,26 +1,26 @@
-"""The order of the data: a function of (seed, position) that the input pipeline and a program on a device share."""
+"""The order of the training examples, a function of (seed, position) for the input pipeline and for device programs."""
 
 import jax
 import numpy as np
 from jax import lax
 
-_ROUNDS = 6  # of the network; four are enough where the round function is random (Luby & Rackoff 1988)
+_ROUNDS = 6  # of the Feistel network; four suffice if the round function is random (Luby & Rackoff 1988)
 
 
-def shuffled(position, num: int, seed: int):
-    """Which of `num` examples stands at `position` of an endless stream that holds each once an epoch.
+def shuffled(position: np.ndarray | jax.Array, num: int, seed: int) -> np.ndarray | jax.Array:
+    """Returns the indices of the examples at `position` of an endless stream of shuffled epochs.
 
-    Each epoch is a permutation of its own: a Feistel network on the smallest power of four that holds
-    `num`, walked along until it comes back below `num` (Black & Rogaway 2002). So an entry costs the
-    same whatever `num` is, and nothing is kept or sorted.
+    Each epoch is a permutation of its own. A Feistel network permutes the smallest power of four that is at
+    least `num`, and cycle walking restricts the permutation to 0..num-1 (Black & Rogaway 2002). The cost of
+    an index does not depend on `num`, and no permutation is stored.
 
     Args:
-      position: int [n], 0 <= position < 2^32, NumPy, or JAX inside a program: the numbers are the same.
-      num: at least 1.
+      position: int [n], 0 <= position < 2^32. NumPy arrays and JAX arrays give the same numbers.
+      num: number of examples, at least 1.
       seed: 0 <= seed < 2^32.
 
     Returns:
-      int32 [n] in 0..num-1, of the kind of `position`.
+      int32 [n] in 0..num-1, a NumPy or a JAX array as `position` is.
     """
     position = position.astype(np.uint32)
     epoch, index = position // np.uint32(num), position % np.uint32(num)
@@ -34,21 +34,21 @@ def shuffled(position, num: int, seed: int):
             left, right = right, left ^ (_mix(right ^ key) & mask)
         return (left << half) | right
 
-    def back(x):  # those that are still outside go on
+    def walked(x):  # one step of cycle walking
         return where(x < num, x, permuted(x))
 
     if isinstance(position, jax.Array):
         where = jax.numpy.where
-        x = lax.while_loop(lambda x: (x >= num).any(), back, permuted(index))
+        x = lax.while_loop(lambda x: (x >= num).any(), walked, permuted(index))
     else:
         where, x = np.where, permuted(index)
         while (x >= num).any():
-            x = back(x)
+            x = walked(x)
     return x.astype(np.int32)
 
 
 def _word(seed, i):
-    """A word for round i: an array, as NumPy warns of scalars that wrap around."""
+    """Returns the word of round i as an array: NumPy warns if a scalar overflows."""
     return np.array([(seed + i * 0x9E3779B9) % 2**32], np.uint32)
 
 

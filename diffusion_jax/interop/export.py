@@ -21,8 +21,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from diffusion_jax import parts
 from diffusion_jax.errors import UserError, one_line
 from diffusion_jax.running import files
+from diffusion_jax.running.config import with_sampling
 from diffusion_jax.running.workdir import read_config
-from diffusion_jax.sample import ema_params, with_sampling
+from diffusion_jax.sample import ema_params
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 

@@ -1,30 +1,45 @@
-"""What Ho et al. (2020) show of a trained model in their figures 6, 7 and 8, and inpainting: arrays in, arrays out.
+"""Interpolation, progressive generation and variations, Ho et al. (2020), figures 6 to 8, and inpainting.
 
-`eps_bar_fn`, `s`, `sigma`, `keys` and `clip` are those of `sampling.reverse_chain` throughout.
+Every function takes and returns arrays. `eps_bar_fn`, `s`, `sigma`, `keys` and `clip` are those of
+`sampling.reverse_chain`.
 """
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 from diffusion_jax import process, sampling
+from diffusion_jax.process import Network
 from diffusion_jax.schedule import Schedule
 
 
-def interpolate(eps_bar_fn, s: Schedule, sigma, x_0, y_0, t: int, weights, key, clip=None):
-    """Between two images by way of x_t, Ho et al. (2020), figure 8.
+def interpolate(
+    eps_bar_fn: Network,
+    s: Schedule,
+    sigma: ArrayLike,
+    x_0: ArrayLike,
+    y_0: ArrayLike,
+    t: int,
+    weights: ArrayLike,
+    key: jax.Array,
+    clip: tuple[float, float] | None = None,
+) -> jax.Array:
+    """Interpolates between two images in the latent space of step t, Ho et al. (2020), figure 8.
 
-    Both are taken to step t with the same noise (6), mixed there, (1 − w) x_t + w y_t, which so
-    keeps the noise of that step, and taken back by chains of the same noise.
+    (6) takes both images to step t with the same noise, so the mixture (1 − w) x_t + w y_t has the
+    noise level of that step. Chains with one common noise take the mixtures back to images.
 
     Args:
       x_0, y_0: [...] the two images.
-      t: 1..T; the later, the more the chain invents.
-      weights: [n] of y_0.
-      key: one PRNG key, for all.
+      t: in 1..T. A larger t keeps less of the two images.
+      weights: [n] weights of y_0.
+      key: one PRNG key for all noise.
 
     Returns:
-      [n, ...]; those of weight 0 and 1 are reconstructions.
+      [n, ...]. Weights 0 and 1 give reconstructions of x_0 and y_0.
     """
     eps_bar = jax.random.normal(jax.random.fold_in(key, sampling.LATENT), jnp.shape(x_0))
     x_t, y_t = (process.forward(s, image, t, eps_bar) for image in (x_0, y_0))
@@ -33,48 +48,75 @@ def interpolate(eps_bar_fn, s: Schedule, sigma, x_0, y_0, t: int, weights, key, 
     return sampling.reverse_chain(eps_bar_fn, s, sigma, mixed, keys, start=t, clip=clip)
 
 
-def progressive(eps_bar_fn, s: Schedule, sigma, x, keys, at, clip=None):
-    """What the chain from x = x_T [B, ...] expects of x_0 on its way, Ho et al. (2020), figure 6.
+def progressive(
+    eps_bar_fn: Network,
+    s: Schedule,
+    sigma: ArrayLike,
+    x: jax.Array,
+    keys: jax.Array,
+    at: ArrayLike | Sequence[int],
+    clip: tuple[float, float] | None = None,
+) -> jax.Array:
+    """Returns the chain's predictions of x_0 at the steps `at`, Ho et al. (2020), figure 6.
+
+    The chain runs once and stores these k predictions alone.
 
     Args:
+      x: [B, ...] x_T.
       at: int [k], steps in 0..T.
 
     Returns:
-      [k, B, ...] the predictions of x_0 from x_t, t = at[0], at[1], ..., at 0 the finished images; no more of the
-      chain is kept.
+      [k, B, ...], entry j predicted from x_t with t = at[j]. Step 0 gives the finished images.
     """
     s, sigma = jax.tree.map(jnp.asarray, (s, sigma))
-    due = jnp.asarray(at).reshape(-1, *[1] * jnp.ndim(x))
+    steps = jnp.asarray(at).reshape(-1, *[1] * jnp.ndim(x))
 
     def step(carry, t):
-        x, seen = carry
+        x, predictions = carry
         x, x_0 = sampling.ancestral_step(eps_bar_fn, s, sigma, x, keys, t, clip)
-        return (x, jnp.where(due == t, x_0[None], seen)), None
+        return (x, jnp.where(steps == t, x_0[None], predictions)), None
 
-    seen = jnp.zeros((len(due), *x.shape))
-    (x, seen), _ = lax.scan(step, (x, seen), jnp.arange(s.num_steps, 0, -1))
-    return jnp.where(due == 0, x[None], seen)
+    predictions = jnp.zeros((len(steps), *x.shape))
+    (x, predictions), _ = lax.scan(step, (x, predictions), jnp.arange(s.num_steps, 0, -1))
+    return jnp.where(steps == 0, x[None], predictions)
 
 
-def variations(eps_bar_fn, s: Schedule, sigma, x_t, t: int, keys, clip=None):
-    """Images that share the latent x_t [...], one for each of the keys [B], Ho et al. (2020), figure 7. -> [B, ...]"""
+def variations(
+    eps_bar_fn: Network,
+    s: Schedule,
+    sigma: ArrayLike,
+    x_t: jax.Array,
+    t: int,
+    keys: jax.Array,
+    clip: tuple[float, float] | None = None,
+) -> jax.Array:
+    """Returns images that share the latent x_t [...], one for each key: [B, ...]. Ho et al. (2020), figure 7."""
     x = jnp.broadcast_to(x_t, (len(keys), *x_t.shape))
     return sampling.reverse_chain(eps_bar_fn, s, sigma, x, keys, start=t, clip=clip)
 
 
-def inpaint(eps_bar_fn, s: Schedule, sigma, x_0, known, x, keys, clip=None):
-    """The pixels that are not known, from a chain in which the known ones follow the forward process (6).
+def inpaint(
+    eps_bar_fn: Network,
+    s: Schedule,
+    sigma: ArrayLike,
+    x_0: ArrayLike,
+    known: ArrayLike,
+    x: ArrayLike,
+    keys: jax.Array,
+    clip: tuple[float, float] | None = None,
+) -> jax.Array:
+    """Fills in unknown pixels by a chain whose known pixels follow the forward process (6).
 
-    Before each step t the known pixels of x_t are replaced by those of ᾱ_t x_0 + β̄_t ε̄, ε̄ of example
-    i drawn from fold_in(keys[i], T + t). The chain never looks back (RePaint does), so an edge may show.
+    Before each step t, ᾱ_t x_0 + β̄_t ε̄ replaces the known pixels of x_t. The ε̄ of example i is drawn from
+    fold_in(keys[i], T + t). The chain does not resample (RePaint does), so an edge may be visible.
 
     Args:
-      x_0: [B, ...] the images; what is not known of them is not used.
-      known: bool, [B, ...] or what broadcasts to it.
+      x_0: [B, ...] the images. The values of unknown pixels are not used.
+      known: bool, broadcasts to [B, ...].
       x: [B, ...] x_T.
 
     Returns:
-      [B, ...] x_0 where known, bit for bit.
+      [B, ...], equal to x_0 at known pixels, bit for bit.
     """
     s, sigma = jax.tree.map(jnp.asarray, (s, sigma))
 

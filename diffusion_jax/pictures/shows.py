@@ -136,8 +136,9 @@ def animation(run, out, num=16):
     window = sampling.Window(report, every, look=lambda x_t, _: x_t)
     keys = run.keys(num)
     noise = run.latents(keys)
-    last, _ = run.compiled(sampling.reverse_chain, window=window)(noise, keys)
+    last = run.compiled(sampling.reverse_chain, window=window)(noise, keys)
     jax.effects_barrier()
+    frames.sort(key=lambda frame: -frame[0])  # callbacks may arrive in any order
     states = [np.asarray(noise), *(x for t, x in frames if t > 0), last]
     if jax.process_index() == 0:
         grids.save_animation(out, [grids.grid(pixels.to_uint8(x)) for x in states])

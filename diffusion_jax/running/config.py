@@ -9,6 +9,7 @@ import importlib.resources
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict  # noqa: TID251 (the type of a config)
 
@@ -81,6 +82,39 @@ def complete(config: ConfigDict) -> ConfigDict:
     with full.ignore_type():
         full.update(config)
     return full
+
+
+def with_sampling(
+    config: ConfigDict,
+    sampler: str | None = None,
+    steps: int | None = None,
+    eta: float | None = None,
+    clip: bool | None = None,
+    dtype: str | None = None,
+    num: int | None = None,
+) -> ConfigDict:
+    """Returns a checked copy of the config with these values, unless None, in place of its own.
+
+    Raises:
+      UserError: a value cannot be used, or eta is given to another sampler than ddim.
+    """
+    values = {"sampler": sampler, "steps": steps, "eta": eta, "clip": clip, "num": num}
+    flat = {f"sampling.{key}": value for key, value in values.items() if value is not None}
+    flat |= {} if dtype is None else {"model.dtype": dtype}
+    config = config.copy_and_resolve_references()
+    with config.unlocked(), config.ignore_type():
+        config.update_from_flattened_dict({key: _as_python(value) for key, value in flat.items()})
+    check(config)
+    if eta is not None and config.sampling.sampler != "ddim":
+        raise UserError(
+            f"eta={eta} is ddim's, and the sampler is {config.sampling.sampler}: leave it out, or choose ddim"
+        )
+    return config
+
+
+def _as_python(value):
+    """Returns NumPy's numbers as Python's."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def check(config: ConfigDict) -> None:

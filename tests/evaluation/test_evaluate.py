@@ -12,6 +12,7 @@ from PIL import Image
 from diffusion_jax import likelihood, parts, sample, train
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import evaluate, quality
+from diffusion_jax.interop.samples import write_samples
 from diffusion_jax.running import workdir as workdirs
 
 
@@ -92,7 +93,7 @@ def test_an_evaluation_goes_on_where_it_was_stopped(run, monkeypatch):
 
 
 def test_samples_are_judged(run, tmp_path):
-    sample.write_samples(run, 40, 0, str(tmp_path / "samples.npz"))
+    write_samples(run, 40, 0, str(tmp_path / "samples.npz"))
     found = evaluate.evaluate(run, num=8, samples=str(tmp_path / "samples.npz"))["samples"]
     generated = np.load(tmp_path / "samples.npz")["arr_0"]
     config = workdirs.read_config(run)
@@ -125,8 +126,8 @@ def test_samples_are_judged(run, tmp_path):
 
 
 def test_the_protocol_of_samples(run, tmp_path):
-    sample.write_samples(run, 9, 3, str(tmp_path / "samples.npz"), sampler="ddim", steps=5)
-    sample.write_samples(run, 9, 3, f"{tmp_path}/shards/", sampler="ddim", steps=5)
+    write_samples(run, 9, 3, str(tmp_path / "samples.npz"), sampler="ddim", steps=5)
+    write_samples(run, 9, 3, f"{tmp_path}/shards/", sampler="ddim", steps=5)
     np.savez(tmp_path / "bare.npz", np.load(tmp_path / "samples.npz")["arr_0"])
     made_by = {}
     for name in ("samples.npz", "shards", "bare.npz"):
@@ -153,7 +154,7 @@ def test_the_protocol_of_samples(run, tmp_path):
 
 
 def test_what_cannot_be_compared(run, tmp_path):
-    sample.write_samples(run, 5, 0, str(tmp_path / "samples.npz"))
+    write_samples(run, 5, 0, str(tmp_path / "samples.npz"))
     samples = str(tmp_path / "samples.npz")
     images = np.zeros((5, 8, 8, 1), np.uint8)
     how = quality.protocol(images, "pixels", "", "bicubic", "x")

@@ -12,6 +12,7 @@ import diffusion_jax
 from diffusion_jax import parts, sample, train
 from diffusion_jax.errors import UserError
 from diffusion_jax.interop import export
+from diffusion_jax.running import config as configs
 from diffusion_jax.running import workdir as workdirs
 
 RNG = jax.random.key(3)
@@ -27,7 +28,7 @@ def run(tmp_path_factory):
 
 def on_one_device(workdir, num, **how):
     params = sample.load(workdir)[1]
-    live = parts.build(sample.with_sampling(workdirs.read_config(workdir), **how)).indexed_sample_fn()
+    live = parts.build(configs.with_sampling(workdirs.read_config(workdir), **how)).indexed_sample_fn()
     return np.asarray(jax.jit(live)(params, RNG, np.arange(num, dtype=np.int32)))
 
 

@@ -1,4 +1,4 @@
-"""Interpolation, progressive generation, variations, inpainting: identities on four rough steps."""
+"""Interpolation, progressive generation, variations and inpainting: identities on four rough steps."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ CLIPS = pytest.mark.parametrize("clip", [None, (-0.5, 0.75)])
 
 
 def network(x, t):
-    """Any function, different at each t and for each pixel, which sees no other pixel."""
+    """A stand-in for the network: different at each t and at each pixel, and without any mixing of pixels."""
     return jnp.tanh(x) * t[:, None, None, None] / 4 - 0.1
 
 
@@ -30,8 +30,8 @@ def test_interpolation_is_a_chain_from_the_mixed_latents(rough, clip):
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_an_image_between_itself_and_itself(rough):
-    """Every weight gives the same; from t = 1 with the network that knows the noise, the image."""
+def test_interpolation_between_equal_images_is_the_image(rough):
+    """Every weight gives the image at t = 1 with a network that predicts the true noise."""
     key = KEYS[1]
     eps_bar = jax.random.normal(jax.random.fold_in(key, 0), (2, 2, 1))
     perfect = lambda x, t: jnp.broadcast_to(eps_bar, x.shape)  # noqa: E731
@@ -42,7 +42,7 @@ def test_an_image_between_itself_and_itself(rough):
 
 
 @CLIPS
-def test_progressive_are_the_predictions_of_the_chain_cut_there(rough, clip):
+def test_progressive_predicts_x_0_from_the_chain_cut_at_each_step(rough, clip):
     sigma, at = schedule.sigma_beta(rough), [4, 3, 1, 0]
     *actual, finished = figures.progressive(network, rough, sigma, X, KEYS, at, clip)
     np.testing.assert_array_equal(finished, sampling.reverse_chain(network, rough, sigma, X, KEYS, clip=clip))
@@ -53,7 +53,7 @@ def test_progressive_are_the_predictions_of_the_chain_cut_there(rough, clip):
 
 
 @CLIPS
-def test_variations_share_the_latent_and_nothing_else(rough, clip):
+def test_variations_share_the_latent_and_differ_in_noise(rough, clip):
     sigma = schedule.sigma_beta(rough)
     actual = figures.variations(network, rough, sigma, X[0], 3, KEYS, clip)
     expected = sampling.reverse_chain(network, rough, sigma, np.stack([X[0]] * 3), KEYS, start=3, clip=clip)
@@ -66,7 +66,7 @@ def test_inpainting_is_a_loop_over_its_steps(rough, clip):
     sigma = schedule.sigma_beta(rough)
     known = np.array([[True, False], [False, True]])[None, :, :, None]
 
-    def mix_pixels(x, t):  # else the known pixels would not matter to the others
+    def mix_pixels(x, t):  # lets known pixels affect unknown ones
         return network(x, t) + 0.2 * x.mean(axis=(1, 2), keepdims=True)
 
     x = X
@@ -79,10 +79,10 @@ def test_inpainting_is_a_loop_over_its_steps(rough, clip):
     np.testing.assert_array_equal(np.where(known, actual, 0), np.where(known, IMAGES, 0))
 
 
-def test_inpainting_where_pixels_know_nothing_of_each_other(rough):
-    """The unknown ones are those of the plain chain, whatever the image is."""
+def test_inpainting_with_independent_pixels_is_the_plain_chain(rough):
+    """A network that mixes no pixels gives the unknown pixels of the plain chain."""
     sigma, known = schedule.sigma_beta(rough), np.arange(4).reshape(1, 2, 2, 1) < 2
     plain = sampling.reverse_chain(network, rough, sigma, X, KEYS)
-    images = np.where(known, IMAGES, np.nan)  # what is not known is not used
+    images = np.where(known, IMAGES, np.nan)  # unknown values must not be used
     actual = figures.inpaint(network, rough, sigma, images, known, X, KEYS)
     np.testing.assert_allclose(actual, np.where(known, IMAGES, plain), rtol=1e-5, atol=1e-6)

@@ -9,6 +9,8 @@ from conftest import tiny_config
 
 from diffusion_jax import parts, sample
 from diffusion_jax.errors import UserError
+from diffusion_jax.interop import samples
+from diffusion_jax.interop.samples import write_samples
 from diffusion_jax.running import checkpoint
 from diffusion_jax.running import workdir as workdirs
 
@@ -28,7 +30,7 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture
 def shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(sample, "SHARD", 3)
+    monkeypatch.setattr(samples, "SHARD", 3)
     return tmp_path / "shards"
 
 
@@ -37,20 +39,20 @@ def content(folder):
 
 
 def test_fewer_images_than_the_shards_hold_are_refused(workdir, shards):
-    sample.write_samples(workdir, 8, 1, f"{shards}/")
+    write_samples(workdir, 8, 1, f"{shards}/")
     before = content(shards)
     for fewer in (7, 4, 2):
         with pytest.raises(UserError, match=f"--num={fewer} is less than the 8 images that --out=.*shards/ holds"):
-            sample.write_samples(workdir, fewer, 1, f"{shards}/")
+            write_samples(workdir, fewer, 1, f"{shards}/")
     assert content(shards) == before
 
 
 def test_the_last_shard_grows(workdir, shards):
     """And a shorter one that a kill has left beside it goes."""
-    sample.write_samples(workdir, 5, 1, f"{shards}/")
+    write_samples(workdir, 5, 1, f"{shards}/")
     (shards / "00000003-00000003.npz").write_bytes(b"of an earlier, smaller --num")
     (shards / "notes-of-mine.npz").write_bytes(b"")
-    sample.write_samples(workdir, 7, 1, f"{shards}/")
+    write_samples(workdir, 7, 1, f"{shards}/")
     names = ["00000000-00000002.npz", "00000003-00000005.npz", "00000006-00000006.npz"]
     assert sorted(content(shards)) == [*names, "notes-of-mine.npz", "samples.json"]
 
@@ -74,29 +76,29 @@ def set_keys(workdir, **keys):
 )
 def test_shards_of_another_chain_are_refused(workdir, shards, key, value):
     """The flags are the same, what they leave to the config is not."""
-    sample.write_samples(workdir, 2, 1, f"{shards}/")
+    write_samples(workdir, 2, 1, f"{shards}/")
     before = (workdir / "config.json").read_text()
     try:
         set_keys(workdir, **{key: value})
         with pytest.raises(UserError, match="holds samples of another run"):
-            sample.write_samples(workdir, 4, 1, f"{shards}/")
+            write_samples(workdir, 4, 1, f"{shards}/")
     finally:
         (workdir / "config.json").write_text(before)
 
 
 def test_the_same_chain_in_other_words(workdir, shards):
     """What the config has anyway need not be said, and what the sampler does not use is none of its business."""
-    sample.write_samples(workdir, 2, 1, f"{shards}/", sampler="ddim", steps=20)
+    write_samples(workdir, 2, 1, f"{shards}/", sampler="ddim", steps=20)
     before = (workdir / "config.json").read_text()
     try:
         set_keys(workdir, sampling__sigma="posterior")
-        sample.write_samples(workdir, 3, 1, f"{shards}/", sampler="ddim", eta=0.0)
+        write_samples(workdir, 3, 1, f"{shards}/", sampler="ddim", eta=0.0)
     finally:
         (workdir / "config.json").write_text(before)
 
 
 def test_samples_say_what_made_them(workdir, tmp_path):
-    sample.write_samples(workdir, 5, 1, str(tmp_path / "samples.npz"), sampler="ddim", steps=4, eta=1)
+    write_samples(workdir, 5, 1, str(tmp_path / "samples.npz"), sampler="ddim", steps=4, eta=1)
     with np.load(tmp_path / "samples.npz", allow_pickle=False) as file:
         assert set(file) == {"arr_0", "about"} and file["arr_0"].shape == (5, 8, 8, 1)
         about = json.loads(str(file["about"]))
@@ -104,7 +106,7 @@ def test_samples_say_what_made_them(workdir, tmp_path):
     chain = {"sampler": "ddim", "steps": 4, "schedule": "su_linear, T = 20", "eta": 1.0}
     chain |= {"sigma": None, "clip": True, "dtype": "float32"}
     assert about == {"workdir": str(workdir), "step": 0, "seed": 1, "first": 0, "num": 5} | chain
-    sample.write_samples(workdir, 2, 1, f"{tmp_path}/shards/")
+    write_samples(workdir, 2, 1, f"{tmp_path}/shards/")
     of_shards = json.loads((tmp_path / "shards" / "samples.json").read_text())
     assert of_shards["checksum"] == checksum and of_shards["sigma"] == "beta" and of_shards["steps"] == 20
 
