@@ -1,20 +1,23 @@
-"""What it costs to start a step: the pmapped train step against the same step under jit with NamedSharding.
+"""Measures the cost of dispatching a step: the pmapped train step against the same step under jit with NamedSharding.
 
     python -m benchmarks.dispatch --devices=1,2 --platform=cpu
 
-The network has the arrays of --config (pmap and jit handle each at every step) but --channels channels,
-so that little is computed. Prints JSON lines: medians over --repeats turns of --steps steps, in turn.
+pmap and jit handle every array of the state at every step. The network has as many arrays as that of --config, but
+only --channels channels, so that the computation is small. The script prints JSON lines with medians over --repeats
+measurements of --steps steps; the variants take turns.
 """
 
 import json
 import statistics
 import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from absl import app, flags
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from diffusion_jax import parts
 from diffusion_jax.step import AXIS
@@ -22,19 +25,19 @@ from diffusion_jax.step import AXIS
 CONFIG = config_flags.DEFINE_config_file("config", "configs/cifar10.py")
 CHANNELS = flags.DEFINE_integer("channels", 4, "config.model.channels")
 SIZE = flags.DEFINE_integer("size", 8, "config.data.image_size")
-DEVICES = flags.DEFINE_list("devices", ["1"], "numbers of devices")
-STEPS = flags.DEFINE_integer("steps", 50, "of each measurement")
-REPEATS = flags.DEFINE_integer("repeats", 9, "measurements in turn")
-PLATFORM = flags.DEFINE_string("platform", "", "tpu, gpu, cpu (of which there are then as many as asked for)")
+DEVICES = flags.DEFINE_list("devices", ["1"], "numbers of devices to measure")
+STEPS = flags.DEFINE_integer("steps", 50, "steps in a measurement")
+REPEATS = flags.DEFINE_integer("repeats", 9, "measurements of each variant")
+PLATFORM = flags.DEFINE_string("platform", "", "tpu, gpu or cpu; cpu gets as many devices as --devices needs")
 
 
-def by_pmap(step, devices):
+def pmapped_step(step: Callable[..., Any], devices: Sequence[jax.Device]) -> Callable[..., Any]:
     return jax.pmap(
         step, axis_name=AXIS, in_axes=(None, 0), out_axes=(None, 0), donate_argnums=0, devices=list(devices)
     )
 
 
-def by_jit(step, devices):
+def jitted_step(step: Callable[..., Any], devices: Sequence[jax.Device]) -> Callable[..., Any]:
     mesh = Mesh(np.array(devices), (AXIS,))
     whole, split = PartitionSpec(), PartitionSpec(AXIS)
     mapped = jax.shard_map(step, mesh=mesh, in_specs=(whole, split), out_specs=(whole, whole), check_vma=False)
@@ -42,13 +45,13 @@ def by_jit(step, devices):
     return jax.jit(mapped, in_shardings=shardings, donate_argnums=0)
 
 
-def turn(step, state, batch, num):
-    """(seconds per step, state): `num` steps, started one after another and then waited for."""
-    began = time.perf_counter()
+def run_steps(step: Callable[..., Any], state: TrainState, batch: Any, num: int) -> tuple[float, TrainState]:
+    """Starts `num` steps, waits for the last; returns the seconds per step and the state."""
+    start = time.perf_counter()
     for _ in range(num):
         state, _ = step(state, batch)
     jax.block_until_ready(state)
-    return (time.perf_counter() - began) / num, state
+    return (time.perf_counter() - start) / num, state
 
 
 def measure(config, devices):
@@ -63,15 +66,15 @@ def measure(config, devices):
     states = {name: jax.device_put(start, NamedSharding(mesh, PartitionSpec())) for name in steps}
     times = {name: [] for name in steps}
     for name, step in steps.items():
-        _, states[name] = turn(step, states[name], batches[name], 2)  # compiles
+        _, states[name] = run_steps(step, states[name], batches[name], 2)  # compiles
     for _ in range(REPEATS.value):
         for name, step in steps.items():
-            seconds, states[name] = turn(step, states[name], batches[name], STEPS.value)
+            seconds, states[name] = run_steps(step, states[name], batches[name], STEPS.value)
             times[name].append(1e3 * seconds)
     return times, len(jax.tree.leaves(states["jit"]))
 
 
-def main(_):
+def main(_: list[str]) -> None:
     numbers = [int(number) for number in DEVICES.value]
     if PLATFORM.value:
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(PLATFORM.value, PLATFORM.value))

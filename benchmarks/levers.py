@@ -1,21 +1,22 @@
-"""The levers of the train step, each against the plain one: what it changes in the numbers, and in the time.
+"""Compares each memory or speed option of the train step with the plain step: in numbers, time and memory.
 
     python -m benchmarks.levers --config=configs/digits.py
 
-Each takes the same --steps steps from the same start. Prints JSON lines: the largest difference of a
-loss and of a parameter from the plain run's, 0 for the same bits; the time per step relative to the
-plain one's, median and spread over --repeats more such runs in turn; and the bytes that the program
-keeps while it runs, beside its arguments. On all devices.
+Each variant takes the same --steps steps from the same initial state, on all devices. The script prints JSON lines:
+the largest difference of a loss and of a parameter from the plain run, 0 for the same bits; the time per step relative
+to the plain step, as median and spread over --repeats more runs in which the variants take turns; and the bytes of
+the program's temporary arrays.
 """
 
 import json
 import statistics
 import time
+from typing import Any
 
 import jax
 import numpy as np
 from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from diffusion_jax import parts
 from diffusion_jax.data import pipeline
@@ -23,11 +24,12 @@ from diffusion_jax.running import hosts
 from diffusion_jax.step import pmapped, replicate, resident, several
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py")
-STEPS = flags.DEFINE_integer("steps", 20, "of each run")
-TOGETHER = flags.DEFINE_integer("together", 10, "steps_per_dispatch, a divisor of --steps")
-REPEATS = flags.DEFINE_integer("repeats", 5, "runs in turn")
-PLATFORM = flags.DEFINE_string("platform", "", "tpu, gpu, cpu; default: the best there is")
+STEPS = flags.DEFINE_integer("steps", 20, "steps in a run")
+TOGETHER = flags.DEFINE_integer("together", 10, "config.train.steps_per_dispatch, a divisor of --steps")
+REPEATS = flags.DEFINE_integer("repeats", 5, "timed runs of each variant")
+PLATFORM = flags.DEFINE_string("platform", "", "tpu, gpu or cpu; default: the best that JAX finds")
 
+# The overrides of each variant; None stands for --together.
 LEVERS = {
     "plain": {},
     "model.dtype=bfloat16": {"model.dtype": "bfloat16"},
@@ -39,7 +41,7 @@ LEVERS = {
 
 
 class Variant:
-    """`seconds()` takes the steps from the start and keeps what it has come to."""
+    """A train step with a config; `seconds()` runs it from the start, and keeps the losses and the parameters."""
 
     def __init__(self, config, images):
         self._config, self._start = config, parts.build(config).init_state()
@@ -67,25 +69,25 @@ class Variant:
     def seconds(self):
         state, losses = replicate(self._start), []
         jax.block_until_ready(state)
-        began = time.perf_counter()
+        start = time.perf_counter()
         for step in range(0, STEPS.value, self._k):
             state, metrics = self._program(state, self._inputs(step))
             losses.append(metrics["loss"])
         self.params = jax.device_get(state.params)
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - start
         self.losses = np.concatenate([np.asarray(loss)[0] for loss in losses])
         return seconds / STEPS.value
 
 
-def with_lever(config, changes):
+def with_overrides(config: ConfigDict, overrides: dict[str, Any]) -> ConfigDict:
     config = config.copy_and_resolve_references()
-    for key, value in changes.items():
+    for key, value in overrides.items():
         section, name = key.split(".")
         config[section][name] = TOGETHER.value if value is None else value
     return config
 
 
-def main(_):
+def main(_: list[str]) -> None:
     hosts.initialize(PLATFORM.value)
     images = parts.images(CONFIG.value)
     variants = {name: Variant(with_lever(CONFIG.value, changes), images) for name, changes in LEVERS.items()}

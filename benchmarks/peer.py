@@ -1,11 +1,11 @@
-"""This project's network beside diffusers' of the same architecture and weights, in turn, pair by pair.
+"""Compares the speed of this project's network with diffusers' network of the same architecture and weights.
 
     python -m benchmarks.peer --torch=/path/to/its/python --config=configs/cifar10.py --batch=16
 
---torch is the Python of an environment with torch and diffusers, which this one need not have. Both
-sides run forward, train step (gradient, clipping, Adam, average of the parameters) and step of the
-chain; first they are shown to be the same network. Prints JSON lines: for each, the median and
-spread over the pairs of (diffusers' time / ours), above 1 where this project is faster.
+--torch is the Python of another environment, with torch and diffusers. The script first checks that both networks have
+the same outputs. Both sides then run the forward pass, the train step (gradient, clipping, Adam, average of the
+parameters) and a step of the chain, in pairs. The script prints a JSON line for each, with the median and the spread
+over the pairs of diffusers' time divided by ours: above 1 where this project is faster.
 """
 
 import contextlib
@@ -14,10 +14,12 @@ import statistics
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from absl import app, flags
+from ml_collections import ConfigDict
 
 from benchmarks import unet
 from benchmarks.unet import BATCH, CONFIG, PLATFORM, STEPS
@@ -25,35 +27,37 @@ from diffusion_jax import parts
 from diffusion_jax.interop import diffusers
 from diffusion_jax.running import hosts
 
-TORCH = flags.DEFINE_string("torch", None, "Python of the environment with torch and diffusers", required=True)
-PAIRS = flags.DEFINE_integer("pairs", 5, "measurements in turn")
-COMPILE = flags.DEFINE_bool("compile", False, "torch.compile, as for a GPU")
+TORCH = flags.DEFINE_string("torch", None, "Python of an environment with torch and diffusers", required=True)
+PAIRS = flags.DEFINE_integer("pairs", 5, "pairs of measurements")
+COMPILE = flags.DEFINE_bool("compile", False, "use torch.compile, as on a GPU")
 
 
 class Peer:
-    """The other side, `peer_torch.py`: a process that does one thing at a time and says how long it took."""
+    """A process of `peer_torch.py`, which runs one benchmark at a time and reports its seconds."""
 
-    def __init__(self, folder, config):
+    def __init__(self, folder: str, config: ConfigDict) -> None:
         script = Path(__file__).with_name("peer_torch.py")
         device = "cpu" if jax.default_backend() == "cpu" else "cuda"
         options = [str(folder), device, config.model.dtype, str(BATCH.value), str(STEPS.value), str(COMPILE.value)]
         self._process = subprocess.Popen(
             [TORCH.value, str(script), *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        self.about = self._answer()
+        self.about = self._read_line()
 
-    def _answer(self):
+    def _read_line(self):
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit(f"error: --torch={TORCH.value} has ended: see above")
+            raise SystemExit(f"error: the process of --torch={TORCH.value} has ended: read its output above")
         return json.loads(line)
 
     def seconds(self, name: str) -> float:
+        """Runs the benchmark `name` once, and returns its seconds."""
         self._process.stdin.write(f"{name}\n")
         self._process.stdin.flush()
-        return self._answer()
+        return self._read_line()
 
-    def close(self):
+    def close(self) -> None:
+        """Ends the process."""
         self._process.stdin.close()
         self._process.wait(60)
 
@@ -67,17 +71,17 @@ def write_model(config, params, folder):
     np.savez(folder / "example.npz", x=x, t=t, y=y)
 
 
-def spread_out(params):
-    """Random weights in place of the nearly zero ones of the beginning: every branch counts."""
+def random_weights(params: Any) -> Any:
+    """Replaces the kernels, of which some are nearly zero at initialization, so that every branch counts."""
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: (rng.standard_normal(x.shape) * 0.05).astype(x.dtype) if x.ndim > 1 else x, params)
 
 
-def main(_):
+def main(_: list[str]) -> None:
     hosts.initialize(PLATFORM.value)
     config = CONFIG.value
     if jax.device_count() > 1:
-        raise SystemExit(f"error: {jax.device_count()} devices: give this process one, e.g. CUDA_VISIBLE_DEVICES=0")
+        raise SystemExit(f"error: JAX found {jax.device_count()} devices: leave it one, e.g. CUDA_VISIBLE_DEVICES=0")
     with tempfile.TemporaryDirectory() as folder:
         write_model(config, spread_out(parts.build(config).init_state().params), Path(folder))
         with contextlib.closing(Peer(folder, config)) as peer:
@@ -90,11 +94,12 @@ def main(_):
                     times[name].append((run.seconds(), peer.seconds(name)))
             about = peer.about
     for name, pairs in times.items():
-        mine, theirs = np.array(pairs).T
-        ratios = theirs / mine
+        our_times, their_times = np.array(pairs).T
+        ratios = their_times / our_times
         line = {"run": name, "theirs_to_ours": round(float(np.median(ratios)), 3)}
         line |= {"spread": [round(float(f(ratios)), 3) for f in (min, max)], "pairs": len(pairs)}
-        line |= {"ms": round(1e3 * statistics.median(mine), 2), "their_ms": round(1e3 * statistics.median(theirs), 2)}
+        line |= {"ms": round(1e3 * statistics.median(our_times), 2)}
+        line |= {"their_ms": round(1e3 * statistics.median(their_times), 2)}
         line |= {"batch": BATCH.value, "dtype": config.model.dtype, "device": jax.devices()[0].device_kind}
         print(json.dumps(line | {"jax": jax.__version__} | about), flush=True)
 

@@ -1,6 +1,7 @@
-"""The other side of `benchmarks.peer`: torch and diffusers alone, run by the Python of their environment.
+"""The torch side of `benchmarks.peer`, which needs only torch and diffusers.
 
-Reads names of runs from stdin, one a line, and writes the seconds that each took; first what it is.
+The process first prints a JSON line about its versions. It then reads names of benchmarks from stdin, one a line, runs
+each, and prints its seconds.
 """
 
 import json
@@ -13,7 +14,7 @@ import torch
 from torch.nn.functional import mse_loss
 
 
-def main(folder, device, dtype, batch, steps, compiled):
+def main(folder: str, device: str, dtype: str, batch: str, steps: str, compiled: str) -> None:
     batch, steps, compiled = int(batch), int(steps), compiled == "True"
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     model = diffusers.UNet2DModel.from_pretrained(folder, subfolder="unet").to(device)
@@ -25,10 +26,10 @@ def main(folder, device, dtype, batch, steps, compiled):
 
     with torch.no_grad():
         y = model.eval()(images(example["x"]), torch.from_numpy(example["t"] - 1).to(device)).sample
-    wanted = images(example["y"])
-    difference = float((y - wanted).abs().max() / wanted.abs().max())
+    expected = images(example["y"])
+    difference = float((y - expected).abs().max() / expected.abs().max())
     if difference > (1e-4 if dtype == torch.float32 else 0.1):
-        sys.exit(f"error: not the same network: the outputs differ by {difference:.1e} of the largest")
+        sys.exit(f"error: the networks differ: their outputs by {difference:.1e} of the largest output")
 
     network = torch.compile(model) if compiled else model
     mixed = torch.autocast(device, dtype, enabled=dtype != torch.float32)
@@ -70,11 +71,11 @@ def main(folder, device, dtype, batch, steps, compiled):
     print(json.dumps(about | {"difference": difference}), flush=True)
     for line in sys.stdin:
         run, times = runs[line.strip()]
-        began = time.perf_counter()
+        start = time.perf_counter()
         run()
         if device == "cuda":
             torch.cuda.synchronize()
-        print(json.dumps((time.perf_counter() - began) / times), flush=True)
+        print(json.dumps((time.perf_counter() - start) / times), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,26 @@
-"""The input pipeline alone: images per CPU-second and per second, from the cache and decoded on the fly; memory.
+"""Measures the input pipeline: its speed from the cache and on the fly, and its memory.
 
     python -m benchmarks.pipeline --config=configs/celeba.py --config.data.path=img_align_celeba.zip
 
-Prints JSON lines: the median and the spread of --repeats measurements, then the resident
-memory after each of three epochs from the cache.
+The script prints JSON lines: images per CPU-second and per second, as median and spread of --repeats measurements,
+and the resident memory after each of three epochs from the cache.
 """
 
 import json
 import statistics
 import time
+from collections.abc import Iterator
 
+import numpy as np
 from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from diffusion_jax import parts
 from diffusion_jax.data import pipeline
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py")
-REPEATS = flags.DEFINE_integer("repeats", 5, "measurements of each kind")
-SECONDS = flags.DEFINE_float("seconds", 2.0, "of each measurement")
+REPEATS = flags.DEFINE_integer("repeats", 5, "measurements of the cache, and of decoding on the fly")
+SECONDS = flags.DEFINE_float("seconds", 2.0, "seconds of a measurement")
 
 
 def iterate(images, config):
@@ -26,8 +28,8 @@ def iterate(images, config):
     return pipeline.iterate(batches, 0, images.num_threads)
 
 
-def measure(batches, seconds):
-    """(images per CPU-second, images per second) over about `seconds`."""
+def measure(batches: Iterator[np.ndarray], seconds: float) -> tuple[float, float]:
+    """Returns the images per CPU-second and per second, measured over about `seconds`."""
     for _ in range(3):
         next(batches)
     wall, cpu, num = time.perf_counter(), time.process_time(), 0
@@ -36,13 +38,13 @@ def measure(batches, seconds):
     return num / (time.process_time() - cpu), num / (time.perf_counter() - wall)
 
 
-def resident_mb():
-    """Of this process now, file pages included, in MB."""
+def resident_mb() -> int:
+    """Returns the resident memory of this process in MB, file pages included."""
     with open("/proc/self/status") as file:
         return round(int(file.read().split("VmRSS:")[1].split()[0]) / 1000)
 
 
-def report(kind, images, config):
+def report(kind: str, images: data.Cached | data.OnTheFly, config: ConfigDict) -> None:
     runs = [measure(iterate(images, config), SECONDS.value) for _ in range(REPEATS.value)]
     line = {"images": kind, "shape": images.shape, "batch": config.train.batch_size}
     for name, values in zip(("per_cpu_second", "per_second"), zip(*runs, strict=True), strict=True):
@@ -51,7 +53,7 @@ def report(kind, images, config):
     print(json.dumps(line), flush=True)
 
 
-def main(_):
+def main(_: list[str]) -> None:
     config = CONFIG.value
     cached = parts.images(config)
     report("cached", cached, config)

@@ -1,30 +1,32 @@
-"""The chain on a device: one scanned program against a Python loop of its jitted step, with and without a window.
+"""Compares the scanned sampling chain with a Python loop of its jitted step, and with chains that have a window.
 
     python -m benchmarks.sampling --config=configs/digits.py
 
-Prints JSON lines: medians and spreads over pairs that run in turn, of milliseconds per step
-and of the ratios within each pair.
+The variants take turns, --pairs times. The script prints a JSON line for each: the median of the milliseconds per step,
+and the median and spread of their ratio to the scan of the same turn.
 """
 
 import json
 import statistics
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from diffusion_jax import parts, sampling
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py")
-BATCH = flags.DEFINE_integer("batch", 64, "images")
-STEPS = flags.DEFINE_integer("steps", 200, "of the chain that are timed")
-PAIRS = flags.DEFINE_integer("pairs", 7, "measurements in turn")
+BATCH = flags.DEFINE_integer("batch", 64, "images in the chain")
+STEPS = flags.DEFINE_integer("steps", 200, "timed steps of the chain")
+PAIRS = flags.DEFINE_integer("pairs", 7, "measurements of each variant")
 
 
-def seconds(run, *args):
+def seconds(run: Callable[..., jax.Array], *args: Any) -> float:
     start = time.perf_counter()
     jax.block_until_ready(run(*args))
     return time.perf_counter() - start
@@ -62,7 +64,7 @@ def variants(config, num_steps):
     }
 
 
-def main(_):
+def main(_: list[str]) -> None:
     config = CONFIG.value
     x = jax.random.normal(jax.random.key(2), (BATCH.value, *parts.image_shape(config)))
     runs = variants(config, STEPS.value)

@@ -1,55 +1,68 @@
-"""The network on this machine: forward pass, train step, one step of the chain, beside the machine's own matmul.
+"""Measures the forward pass, the train step and a step of the chain, relative to a large matrix product.
 
     python -m benchmarks.unet --config=configs/cifar10.py --batch=16
 
-Prints a JSON line for each: the median and the spread of milliseconds over --repeats turns (all in
-turn, so that what slows the machine slows them all), images and FLOPs per second, and these as a
-share of what a large matrix product reaches in the same dtype and turns. FLOPs are those of the
-program before the compiler has seen it.
+The benchmarks take turns, --repeats times, so that a slow phase of the machine affects all of them. The script prints a
+JSON line for each: the median and the spread of the milliseconds, images and FLOPs per second, and the FLOPs per
+second as a share of those of a large matrix product in the same dtype. FLOPs are those of the program before the
+compiler optimises it.
 """
 
 import json
 import statistics
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from diffusion_jax import parts, sampling
 from diffusion_jax.running import hosts
 from diffusion_jax.step import pmapped, replicate, several
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/cifar10.py")
-BATCH = flags.DEFINE_integer("batch", 16, "images, over all devices")
-REPEATS = flags.DEFINE_integer("repeats", 7, "turns")
-STEPS = flags.DEFINE_integer("steps", 2, "of the chain in one program")
-PLATFORM = flags.DEFINE_string("platform", "", "tpu, gpu, cpu; default: the best there is")
+BATCH = flags.DEFINE_integer("batch", 16, "images on all devices together")
+REPEATS = flags.DEFINE_integer("repeats", 7, "measurements of each benchmark")
+STEPS = flags.DEFINE_integer("steps", 2, "steps of the chain in one program")
+PLATFORM = flags.DEFINE_string("platform", "", "tpu, gpu or cpu; default: the best that JAX finds")
 
 
 class Run:
-    """Something to be timed: `seconds()` runs it once."""
+    """A program and its arguments; `seconds()` runs it once.
 
-    def __init__(self, program, *args, images=0, steps=1, state=False):
-        self.flops = (program.lower(*args).cost_analysis() or {}).get("flops", 0.0)  # of one step: loops count once
+    Args:
+      program: a jitted or pmapped function.
+      *args: its arguments.
+      images: in a call.
+      steps: in a call.
+      state: True if the first argument is donated, and the first result takes its place in the next call.
+    """
+
+    def __init__(
+        self, program: Callable[..., Any], *args: Any, images: int = 0, steps: int = 1, state: bool = False
+    ) -> None:
+        # The FLOPs are those of one step, because the analysis counts the body of a loop once.
+        self.flops = (program.lower(*args).cost_analysis() or {}).get("flops", 0.0)
         self.images, self.steps = images, steps
         self._program, self._args, self._state = program, args, state
         self.seconds()  # compiles
 
     def seconds(self) -> float:
-        """Of one step."""
-        began = time.perf_counter()
-        found = jax.block_until_ready(self._program(*self._args))
-        seconds = time.perf_counter() - began
-        if self._state:  # is given away, and is what the next turn begins with
-            self._args = (found[0], *self._args[1:])
+        """Runs the program, and returns the seconds per step."""
+        start = time.perf_counter()
+        results = jax.block_until_ready(self._program(*self._args))
+        seconds = time.perf_counter() - start
+        if self._state:
+            self._args = (results[0], *self._args[1:])
         return seconds / self.steps
 
 
-def matmul(dtype, size):
-    """A product of two square matrices."""
+def matmul(dtype: str, size: int) -> Run:
+    """Returns the product of two square matrices."""
     x = jnp.ones((size, size), dtype)
     return Run(jax.jit(lambda a, b: a @ b), x, x)
 
@@ -62,8 +75,8 @@ def forward(config, batch):
     return Run(jax.jit(lambda params, x, t: apply_fn({"params": params}, x, t)), params, x, t, images=batch)
 
 
-def train_step(config, batch):
-    """The step of training, on all devices: gradient, clipping, Adam, average, metrics."""
+def train_step(config: ConfigDict, batch: int) -> Run:
+    """Returns the train step on all devices: gradient, clipping, Adam, average of the parameters, metrics."""
     devices = jax.device_count()
     batches = {"image": np.zeros((devices, 1, batch // devices, *parts.image_shape(config)), np.uint8)}
     indices = np.arange(batch).reshape(devices, -1)
@@ -86,8 +99,8 @@ def chain(config, batch, steps):
     return Run(jax.jit(program), params, x, keys, images=batch, steps=steps)
 
 
-def runs(config, batch, steps):
-    """{name: Run}."""
+def runs(config: ConfigDict, batch: int, steps: int) -> dict[str, Run]:
+    """Returns the benchmarks of the network by name."""
     return {
         "forward": forward(config, batch),
         "train step": train_step(config, batch),
@@ -95,17 +108,17 @@ def runs(config, batch, steps):
     }
 
 
-def main(_):
+def main(_: list[str]) -> None:
     hosts.initialize(PLATFORM.value)
     config, device = CONFIG.value, jax.devices()[0]
     size = 2048 if device.platform == "cpu" else 8192
-    timed = {"matmul": matmul(config.model.dtype, size), **runs(config, BATCH.value, STEPS.value)}
-    times = {name: [] for name in timed}
+    benchmarks = {"matmul": matmul(config.model.dtype, size), **runs(config, BATCH.value, STEPS.value)}
+    times = {name: [] for name in benchmarks}
     for _ in range(REPEATS.value):
-        for name, run in timed.items():
+        for name, run in benchmarks.items():
             times[name].append(run.seconds())
-    peak = timed["matmul"].flops / min(times["matmul"])  # the network is held against the best of them
-    for name, run in timed.items():
+    peak = benchmarks["matmul"].flops / min(times["matmul"])  # FLOPs per second of the fastest product
+    for name, run in benchmarks.items():
         median = statistics.median(times[name])
         line = {"run": name, "device": device.device_kind, "jax": jax.__version__, "dtype": config.model.dtype}
         line |= {"batch": run.images, "ms": round(1e3 * median, 3)}

@@ -1,6 +1,7 @@
-"""What users get wrong, and what they must be told: for `tools.torture`."""
+"""Mistakes of users and the messages that must report them, for `tools.torture`."""
 
 import gzip
+import pathlib
 import shutil
 import struct
 import zipfile
@@ -8,8 +9,8 @@ import zipfile
 from PIL import Image
 
 
-def cases(folder, run):
-    """{name: (arguments of main.py, pattern of the one line)}, about files that are made in `folder`.
+def cases(folder: pathlib.Path, run: pathlib.Path) -> dict[str, tuple[list[str], str]]:
+    """Returns {name: (arguments of main.py, pattern of the message)}, and writes the files of the cases to `folder`.
 
     Args:
       folder: a path that does not exist yet.
@@ -22,18 +23,18 @@ def cases(folder, run):
     def config(key, value):
         return [command, new, f"--config.{key}={value}"]
 
-    def data(name, *more):
-        return [command, new, f"--config.data.path={files / name}", cache, *more]
+    def data(name, *flags):
+        return [command, new, f"--config.data.path={files / name}", cache, *flags]
 
     return (
-        _of_config(config, new, files)
-        | _of_command_line([command, new], files)
-        | _of_data(config, data, files)
-        | _of_workdir(command, run, files)
+        _config_cases(config, new, files)
+        | _command_line_cases([command, new], files)
+        | _data_cases(config, data, files)
+        | _workdir_cases(command, run, files)
     )
 
 
-def _of_config(config, new, files):
+def _config_cases(config, new, files):
     return {
         "unknown key": (config("train.nmu_steps", 3), r"train\.nmu_steps .*nearest is config\.train\.num_steps"),
         "unknown section": (config("trian.num_steps", 3), r"trian\.num_steps .*nearest is config\.train\.num_steps"),
@@ -76,7 +77,7 @@ def _of_config(config, new, files):
     }
 
 
-def _of_command_line(digits, files):
+def _command_line_cases(digits, files):
     return {
         "unknown flag": ([*digits, "--wrkdir=x"], r"Unknown command line flag 'wrkdir'.*workdir"),
         "no dashes": ([*digits, "resume"], r"'resume' is no flag"),
@@ -96,11 +97,11 @@ def _of_command_line(digits, files):
     }
 
 
-def _of_data(config, data, files):
+def _data_cases(config, data, files):
     return {
         "no such path": (data("nowhere"), r"data\.path='.*nowhere' does not exist"),
         "empty folder": (data("empty"), r"data\.path='.*empty' holds no images"),
-        "no archive": (data("text.txt"), r"text\.txt' must be a folder, a zip or an idx file"),
+        "text file": (data("text.txt"), r"text\.txt' must be a folder, a zip or an idx file"),
         "cut zip": (data("cut.zip"), r"cut\.zip' must be a folder, a zip or an idx file"),
         "cut image": (data("cut"), r"image cut\.png: .*skip_corrupt"),
         "nothing but cut images": (data("cut", "--config.data.skip_corrupt=True"), r"no image of .*cut can be read"),
@@ -129,7 +130,7 @@ def _of_data(config, data, files):
     }
 
 
-def _of_workdir(command, run, files):
+def _workdir_cases(command, run, files):
     return {
         "another model": (
             [command, f"--workdir={run}"],
@@ -149,7 +150,7 @@ def _of_workdir(command, run, files):
             ["--mode=evaluate", f"--workdir={run}", "--splits=test"],
             r"split='test': the digits have only 'train'",
         ),
-        "no samples to judge": (
+        "no samples to evaluate": (
             ["--mode=evaluate", f"--workdir={run}", f"--samples={files / 'text.txt'}"],
             r"--samples=.*text\.txt holds no samples",
         ),
@@ -167,7 +168,7 @@ def _of_workdir(command, run, files):
 
 
 def _files(folder, run):
-    """Everything that the cases need, in one folder."""
+    """Writes the files that the cases need, and returns their folder."""
     files = folder / "files"
     for name in ("empty", "cut", "bomb", "small", "cut-config", "no-checkpoint"):
         (files / name).mkdir(parents=True)

@@ -2,9 +2,9 @@
 
     python -m tools.convert_inception pt_inception-2015-12-05-6726825d.pth inception.npz
 
-The .pth is that of pytorch-fid's or torch-fidelity's releases: TensorFlow's weights of 2015-12-05,
-under the Apache License 2.0. What comes out has its names and layouts, without the classifier. Prints
-the SHA-256 of the .pth, whose first digits its name tells.
+The .pth file comes from the releases of pytorch-fid or torch-fidelity: TensorFlow's weights of 2015-12-05,
+under the Apache License 2.0. The .npz file keeps the names and layouts, and leaves out the classifier. The
+script prints the SHA-256 of the .pth file, whose name ends in the first digits.
 """
 
 import argparse
@@ -17,26 +17,29 @@ from diffusion_jax.errors import UserError, one_line
 
 
 def convert(source: str, out: str) -> str:
-    """Writes `out`; returns the SHA-256 of `source`.
+    """Converts the .pth file `source` to the .npz file `out`.
+
+    Returns:
+      The hex SHA-256 of `source`.
 
     Raises:
-      UserError: no torch, no such file, not these weights, or `out` cannot be written.
+      UserError: torch is missing, `source` does not hold these weights, or `out` cannot be written.
     """
     try:
         import torch
     except ImportError:
-        raise UserError("torch is missing, which this conversion reads the .pth with: pip install torch") from None
+        raise UserError("torch is missing, which reads the .pth file: pip install torch") from None
     if not out.endswith(".npz"):
-        raise UserError(f"{out} must end in .npz")
+        raise UserError(f"{out} must end in .npz: give another name")
     try:
         digest = hashlib.sha256(pathlib.Path(source).read_bytes()).hexdigest()
         state = torch.load(source, map_location="cpu", weights_only=True)
         arrays = {name: np.asarray(tensor) for name, tensor in state.items()}
-    except Exception as error:  # the file system's, pickle's, torch's own
-        raise UserError(f"{source} is no state dict of torch ({one_line(error, 200)}): download it again") from None
-    # torchvision's Inception has the same names, but is another network, and has 1000 classes.
+    except Exception as error:  # the file system, pickle and torch raise many types
+        raise UserError(f"{source} is not a state dict of torch ({one_line(error, 200)}): download it again") from None
+    # torchvision's Inception has the same names, but it is another network with 1000 classes.
     if "fc.weight" not in arrays or arrays["fc.weight"].shape != (1008, 2048):
-        raise UserError(f"{source} is not FID's Inception, which has fc.weight of (1008, 2048): give pytorch-fid's")
+        raise UserError(f"{source} is not FID's Inception, whose fc.weight is (1008, 2048): give pytorch-fid's file")
     dropped = ("fc.", "AuxLogits.")
     arrays = {
         name: array.astype(np.float32)
@@ -53,10 +56,10 @@ def convert(source: str, out: str) -> str:
     return digest
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="the .pth")
-    parser.add_argument("out", help="the .npz to write")
+    parser.add_argument("source", help="the .pth file")
+    parser.add_argument("out", help="the .npz file to write")
     args = parser.parse_args()
     try:
         print(f"{args.source}: SHA-256 {convert(args.source, args.out)}")

@@ -1,15 +1,16 @@
-"""Runs a command against a bucket of Google Cloud Storage that is none: an emulator on this machine.
+"""Runs a command with an emulated bucket of Google Cloud Storage on this machine.
 
     pip install gcsfs gcp-storage-emulator
     python -m tools.fake_bucket python main.py --config=configs/digits.py --workdir=gs://bucket/run
 
-The bucket is called "bucket", and kept in the folder --keep, if given, else forgotten.
+The bucket is called "bucket". Its objects are kept in the folder --keep, or in memory without it.
 """
 
 import argparse
 import os
 import subprocess
 import sys
+from typing import Any
 
 from gcp_storage_emulator.exceptions import NotFound
 from gcp_storage_emulator.handlers import objects
@@ -17,8 +18,10 @@ from gcp_storage_emulator.handlers import objects
 PORT = 9023
 
 
-def download_with_generation(request, response, storage, *args, download=objects.download, **kwargs):
-    """Says which generation of the object it is, as the real service does: tensorstore depends on it."""
+def download_with_generation(
+    request: Any, response: Any, storage: Any, *args: Any, download: Any = objects.download, **kwargs: Any
+) -> Any:
+    """Adds the object's generation to the response, as the real service does, because tensorstore needs it."""
     try:
         obj = storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])
         response["x-goog-generation"] = str(obj["generation"])
@@ -27,17 +30,17 @@ def download_with_generation(request, response, storage, *args, download=objects
     return download(request, response, storage, *args, **kwargs)
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--keep", help="folder that the bucket is kept in")
+    parser.add_argument("--keep", help="folder for the objects of the bucket")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     args = parser.parse_args()
 
     objects.download = download_with_generation
-    from gcp_storage_emulator.server import create_server  # looks the handlers up when it is imported
+    from gcp_storage_emulator.server import create_server  # its import reads the handlers
 
-    place = {"data_dir": args.keep} if args.keep else {"in_memory": True}
-    server = create_server("localhost", PORT, default_bucket="bucket", **place)
+    storage = {"data_dir": args.keep} if args.keep else {"in_memory": True}
+    server = create_server("localhost", PORT, default_bucket="bucket", **storage)
     server.start()
     url = f"http://localhost:{PORT}"
     env = os.environ | {

@@ -1,10 +1,10 @@
-"""How far samples of the digits model are from the real digits, in pixel space.
+"""Prints the Fréchet distance between samples of the digits model and the real digits, in pixel space.
 
     python -m tools.frechet --samples=samples.npz
 
-Fréchet distance between Gaussians fitted to the images as vectors of 64 pixels in
-[−1, 1], float64; with its floor, the distance between two halves of the real digits,
-and its ceiling, the distance from Gaussian noise to the real digits.
+The images are vectors of 64 pixels in [−1, 1], and the distance is that of Gaussians fitted to them, in float64.
+The script also prints its floor, the distance between two halves of the real digits, and its ceiling, the
+distance from Gaussian noise to the real digits.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ from absl import app, flags
 from diffusion_jax.data import pipeline, sources
 from diffusion_jax.evaluation import metrics, quality
 
-SAMPLES = flags.DEFINE_string("samples", None, "the .npz that --mode=sample wrote", required=True)
+SAMPLES = flags.DEFINE_string("samples", None, "the .npz file that --mode=sample has written", required=True)
 
 
 def main(_):
@@ -27,7 +27,7 @@ def main(_):
     print(f"{len(samples)} samples against {len(real)} real digits: {distance:.3f}")
     print(f"floor (two halves of the real digits): {floor:.3f}")
     print(f"ceiling (Gaussian noise, clipped to [-1, 1]): {ceiling:.3f}")
-    print(f"of the way from floor to ceiling: {(distance - floor) / (ceiling - floor):.1%}")
+    print(f"position between floor and ceiling: {(distance - floor) / (ceiling - floor):.1%}")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,21 @@
-"""An imported model of the hub against the outputs that diffusers publishes for it.
+"""Compares an imported model of the hub with the outputs that diffusers publishes for it.
 
     python main.py --mode=import --from=google/ddpm-cifar10-32 --workdir=runs/hub
     python -m tools.hub_logits --workdir=runs/hub --model=google/ddpm-cifar10-32
 
-Needs torch, whose random numbers the published outputs belong to: noise of seed 0 at diffusers'
-step 10, which is t = 11; 30 values of the first row, of which diffusers' scripts/generate_logits.py
-asks 1e-3. Not run so far, as there was no hub; the tests compare a row of another network with it.
+The script needs torch, because the published outputs belong to torch's random noise of seed 0, at diffusers' step
+10, which is t = 11. They are 30 values of the first row; diffusers' scripts/generate_logits.py tolerates 1e-3. The
+comparison has not been run with a hub model yet; the tests use another network.
 """
 
 import argparse
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
+from numpy.typing import ArrayLike
 
 import diffusion_jax
 
@@ -41,26 +44,35 @@ PUBLISHED = {
 }
 
 
-def difference(apply_fn, params, noise, published) -> float:
-    """Largest difference of the network's first row at t = 11 to the published values; noise [1, C, H, W]."""
+def difference(
+    apply_fn: Callable[..., jax.Array], params: Any, noise: ArrayLike, published: tuple[float, ...]
+) -> float:
+    """Returns the largest difference between the network's first row at t = 11 and the published values.
+
+    Args:
+      apply_fn: apply_fn({"params": params}, x [B, H, W, C], t [B]) -> eps_bar.
+      params: of the network.
+      noise: x in torch's layout [1, C, H, W].
+      published: the first values of the first row.
+    """
     x = np.asarray(noise, np.float32).transpose(0, 2, 3, 1)
     output = jax.jit(apply_fn)({"params": params}, x, np.full(1, 11))
     return float(abs(np.asarray(output)[0, 0, : len(published), 0] - np.array(published)).max())
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--workdir", required=True, help="of --mode=import")
-    parser.add_argument("--model", required=True, choices=PUBLISHED, help="which it is")
+    parser.add_argument("--workdir", required=True, help="the workdir of --mode=import")
+    parser.add_argument("--model", required=True, choices=PUBLISHED, help="the published name of the model")
     args = parser.parse_args()
     import torch
 
     apply_fn, params, _ = diffusion_jax.load_network(args.workdir)
     size = int(args.model.split("-")[-1])
     torch.manual_seed(0)
-    found = difference(apply_fn, params, torch.randn(1, 3, size, size).numpy(), PUBLISHED[args.model])
-    print(f"{args.model}: largest difference to the published outputs {found:.1e}")
-    sys.exit(found > 1e-3)
+    largest = difference(apply_fn, params, torch.randn(1, 3, size, size).numpy(), PUBLISHED[args.model])
+    print(f"{args.model}: largest difference from the published outputs {largest:.1e}")
+    sys.exit(largest > 1e-3)
 
 
 if __name__ == "__main__":

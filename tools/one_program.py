@@ -1,8 +1,9 @@
-"""Compiles the sampling chain of a config for T = 10 and T = 1000, in turn: one program, whatever T.
+"""Shows that the sampling chain is one program of a size that does not depend on T.
 
     python -m tools.one_program --config=configs/digits.py
 
-Prints, for each, the seconds that XLA takes and the instructions of the optimised program.
+The script compiles the chain for T = 10 and T = 1000 in turn, and prints for each the seconds that XLA takes and the
+number of instructions of the optimised program.
 """
 
 import re
@@ -12,13 +13,13 @@ import time
 import jax
 import jax.numpy as jnp
 from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from diffusion_jax import parts, sampling
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py")
-REPEATS = flags.DEFINE_integer("repeats", 3, "compilations for each T; the median is printed")
-BATCH = flags.DEFINE_integer("batch", 16, "images of the chain")
+REPEATS = flags.DEFINE_integer("repeats", 3, "compilations for each T, of which the median is printed")
+BATCH = flags.DEFINE_integer("batch", 16, "images in the chain")
 
 
 def compile_chain(config, batch):
@@ -40,7 +41,7 @@ def compile_chain(config, batch):
     return seconds, len(re.findall(r"^\s*(?:ROOT )?%?\S+ = ", compiled.as_text(), re.MULTILINE))
 
 
-def main(_):
+def main(_: list[str]) -> None:
     runs = {10: [], 1000: []}
     for _ in range(REPEATS.value):
         for num_steps, results in runs.items():

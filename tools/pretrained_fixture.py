@@ -2,18 +2,19 @@
 
     pip install torch diffusers safetensors && python -m tools.pretrained_fixture
 
-The folder is what `DDPMPipeline.save_pretrained` writes; outputs.npz holds images x [3, 8, 8, 3] of unit variance,
-steps t in 1..T, and the network's outputs for x and for x × 0.01.
+`DDPMPipeline.save_pretrained` writes the folder. outputs.npz holds images x [3, 8, 8, 3] of unit variance, steps t
+in 1..T, and the network's outputs for x and for x × 0.01.
 """
 
 import pathlib
+from typing import Any
 
 import numpy as np
 
 SEED = 0
 FOLDER = pathlib.Path("tests/fixtures/diffusers")
 LOW_CONTRAST = 0.01
-# google/ddpm-cifar10-32's, but for the sizes; the middle level has attention.
+# The settings of google/ddpm-cifar10-32 with smaller sizes; the middle level has attention.
 UNET = {
     "sample_size": 8,
     "block_out_channels": [4, 8, 8],
@@ -29,8 +30,8 @@ UNET = {
 }
 
 
-def random_unet(seed=SEED, **settings):
-    """A UNet2DModel whose every weight matters: norms and biases are drawn too."""
+def random_unet(seed: int = SEED, **settings: Any) -> Any:
+    """Returns a UNet2DModel with random norms and biases too, so that every weight changes the outputs."""
     import torch
     from diffusers import UNet2DModel
 
@@ -43,8 +44,8 @@ def random_unet(seed=SEED, **settings):
     return model
 
 
-def outputs(model, x, t):
-    """The network's outputs for images [B, H, W, C] at steps t in 1..T, which diffusers calls 0..T−1."""
+def outputs(model: Any, x: np.ndarray, t: np.ndarray) -> np.ndarray:
+    """Returns the network's outputs for images [B, H, W, C] at steps t in 1..T, which diffusers calls 0..T−1."""
     import torch
 
     with torch.no_grad():
@@ -52,7 +53,7 @@ def outputs(model, x, t):
         return model(images, torch.from_numpy(t - 1)).sample.numpy().transpose(0, 2, 3, 1)
 
 
-def main():
+def main() -> None:
     from diffusers import DDPMPipeline, DDPMScheduler
 
     model = random_unet(**UNET)

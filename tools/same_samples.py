@@ -1,6 +1,8 @@
-"""Is image i the same for any number of devices and any batch? How far the samples differ, in units of [-1, 1].
+"""Prints how much image i changes with the number of devices and the batch size, in units of [-1, 1].
 
-python -m tools.same_samples runs/digits    (the whole chain, on 1, 2 and 4 forced CPU devices)
+    python -m tools.same_samples runs/digits
+
+The script samples the whole chain on 1, 2 and 4 forced CPU devices.
 """
 
 import os
@@ -18,6 +20,7 @@ CASES = [(4, 1), (8, 2), (16, 4), (8, 1), (16, 1), (8, 4), (5, 1), (1, 1)]  # (i
 
 
 def samples(workdir: str, num: int) -> np.ndarray:
+    """Returns `num` samples of the run, float32 [num, H, W, C]."""
     sample_fn, params = diffusion_jax.load(workdir, num)
     return np.asarray(sample_fn(params, jax.random.key(0)))
 
@@ -31,7 +34,7 @@ def main(workdir: str) -> None:
             command = [sys.executable, "-m", "tools.same_samples", workdir, str(num), str(out)]
             subprocess.run(command, env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}, check=True)
             results.append(np.load(out))
-    print(f"jax {jax.__version__}, against {CASES[0][0]} images on {CASES[0][1]} device:")
+    print(f"jax {jax.__version__}, compared with {CASES[0][0]} images on {CASES[0][1]} device:")
     for (num, devices), x in zip(CASES, results, strict=True):
         shared = min(len(x), len(results[0]))
         difference = np.abs(x[:shared] - results[0][:shared]).max()

@@ -79,7 +79,7 @@ def moments(images: Any, features: Features) -> metrics.Moments:
 
 
 class _Subset:
-    """The images with the given indices."""
+    """Holds the images at `indices`, and reads them only when they are indexed."""
 
     def __init__(self, images, indices):
         self._images, self._indices = images, indices

@@ -1,7 +1,7 @@
-"""The needs of a compiled program, in two parts.
+"""Memory, FLOPs and traffic of compiled programs, in two parts.
 
 1. Chips, compilation and memory. Training uses this part, and --mode=plan does too. It asks JAX's own
-   `memory_analysis` and `cost_analysis`, and gives None where a backend does not answer.
+   `memory_analysis` and `cost_analysis`, and returns None if a backend does not answer.
 2. Traffic and the roofline, counted in the HLO text of the program. The text has no stable format, so
    --mode=plan alone uses this part: a train step must not depend on it.
 """

@@ -21,6 +21,8 @@ COMPILED = epath.Path("~/.cache/diffusion_jax/compiled")  # the compilation cach
 _REDUCE = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_REDUCE"
 _CPU_FLAGS = {"0.10": [_REDUCE], "0.12": [_REDUCE, "--xla_cpu_experimental_onednn_custom_call=true"]}
 
+_EXTRAS = {"tpu": "tpu", "gpu": "cuda12", "cpu": "cpu"}  # extras of the package jax, by platform
+
 # The other processes notice a dead one after this time, and end.
 _HEARTBEAT_SECONDS = 20
 
@@ -106,12 +108,12 @@ def _check_devices(platform):
         backend = jax.default_backend()
     except (RuntimeError, AssertionError) as error:  # AssertionError: no plugin of the platform is installed
         line = one_line(error, 300) or "JAX is installed without support for it"
-        remedy = f"check that this machine has one, and install jax[{'tpu' if platform == 'tpu' else 'cuda12'}]"
+        remedy = f"check that this machine has one, and install jax[{_EXTRAS.get(platform, 'cuda12')}]"
         if "already in use" in line or "lockfile" in line:
             remedy = "end the process that holds the TPU; if there is no such process, remove /tmp/libtpu_lockfile"
         raise UserError(f"--platform={platform}: no device can be used ({line}): {remedy}") from None
     if platform and backend != platform:
-        raise UserError(f"--platform={platform}: JAX found only {backend} devices: install jax[{platform}]")
+        raise UserError(f"--platform={platform}: JAX found only {backend} devices: install jax[{_EXTRAS[platform]}]")
     if not platform and backend == "cpu" and _accelerators():
         raise UserError(
             f"this machine has a TPU ({_accelerators()[0]}), but JAX found only the CPU: pip install 'jax[tpu]', end "

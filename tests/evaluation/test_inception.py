@@ -149,7 +149,7 @@ def test_images_of_four_channels_are_refused(loaded):
     [
         ({}, "not FID's Inception"),
         ({"fc.weight": np.zeros((1000, 2048))}, "not FID's Inception"),  # torchvision's
-        ([1], "no state dict"),
+        ([1], "not a state dict"),
     ],
 )
 def test_other_weights_are_not_converted(tmp_path, monkeypatch, state, message):

@@ -45,6 +45,8 @@ def test_cluster_from_the_environment(monkeypatch, variables, several):
 def test_a_missing_platform_is_an_error():
     with pytest.raises(UserError, match=r"--platform=tpu: JAX found only cpu devices: install jax\[tpu\]"):
         hosts._check_devices("tpu")
+    with pytest.raises(UserError, match=r"--platform=gpu: JAX found only cpu devices: install jax\[cuda12\]"):
+        hosts._check_devices("gpu")
     hosts._check_devices("cpu")
     hosts._check_devices("")
 
