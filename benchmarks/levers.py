@@ -19,7 +19,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from diffusion_jax import parts
-from diffusion_jax.data import pipeline
+from diffusion_jax.data import cache, pipeline
 from diffusion_jax.running import hosts
 from diffusion_jax.step import pmapped, replicate, resident, several
 
@@ -43,7 +43,7 @@ LEVERS = {
 class Variant:
     """A train step with a config; `seconds()` runs it from the start, and keeps the losses and the parameters."""
 
-    def __init__(self, config, images):
+    def __init__(self, config: ConfigDict, images: cache.Cached | cache.OnTheFly) -> None:
         self._config, self._start = config, parts.build(config).init_state()
         self._k, self._batch = config.train.steps_per_dispatch, config.train.batch_size
         self._local = (jax.local_device_count(), self._batch // jax.local_device_count())
@@ -66,7 +66,8 @@ class Variant:
         shape = (self._k, *self._local)
         return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[2:]).swapaxes(0, 1), batches), self._indices
 
-    def seconds(self):
+    def seconds(self) -> float:
+        """Takes --steps steps; returns the seconds per step."""
         state, losses = replicate(self._start), []
         jax.block_until_ready(state)
         start = time.perf_counter()
@@ -90,7 +91,7 @@ def with_overrides(config: ConfigDict, overrides: dict[str, Any]) -> ConfigDict:
 def main(_: list[str]) -> None:
     hosts.initialize(PLATFORM.value)
     images = parts.images(CONFIG.value)
-    variants = {name: Variant(with_lever(CONFIG.value, changes), images) for name, changes in LEVERS.items()}
+    variants = {name: Variant(with_overrides(CONFIG.value, keys), images) for name, keys in LEVERS.items()}
     times = {name: [] for name in variants}
     for _ in range(REPEATS.value):
         for name, variant in variants.items():

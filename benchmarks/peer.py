@@ -62,8 +62,8 @@ class Peer:
         self._process.wait(60)
 
 
-def write_model(config, params, folder):
-    """diffusers' folder of the parameters, and what the network makes of some images: example.npz."""
+def write_model(config: ConfigDict, params: Any, folder: Path) -> None:
+    """Writes the parameters as a folder of diffusers, and the network's outputs for some images as example.npz."""
     diffusers.write_unet(config, params, folder / "unet")
     x = np.random.default_rng(0).standard_normal((2, *parts.image_shape(config))).astype(np.float32)
     t = np.array([1, config.schedule.num_steps])
@@ -83,7 +83,7 @@ def main(_: list[str]) -> None:
     if jax.device_count() > 1:
         raise SystemExit(f"error: JAX found {jax.device_count()} devices: leave it one, e.g. CUDA_VISIBLE_DEVICES=0")
     with tempfile.TemporaryDirectory() as folder:
-        write_model(config, spread_out(parts.build(config).init_state().params), Path(folder))
+        write_model(config, random_weights(parts.build(config).init_state().params), Path(folder))
         with contextlib.closing(Peer(folder, config)) as peer:
             ours = unet.runs(config, BATCH.value, STEPS.value)
             for name in ours:

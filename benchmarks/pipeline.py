@@ -16,14 +16,14 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from diffusion_jax import parts
-from diffusion_jax.data import pipeline
+from diffusion_jax.data import cache, pipeline
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py")
 REPEATS = flags.DEFINE_integer("repeats", 5, "measurements of the cache, and of decoding on the fly")
 SECONDS = flags.DEFINE_float("seconds", 2.0, "seconds of a measurement")
 
 
-def iterate(images, config):
+def iterate(images: cache.Cached | cache.OnTheFly, config: ConfigDict) -> Iterator[np.ndarray]:
     batches = pipeline.batches(images, seed=0, batch_size=config.train.batch_size)
     return pipeline.iterate(batches, 0, images.num_threads)
 
@@ -44,7 +44,7 @@ def resident_mb() -> int:
         return round(int(file.read().split("VmRSS:")[1].split()[0]) / 1000)
 
 
-def report(kind: str, images: data.Cached | data.OnTheFly, config: ConfigDict) -> None:
+def report(kind: str, images: cache.Cached | cache.OnTheFly, config: ConfigDict) -> None:
     runs = [measure(iterate(images, config), SECONDS.value) for _ in range(REPEATS.value)]
     line = {"images": kind, "shape": images.shape, "batch": config.train.batch_size}
     for name, values in zip(("per_cpu_second", "per_second"), zip(*runs, strict=True), strict=True):

@@ -32,8 +32,8 @@ def seconds(run: Callable[..., jax.Array], *args: Any) -> float:
     return time.perf_counter() - start
 
 
-def variants(config, num_steps):
-    """{name: (x) -> x_stop} of the last `num_steps` steps of the chain."""
+def variants(config: ConfigDict, num_steps: int) -> dict[str, Callable[[jax.Array], jax.Array]]:
+    """Returns {name: function} for the last `num_steps` steps of the chain, from x_t to x_0."""
     s, sigma = parts.schedule(config), parts.sigma(config)
     apply_fn = parts.network(config)
     shape = (BATCH.value, *parts.image_shape(config))

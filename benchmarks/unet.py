@@ -67,8 +67,8 @@ def matmul(dtype: str, size: int) -> Run:
     return Run(jax.jit(lambda a, b: a @ b), x, x)
 
 
-def forward(config, batch):
-    """The network without dropout, on one device."""
+def forward(config: ConfigDict, batch: int) -> Run:
+    """Returns the forward pass without dropout, on one device."""
     params = jax.device_put(parts.build(config).init_state().params)
     x, t = jnp.zeros((batch, *parts.image_shape(config))), jnp.full(batch, 500)
     apply_fn = parts.network(config)
@@ -84,8 +84,8 @@ def train_step(config: ConfigDict, batch: int) -> Run:
     return Run(program, replicate(parts.build(config).init_state()), (batches, indices), images=batch, state=True)
 
 
-def chain(config, batch, steps):
-    """`steps` steps of the ancestral chain in one program, on one device."""
+def chain(config: ConfigDict, batch: int, steps: int) -> Run:
+    """Returns `steps` steps of the ancestral chain in one program, on one device."""
     s, sigma, apply_fn = parts.schedule(config), parts.sigma(config), parts.network(config)
     params = jax.device_put(parts.build(config).init_state().params)
     x, keys = jnp.zeros((batch, *parts.image_shape(config))), jax.random.split(jax.random.key(0), batch)

@@ -132,9 +132,9 @@ def compare_network(args: argparse.Namespace, folder: pathlib.Path, name: str) -
             print_line(network=name, inputs=f"x {scale}", largest_difference=difference, deviation=deviation)
     with contextlib.redirect_stdout(sys.stderr):
         diffusers.export_diffusers(str(workdir), str(folder / f"{name}-out"))
-    first, again = (
-        safetensors.load_file(folder / end / "unet" / "diffusion_pytorch_model.safetensors")
-        for end in (name, f"{name}-out")
+    imported, exported = (
+        safetensors.load_file(folder / subfolder / "unet" / "diffusion_pytorch_model.safetensors")
+        for subfolder in (name, f"{name}-out")
     )
     same = imported.keys() == exported.keys() and all(np.array_equal(imported[key], exported[key]) for key in imported)
     num_parameters = sum(tensor.size for tensor in imported.values())

@@ -1,4 +1,4 @@
-"""Writes the weights of FID's Inception as the .npz that `diffusion_jax.evaluation.inception` reads. Needs torch.
+"""Converts the weights of FID's Inception to the .npz file that `evaluation.inception` reads. Needs torch.
 
     python -m tools.convert_inception pt_inception-2015-12-05-6726825d.pth inception.npz
 

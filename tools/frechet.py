@@ -10,14 +10,14 @@ distance from Gaussian noise to the real digits.
 import numpy as np
 from absl import app, flags
 
-from diffusion_jax.data import pipeline, sources
+from diffusion_jax.data import cache, sources
 from diffusion_jax.evaluation import metrics, quality
 
 SAMPLES = flags.DEFINE_string("samples", None, "the .npz file that --mode=sample has written", required=True)
 
 
-def main(_):
-    real = quality.pixels(pipeline.open_images(sources.digits(), image_size=8, channels=1)[:])
+def main(_: list[str]) -> None:
+    real = quality.pixels(cache.open_images(sources.digits(), image_size=8, channels=1)[:])
     samples = quality.pixels(quality.read_samples(SAMPLES.value))
     rng = np.random.default_rng(0)
     shuffled = rng.permutation(real)

@@ -1,4 +1,4 @@
-"""Writes tests/fixtures/inception.npz: torch-fidelity's features of random images under random weights.
+"""Writes tests/fixtures/inception.npz: torch-fidelity's features of random images, with random weights.
 
     pip install torch && pip install --no-deps torch-fidelity && python -m tools.inception_fixture
 

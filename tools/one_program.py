@@ -22,8 +22,8 @@ REPEATS = flags.DEFINE_integer("repeats", 3, "compilations for each T, of which 
 BATCH = flags.DEFINE_integer("batch", 16, "images in the chain")
 
 
-def compile_chain(config, batch):
-    """(seconds, instructions) of the chain's program."""
+def compile_chain(config: ConfigDict, batch: int) -> tuple[float, int]:
+    """Compiles the chain; returns the seconds and the number of instructions."""
     model, s = parts.model(config), parts.schedule(config)
     shape = (batch, *parts.image_shape(config))
     x = jax.ShapeDtypeStruct(shape, jnp.float32)

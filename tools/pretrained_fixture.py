@@ -1,4 +1,4 @@
-"""Writes tests/fixtures/diffusers/: a small pipeline of diffusers with random weights, and what its network gives.
+"""Writes tests/fixtures/diffusers/: a small pipeline of diffusers with random weights, and outputs of its network.
 
     pip install torch diffusers safetensors && python -m tools.pretrained_fixture
 
