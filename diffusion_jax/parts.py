@@ -18,7 +18,11 @@ from diffusion_jax import losses, process, sampling, step, unet
 from diffusion_jax import schedule as schedules
 from diffusion_jax.data import cache, sources
 
-_SCHEDULES = {"su_linear": schedules.su_linear, "ho_linear": schedules.ho_linear, "cosine": schedules.cosine}
+_SCHEDULES: dict[str, Callable[[int], schedules.Schedule]] = {
+    "su_linear": schedules.su_linear,
+    "ho_linear": schedules.ho_linear,
+    "cosine": schedules.cosine,
+}
 _SIGMAS = {"zero": schedules.sigma_zero, "beta": schedules.sigma_beta, "posterior": schedules.sigma_posterior}
 _STEP_LOSSES = {"step": losses.step_loss, "weighted_step": losses.weighted_step_loss}
 # model.prediction: ε̄ as formula(s, x_t, t, output) of the network's output, and equation (15) for that output.

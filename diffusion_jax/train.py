@@ -83,10 +83,10 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
                     raise hosts.Stopped(
                         f"stopped by a signal after step {end}, which is saved: the same command goes on", signum
                     )
-                if due["evaluate"]:
+                if due["evaluate"] and monitor:
                     asked = time.monotonic()
                     measured = monitor(jax.device_get(state.ema_params), end, folder)
-                    if is_main_process:
+                    if log:
                         log.add_evaluation(end, measured, time.monotonic() - asked)
                 if due["sample"]:
                     _draw_grid(sample_fn, state, config.seed, folder)
@@ -182,7 +182,7 @@ def _to_devices(
 ) -> Iterator[dict[str, jax.Array]]:
     """Yields batches of k steps, arrays [D, k, B, …] on the D local devices; two are on their way ahead of need."""
     sharding = NamedSharding(Mesh(np.array(jax.local_devices()), (AXIS,)), PartitionSpec(AXIS))
-    ahead = collections.deque()
+    ahead: collections.deque[dict[str, jax.Array]] = collections.deque()
 
     def stacked(*steps):
         array = np.stack(steps)

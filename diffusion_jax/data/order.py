@@ -1,5 +1,8 @@
 """The order of the training examples, a function of (seed, position) for the input pipeline and for device programs."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import numpy as np
 from jax import lax
@@ -27,6 +30,7 @@ def shuffled(position: np.ndarray | jax.Array, num: int, seed: int) -> np.ndarra
     half = max(1, -(-(num - 1).bit_length() // 2))  # bits
     mask = np.uint32(2**half - 1)
     keys = [_mix(epoch ^ _mix(_word(seed, i))) for i in range(_ROUNDS)]
+    where: Callable[..., Any]  # of NumPy or of JAX, as `position`
 
     def permuted(x):
         left, right = x >> half, x & mask

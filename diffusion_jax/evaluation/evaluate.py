@@ -201,7 +201,7 @@ def markdown(result: dict) -> str:
     """The numbers of evaluation.json as Markdown."""
     protocol = result["protocol"]
     lines = [f"# Evaluation of step {result['step']}", ""]
-    names = ("n", "bits_per_dim", "standard_error", "rate", "distortion", "prior", "loss")
+    names: tuple[str, ...] = ("n", "bits_per_dim", "standard_error", "rate", "distortion", "prior", "loss")
     names += ("histogram_bits_per_dim", "png_bits_per_dim")
     rows = [[split, *(x[name] for name in names)] for split, x in result["splits"].items()]
     lines += markdown_table(["split", *names], rows, _cell)

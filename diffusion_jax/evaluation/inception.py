@@ -32,7 +32,7 @@ def resize(x: jax.Array, size: int = _SIZE) -> jax.Array:
         length = x.shape[axis]
         source = np.arange(size, dtype=np.float32) * np.float32(length / size)
         low = source.astype(np.int32)
-        weight = np.expand_dims(source - low.astype(np.float32), [i for i in range(4) if i != axis])
+        weight = np.expand_dims(source - low.astype(np.float32), tuple(i for i in range(4) if i != axis))
         below, above = (jnp.take(x, np.minimum(low + i, length - 1), axis) for i in (0, 1))
         x = below + (above - below) * weight
     return x

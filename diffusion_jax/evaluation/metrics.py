@@ -101,9 +101,9 @@ def frechet_of_features(x: ArrayLike, y: ArrayLike) -> float:
     if min(len(x), len(y)) > x.shape[1]:
         return _frechet_of_moments(Moments.of(x), Moments.of(y))
     mean_x, mean_y = x.mean(axis=0), y.mean(axis=0)
-    x, y = (x - mean_x) / np.sqrt(len(x) - 1), (y - mean_y) / np.sqrt(len(y) - 1)
-    trace_of_root = np.linalg.svd(x @ y.T, compute_uv=False).sum()
-    return float(np.sum((mean_x - mean_y) ** 2) + np.sum(x**2) + np.sum(y**2) - 2 * trace_of_root)
+    a, b = (x - mean_x) / np.sqrt(len(x) - 1), (y - mean_y) / np.sqrt(len(y) - 1)
+    trace_of_root = np.linalg.svd(a @ b.T, compute_uv=False).sum()
+    return float(np.sum((mean_x - mean_y) ** 2) + np.sum(a**2) + np.sum(b**2) - 2 * trace_of_root)
 
 
 def frechet_interval(
@@ -125,11 +125,12 @@ def frechet_interval(
     """
     if num < 2 or not 0 < level < 1:
         raise ValueError(f"need num >= 2 and level in (0, 1), not {num} and {level}")
+    distance: Callable[..., float]  # of one set to the moments, or of two sets
     if isinstance(y, Moments):
         distance, sets = _frechet_to(y), [_rows_like(y, x, 2)]
     else:
-        distance, sets = frechet_of_features, _pair(x, y, 2)
-    draws = [distance(*(a[rng.integers(len(a), size=len(a))] for a in sets)) for _ in range(num)]
+        distance, sets = frechet_of_features, list(_pair(x, y, 2))
+    draws = np.array([distance(*(a[rng.integers(len(a), size=len(a))] for a in sets)) for _ in range(num)])
     tails = np.quantile(draws - np.mean(draws), [(1 + level) / 2, (1 - level) / 2])
     low, high = distance(*sets) - tails
     return float(low), float(high)
@@ -217,16 +218,16 @@ def precision_recall(real: ArrayLike, fake: ArrayLike, k: int = 3, k_density: in
     k_max = max(k, k_density)
     if min(k, k_density) < 1:
         raise ValueError(f"need k >= 1 and k_density >= 1, not {k} and {k_density}")
-    real, fake = _pair(real, fake, k_max + 1, k + 1, names=("real", "fake"))
-    centre = real.mean(axis=0)
-    real, fake = real - centre, fake - centre
+    real_rows, fake_rows = _pair(real, fake, k_max + 1, k + 1, names=("real", "fake"))
+    centre = real_rows.mean(axis=0)
+    real_rows, fake_rows = real_rows - centre, fake_rows - centre
     # Squared radii. Rounding decides about an example of fake that is also in real, so the balls are a little wider.
-    slack = 1e-12 * max(np.max(np.sum(a**2, axis=1)) for a in (real, fake))
-    radii_real = NearestNeighbors(n_neighbors=k_max).fit(real).kneighbors()[0] ** 2 + slack
-    radii_fake = NearestNeighbors(n_neighbors=k).fit(fake).kneighbors()[0] ** 2 + slack
-    nearest_fake = NearestNeighbors(n_neighbors=1).fit(fake).kneighbors(real)[0][:, 0] ** 2
-    counts_fake = _count_balls(fake, real, radii_real[:, [k - 1, k_density - 1]])
-    counts_real = _count_balls(real, fake, radii_fake[:, [k - 1]])
+    slack = 1e-12 * max(np.max(np.sum(a**2, axis=1)) for a in (real_rows, fake_rows))
+    radii_real = NearestNeighbors(n_neighbors=k_max).fit(real_rows).kneighbors()[0] ** 2 + slack
+    radii_fake = NearestNeighbors(n_neighbors=k).fit(fake_rows).kneighbors()[0] ** 2 + slack
+    nearest_fake = NearestNeighbors(n_neighbors=1).fit(fake_rows).kneighbors(real_rows)[0][:, 0] ** 2
+    counts_fake = _count_balls(fake_rows, real_rows, radii_real[:, [k - 1, k_density - 1]])
+    counts_real = _count_balls(real_rows, fake_rows, radii_fake[:, [k - 1]])
     return PrecisionRecall(
         precision=float(np.mean(counts_fake[:, 0] > 0)),
         recall=float(np.mean(counts_real[:, 0] > 0)),
@@ -291,7 +292,7 @@ def nearest(samples: ArrayLike, train: Any) -> tuple[np.ndarray, np.ndarray]:
     return distances, indices
 
 
-def _rows(name, x, min_rows):
+def _rows(name: str, x: ArrayLike, min_rows: int) -> np.ndarray:
     """Returns `x` as float64 [n, d], after checking that it is finite and n >= min_rows."""
     x = np.asarray(x, np.float64)
     if x.ndim != 2 or not x.shape[1]:
@@ -303,7 +304,9 @@ def _rows(name, x, min_rows):
     return x
 
 
-def _pair(x, y, min_rows, min_rows_y=None, names=("x", "y")):
+def _pair(
+    x: ArrayLike, y: ArrayLike, min_rows: int, min_rows_y: int | None = None, names: tuple[str, str] = ("x", "y")
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns both sets as `_rows` does, after checking that their d is the same."""
     x, y = _rows(names[0], x, min_rows), _rows(names[1], y, min_rows_y or min_rows)
     if x.shape[1] != y.shape[1]:
@@ -334,7 +337,7 @@ def _frechet_to(y: Moments) -> Callable[[np.ndarray], float]:
     return distance
 
 
-def _rows_like(y: Moments, x, min_rows):
+def _rows_like(y: Moments, x: ArrayLike, min_rows: int) -> np.ndarray:
     """Returns `x` as `_rows` does, after checking that it has as many features as y."""
     x = _rows("x", x, min_rows)
     if x.shape[1] != len(y.mean):

@@ -31,7 +31,7 @@ class Monitor:
       held_out: images that it does not train on, or None.
     """
 
-    def __init__(self, run: Parts, train_images: Cached | OnTheFly, held_out: Cached | OnTheFly | None = None):
+    def __init__(self, run: Parts, train_images: Cached | OnTheFly, held_out: Cached | OnTheFly | None = None) -> None:
         self._key, self._num_steps = jax.random.key(run.seed), run.schedule.num_steps
         self._train = _some(train_images)
         self._held_out = None if held_out is None else _some(held_out)
@@ -56,7 +56,7 @@ class Monitor:
           each time; nearest_training_image, the median distance in pixels of samples to their nearest training
           image. Process 0 draws the nearest pairs in samples/nearest-<step>.png.
         """
-        values = {}
+        values: dict[str, float] = {}
         if self._held_out is not None:
             values |= self._loss_by_quarter(params)
         generated = pixels.to_uint8(self._sample(params, self._key))

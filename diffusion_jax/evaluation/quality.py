@@ -64,10 +64,11 @@ def _batches(images, features):
 
 def moments(images: Any, features: Features) -> metrics.Moments:
     """Returns the moments of the features of all images, in every process; each process reads its share."""
-    total = None
     share = np.array_split(np.arange(len(images)), jax.process_count())[jax.process_index()]
-    for batch in _batches(_Subset(images, share), features):
-        total = metrics.Moments.of(batch) if total is None else total.add(batch)
+    batches = _batches(_Subset(images, share), features)
+    total = metrics.Moments.of(next(batches))
+    for batch in batches:
+        total = total.add(batch)
     if jax.process_count() == 1:
         return total
     # Sent as bytes: JAX would round float64 unless jax_enable_x64 is set.
@@ -95,9 +96,9 @@ def save_statistics(path: epath.PathLike, statistics: metrics.Moments, protocol:
     """Writes the moments of a set of images and their protocol as an .npz file."""
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    arrays = {"count": statistics.count, "mean": statistics.mean, "scatter": statistics.scatter}
+    about = np.array(json.dumps(protocol))
     with path.open("wb") as file:
-        np.savez(file, **arrays, protocol=np.array(json.dumps(protocol)))
+        np.savez(file, count=statistics.count, mean=statistics.mean, scatter=statistics.scatter, protocol=about)
 
 
 def load_statistics(path: epath.PathLike) -> tuple[metrics.Moments, dict[str, Any]]:
@@ -185,9 +186,9 @@ def compare(samples: Any, reference: Any, features: Features, seed: int = 0) -> 
     result["frechet_floor"] = metrics.frechet_of_features(y[shuffled[::2]], y[shuffled[1::2]])
     subsets = {"num_subsets": SUBSETS, "subset_size": min(1000, len(x), len(y))}
     result["kernel_distance"] = list(metrics.kernel_distance(x, y, rng, **subsets))
-    chosen = [rows[rng.permutation(len(rows))[:MAX_NEIGHBOURS]] for rows in (y, x)]
-    result |= metrics.precision_recall(*chosen, K, K_DENSITY)._asdict()
-    result["neighbours_among"] = [len(rows) for rows in chosen]
+    real, fake = (rows[rng.permutation(len(rows))[:MAX_NEIGHBOURS]] for rows in (y, x))
+    result |= metrics.precision_recall(real, fake, K, K_DENSITY)._asdict()
+    result["neighbours_among"] = [len(real), len(fake)]
     result["sliced_wasserstein"] = metrics.sliced_wasserstein(x, y, rng, DIRECTIONS)
     result["settings"] = {
         "frechet_95": _interval_settings(x) | {"drawn_again": "samples and reference"},

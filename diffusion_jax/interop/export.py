@@ -73,7 +73,8 @@ def export(config: dict, params: dict, step: int, sample: Callable, out: str) ->
     arrays = {"program": np.frombuffer(exported.serialize(), np.uint8), "about": np.array(json.dumps(about)), **flat}
     try:
         with files.replacing(out) as file:
-            np.savez(file, checksum=np.array(_checksum(arrays)), **arrays)
+            # To mypy, any array might be called allow_pickle.
+            np.savez(file, checksum=np.array(_checksum(arrays)), **arrays)  # type: ignore[arg-type]
     except OSError as error:
         raise UserError(f"--out={out} cannot be written ({error}): give another file") from None
 

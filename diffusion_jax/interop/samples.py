@@ -3,6 +3,7 @@
 import json
 import re
 import zlib
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,7 +23,7 @@ from diffusion_jax.sample import ema_params
 SHARD = 1024  # images of one file
 
 
-def write_samples(workdir: epath.PathLike, num: int, seed: int, out: str, **settings) -> None:
+def write_samples(workdir: epath.PathLike, num: int, seed: int, out: str, **settings: Any) -> None:
     """Writes `num` images: a grid if `out` ends in .png, uint8 [num, H, W, C] if in .npz, shards if in "/".
 
     An .npz has the images as "arr_0", the name that evaluation suites read, and as "about" the JSON of what

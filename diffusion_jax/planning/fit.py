@@ -1,7 +1,5 @@
 """Memory and time of a train step on the devices that run it, and the options that save memory."""
 
-from collections.abc import Callable
-
 import jax
 from ml_collections import ConfigDict
 
@@ -11,7 +9,7 @@ from diffusion_jax.planning import programs
 TIGHT = 0.9  # share of a device's memory above which the step gets a warning
 
 
-def foresee(config: ConfigDict, program: Callable, args: tuple, num_steps: int) -> None:
+def foresee(config: ConfigDict, program: jax.stages.Wrapped, args: tuple, num_steps: int) -> None:
     """Prints the memory and the least time of the steps to come, where the device tells its memory.
 
     Only a program that does not fit stops the run: an estimate that fails for another reason is left out.

@@ -21,7 +21,7 @@ class Chip(NamedTuple):
     """The published performance of a chip, and the number of chips in a pod."""
 
     flops: float  # bfloat16 operations per second
-    hbm: float  # bytes
+    hbm: int  # bytes
     bandwidth: float  # of the HBM, bytes per second
     links: float  # to all other chips together, in one direction, bytes per second
     pod: int  # chips
@@ -41,7 +41,7 @@ _KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": 
 
 def chip_of(device: jax.Device) -> Chip | None:
     """Returns the numbers of a device, or None if CHIPS does not have it."""
-    return CHIPS.get(_KINDS.get(device.device_kind))
+    return CHIPS.get(_KINDS.get(device.device_kind, ""))
 
 
 def room(device: jax.Device) -> int | None:
@@ -150,7 +150,7 @@ def needs(
       `memory`; "collectives": see `collectives`; "roofline": see `roofline`, None without a chip;
       "optimal_seconds": the compiler's own estimate, None unless it is positive.
     """
-    hlo, cost = program.as_text(), program.cost_analysis() or {}
+    hlo, cost = program.as_text() or "", program.cost_analysis() or {}
     sent = collectives(hlo)
     outside, inside = hbm_bytes(hlo)
     per_chip = {
@@ -181,9 +181,10 @@ def roofline(chip: Chip, flops: float, hbm_bytes: float, link_bytes: float) -> d
     """
     parts = {"compute": flops / chip.flops, "memory": hbm_bytes / chip.bandwidth, "links": link_bytes / chip.links}
     seconds = max(parts["compute"], parts["memory"]) + parts["links"]
-    return {f"{name}_seconds": part for name, part in parts.items()} | {
+    return {
+        **{f"{name}_seconds": part for name, part in parts.items()},
         "seconds": seconds,
-        "bound": max(parts, key=parts.get),
+        "bound": max(parts, key=parts.__getitem__),
         "utilisation": parts["compute"] / seconds if seconds else 0.0,
     }
 
@@ -200,7 +201,7 @@ def collectives(hlo: str) -> dict[str, dict[str, int]]:
     Each collective counts once, also inside a loop. The bytes are those of the results on one chip; an
     asynchronous pair counts at its "-done".
     """
-    totals = {}
+    totals: dict[str, dict[str, int]] = {}
     for shapes, name, _ in _COLLECTIVE.findall(hlo):
         entry = totals.setdefault(name, {"count": 0, "bytes": 0})
         entry["count"] += 1
@@ -244,7 +245,7 @@ def hbm_bytes(hlo: str) -> tuple[float, float]:
     """
     names = re.split(r"^(?:ENTRY )?(%[\w.\-]+) \(.*\{$", hlo, flags=re.MULTILINE)
     bodies = dict(zip(names[1::2], names[2::2], strict=True))
-    entry = re.search(r"^ENTRY (%[\w.\-]+)", hlo, re.MULTILINE)[1]
+    entry = re.findall(r"^ENTRY (%[\w.\-]+)", hlo, re.MULTILINE)[0]
     totals, pending, visited = [0.0, 0.0], [(entry, 0)], set()
     while pending:
         name, in_loop = pending.pop()
@@ -253,7 +254,7 @@ def hbm_bytes(hlo: str) -> tuple[float, float]:
             totals[in_loop] += _traffic(bodies[name], bodies)
             pending += [(body, 1) for body in re.findall(r"\bbody=(%[\w.\-]+)", bodies[name])]
             pending += [(callee, in_loop) for callee in _callees(bodies[name])]
-    return tuple(totals)
+    return totals[0], totals[1]
 
 
 def _callees(computation):

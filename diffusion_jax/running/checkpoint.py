@@ -110,7 +110,9 @@ def restore(manager: ocp.CheckpointManager, like: Any, set_aside: bool = False) 
 def checksums(state: Any) -> dict[str, int]:
     """Returns {path of a leaf: CRC-32 of its bytes}. Orbax has no checksums and restores a flipped bit silently."""
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
-    return {jax.tree_util.keystr(path): zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8)) for path, leaf in leaves}
+    return {
+        jax.tree_util.keystr(path): zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8).data) for path, leaf in leaves
+    }
 
 
 def _read(manager, step, like):

@@ -50,7 +50,7 @@ def initialize(platform: str = "", coordinator: str = "", num_processes: int = 1
     Raises:
       UserError: the platform has no device, or the processes cannot connect.
     """
-    if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR sets another
+    if not jax.config.values["jax_compilation_cache_dir"]:  # JAX_COMPILATION_CACHE_DIR sets another
         jax.config.update("jax_compilation_cache_dir", str(COMPILED.expanduser()))
     os.environ["XLA_FLAGS"] = _with_cpu_flags(os.environ.get("XLA_FLAGS", ""), jax.__version__)
     if platform:
@@ -59,7 +59,7 @@ def initialize(platform: str = "", coordinator: str = "", num_processes: int = 1
         raise UserError(
             f"--process_id={process_id} must be between 0 and {num_processes - 1} for --num_processes={num_processes}"
         )
-    processes = {}
+    processes: dict[str, Any] = {}
     if coordinator:
         processes = {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
     on_tpu = bool(_accelerators()) and platform in ("", "tpu")
@@ -125,8 +125,8 @@ def check_shared(workdir: epath.Path) -> None:
     """Raises UserError in every process unless all processes see the same workdir."""
     if jax.process_count() == 1:
         return
-    token = np.frombuffer(secrets.token_bytes(8), np.uint8)
-    token = np.asarray(multihost_utils.broadcast_one_to_all(token)).tobytes().hex()
+    random = np.frombuffer(secrets.token_bytes(8), np.uint8)
+    token = np.asarray(multihost_utils.broadcast_one_to_all(random)).tobytes().hex()
     file = workdir / ".shared"
     if jax.process_index() == 0:
         file.write_text(token)
@@ -148,8 +148,8 @@ class StopSignals:
     """
 
     def __init__(self) -> None:
-        self.signum = None
-        self._previous_handlers = {}
+        self.signum: int | None = None
+        self._previous_handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
         handlers = {signal.SIGINT: self._interrupt}

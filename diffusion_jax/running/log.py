@@ -23,8 +23,8 @@ class MetricsLog:
 
     def __init__(self, workdir: epath.Path, start: int, every: int) -> None:
         self._every = every
-        self._steps = []
-        self._loss = None  # the loss of the last line
+        self._steps: list[dict[str, float]] = []
+        self._loss: float | None = None  # the loss of the last line
         self._path = workdir / "metrics.jsonl"
         self._lines = self._drop_lines_after(start)
         # Files in a bucket cannot grow: metrics.jsonl is rewritten, and events are copied from a local folder.
