@@ -23,7 +23,7 @@ _HALF_BIN = 1 / 255  # half the distance between two of the 256 levels in [−1,
 _FLOOR = 1e-12  # smallest probability in Ho et al.'s code
 
 
-def decoder_log_likelihood(x_0: ArrayLike, mean: ArrayLike, log_std: ArrayLike, exact: bool = True) -> jax.Array:
+def decoder_log_likelihood(x_0: jax.Array, mean: jax.Array, log_std: jax.Array, exact: bool = True) -> jax.Array:
     """Returns log P(|y − x_0| < half a grey level) for y ~ N(mean, exp(log_std)²), Ho et al. (2020), (13).
 
     The bin of level 0 extends to −∞, the bin of level 255 to ∞.
@@ -56,13 +56,13 @@ def _tanh_cdf(x):
     return 0.5 * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def prior_kl(s: Schedule, x_0: ArrayLike) -> jax.Array:
+def prior_kl(s: Schedule, x_0: jax.Array) -> jax.Array:
     """KL(q(x_T | x_0) ‖ N(0, 1)) = (ᾱ_T² x_0² − ᾱ_T² − log(1 − ᾱ_T²)) / 2. [...] -> [...] nats."""
     square = s.alpha_bar[-1] ** 2
     return 0.5 * (square * (x_0**2 - 1) - jnp.log1p(-square))
 
 
-def step_kl(s: Schedule, sigma: jax.Array, x_0: ArrayLike, x_0_predicted: ArrayLike, t: ArrayLike) -> jax.Array:
+def step_kl(s: Schedule, sigma: jax.Array, x_0: jax.Array, x_0_predicted: jax.Array, t: ArrayLike) -> jax.Array:
     """KL(q(x_{t−1} | x_t, x_0) ‖ p(x_{t−1} | x_t)) for t in 2..T, Ho et al. (2020), (8). [...] nats.
 
     q has the standard deviation σ̃_t of the posterior, p has σ_t. Their means differ by
@@ -95,7 +95,7 @@ def vlb_term(
     eps_bar_fn: Network,
     s: Schedule,
     sigma: ArrayLike,
-    x_0: ArrayLike,
+    x_0: jax.Array,
     t: ArrayLike,
     eps_bar: ArrayLike,
     *,

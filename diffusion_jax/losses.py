@@ -22,7 +22,7 @@ def mean_square(x: jax.Array) -> jax.Array:
 
 
 def weighted_step_loss(
-    eps_bar_fn: Network, s: Schedule, x_0: ArrayLike, t: ArrayLike, eps_bar_prev: ArrayLike, eps: ArrayLike
+    eps_bar_fn: Network, s: Schedule, x_0: jax.Array, t: jax.Array, eps_bar_prev: jax.Array, eps: jax.Array
 ) -> jax.Array:
     """(9): (β_t/α_t)² ‖ε_t − ε_θ‖² = ‖x_{t−1} − μ(x_t)‖². -> [B]
 
@@ -32,7 +32,7 @@ def weighted_step_loss(
 
 
 def step_loss(
-    eps_bar_fn: Network, s: Schedule, x_0: ArrayLike, t: ArrayLike, eps_bar_prev: ArrayLike, eps: ArrayLike
+    eps_bar_fn: Network, s: Schedule, x_0: jax.Array, t: jax.Array, eps_bar_prev: jax.Array, eps: jax.Array
 ) -> jax.Array:
     """(11): ‖ε_t − ε_θ(ᾱ_t x_0 + α_t β̄_{t−1} ε̄_{t−1} + β_t ε_t, t)‖². -> [B]
 
@@ -45,7 +45,7 @@ def step_loss(
     return mean_square(eps - _per_example(process.step_noise, s)(eps_bar_fn(x_t, t), t))
 
 
-def simple_loss(eps_bar_fn: Network, s: Schedule, x_0: ArrayLike, t: ArrayLike, eps_bar: ArrayLike) -> jax.Array:
+def simple_loss(eps_bar_fn: Network, s: Schedule, x_0: jax.Array, t: jax.Array, eps_bar: jax.Array) -> jax.Array:
     """(15): ‖ε̄ − (β̄_t/β_t) ε_θ(ᾱ_t x_0 + β̄_t ε̄, t)‖², Ho et al.'s L_simple. -> [B]
 
     The network predicts ε̄ and so already contains the factor β̄_t/β_t.
@@ -54,19 +54,19 @@ def simple_loss(eps_bar_fn: Network, s: Schedule, x_0: ArrayLike, t: ArrayLike, 
     return mean_square(eps_bar - eps_bar_fn(x_t, t))
 
 
-def x_0_loss(x_0_fn: Network, s: Schedule, x_0: ArrayLike, t: ArrayLike, eps_bar: ArrayLike) -> jax.Array:
+def x_0_loss(x_0_fn: Network, s: Schedule, x_0: jax.Array, t: jax.Array, eps_bar: jax.Array) -> jax.Array:
     """‖x_0 − x̂_0(x_t, t)‖² for a network that predicts x_0: (15) times (β̄_t/ᾱ_t)². -> [B]"""
     return mean_square(x_0 - x_0_fn(_per_example(process.forward, s)(x_0, t, eps_bar), t))
 
 
-def velocity_loss(velocity_fn: Network, s: Schedule, x_0: ArrayLike, t: ArrayLike, eps_bar: ArrayLike) -> jax.Array:
+def velocity_loss(velocity_fn: Network, s: Schedule, x_0: jax.Array, t: jax.Array, eps_bar: jax.Array) -> jax.Array:
     """‖v − v̂(x_t, t)‖² for a network that predicts v: (15) divided by ᾱ_t², Salimans & Ho (2022). -> [B]"""
     x_t = _per_example(process.forward, s)(x_0, t, eps_bar)
     return mean_square(_per_example(process.velocity, s)(x_0, t, eps_bar) - velocity_fn(x_t, t))
 
 
 def vlb_loss(
-    eps_bar_fn: Network, s: Schedule, sigma: ArrayLike, x_0: ArrayLike, t: ArrayLike, eps_bar: ArrayLike
+    eps_bar_fn: Network, s: Schedule, sigma: jax.Array, x_0: jax.Array, t: jax.Array, eps_bar: jax.Array
 ) -> jax.Array:
     """T times the term t of the variational bound, Ho et al.'s L (table 2): [B] bits/dim.
 

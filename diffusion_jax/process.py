@@ -19,22 +19,22 @@ from diffusion_jax.schedule import Schedule
 Network = Callable[[jax.Array, jax.Array], jax.Array]  # (x [B, ...], t [B] in 1..T) -> [B, ...]
 
 
-def forward_step(s: Schedule, x_prev: ArrayLike, t: ArrayLike, eps: ArrayLike) -> jax.Array:
+def forward_step(s: Schedule, x_prev: jax.Array, t: ArrayLike, eps: jax.Array) -> jax.Array:
     """(3): x_t = α_t x_{t−1} + β_t ε_t."""
     return s.alpha[t] * x_prev + s.beta[t] * eps
 
 
-def forward(s: Schedule, x_0: ArrayLike, t: ArrayLike, eps_bar: ArrayLike) -> jax.Array:
+def forward(s: Schedule, x_0: jax.Array, t: ArrayLike, eps_bar: jax.Array) -> jax.Array:
     """(6): x_t = ᾱ_t x_0 + β̄_t ε̄_t. Here t may be 0, which returns x_0."""
     return s.alpha_bar[t] * x_0 + s.beta_bar[t] * eps_bar
 
 
-def step_noise(s: Schedule, eps_bar: ArrayLike, t: ArrayLike) -> jax.Array:
+def step_noise(s: Schedule, eps_bar: jax.Array, t: ArrayLike) -> jax.Array:
     """(12): E[ε_t | ε̄_t] = (β_t / β̄_t) ε̄_t. The network's output as ε̄_t gives Su's ε_θ."""
     return s.beta[t] / s.beta_bar[t] * eps_bar
 
 
-def reverse_step(s: Schedule, x_t: ArrayLike, t: ArrayLike, eps: ArrayLike, noise: ArrayLike = 0.0) -> jax.Array:
+def reverse_step(s: Schedule, x_t: jax.Array, t: ArrayLike, eps: jax.Array, noise: ArrayLike = 0.0) -> jax.Array:
     """(8), (16): μ(x_t) = (x_t − β_t ε) / α_t. With noise = σ_t z this is (17).
 
     Args:
@@ -44,22 +44,22 @@ def reverse_step(s: Schedule, x_t: ArrayLike, t: ArrayLike, eps: ArrayLike, nois
     return (x_t - s.beta[t] * eps) / s.alpha[t] + noise
 
 
-def predict_x_0(s: Schedule, x_t: ArrayLike, t: ArrayLike, eps_bar: ArrayLike) -> jax.Array:
+def predict_x_0(s: Schedule, x_t: jax.Array, t: ArrayLike, eps_bar: jax.Array) -> jax.Array:
     """(6) solved for x_0: (x_t − β̄_t ε̄_t) / ᾱ_t."""
     return (x_t - s.beta_bar[t] * eps_bar) / s.alpha_bar[t]
 
 
-def predict_eps_bar(s: Schedule, x_t: ArrayLike, t: ArrayLike, x_0: ArrayLike) -> jax.Array:
+def predict_eps_bar(s: Schedule, x_t: jax.Array, t: ArrayLike, x_0: jax.Array) -> jax.Array:
     """(6) solved for ε̄_t: (x_t − ᾱ_t x_0) / β̄_t."""
     return (x_t - s.alpha_bar[t] * x_0) / s.beta_bar[t]
 
 
-def velocity(s: Schedule, x_0: ArrayLike, t: ArrayLike, eps_bar: ArrayLike) -> jax.Array:
+def velocity(s: Schedule, x_0: jax.Array, t: ArrayLike, eps_bar: jax.Array) -> jax.Array:
     """v = ᾱ_t ε̄_t − β̄_t x_0, Salimans & Ho (2022), appendix D. A network may predict v in place of ε̄."""
     return s.alpha_bar[t] * eps_bar - s.beta_bar[t] * x_0
 
 
-def predict_eps_bar_from_velocity(s: Schedule, x_t: ArrayLike, t: ArrayLike, v: ArrayLike) -> jax.Array:
+def predict_eps_bar_from_velocity(s: Schedule, x_t: jax.Array, t: ArrayLike, v: jax.Array) -> jax.Array:
     """ε̄_t = ᾱ_t v + β̄_t x_t, from `velocity` and (6)."""
     return s.alpha_bar[t] * v + s.beta_bar[t] * x_t
 
@@ -75,7 +75,7 @@ def variance_between(s: Schedule, t: ArrayLike, u: ArrayLike) -> jax.Array:
     return jnp.where(s.beta_bar[t] < s.alpha_bar[t], from_beta, from_alpha) / s.alpha_bar[u] ** 2
 
 
-def posterior_mean(s: Schedule, x_0: ArrayLike, x_t: ArrayLike, t: ArrayLike) -> jax.Array:
+def posterior_mean(s: Schedule, x_0: jax.Array, x_t: jax.Array, t: ArrayLike) -> jax.Array:
     """(ᾱ_{t−1} β_t² x_0 + α_t β̄_{t−1}² x_t) / β̄_t², the mean of q(x_{t−1} | x_t, x_0): Ho et al. (2020), (7).
 
     It equals the mean of `reverse_step` if x_0 is the network's prediction of x_0.

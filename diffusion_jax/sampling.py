@@ -52,7 +52,7 @@ def reverse_chain(
     eps_bar_fn: Network,
     s: Schedule,
     sigma: ArrayLike,
-    x: ArrayLike,
+    x: jax.Array,
     keys: jax.Array,
     start: int | None = None,
     stop: int = 0,
@@ -100,7 +100,7 @@ def ancestral_step(
     sigma: jax.Array,
     x: jax.Array,
     keys: jax.Array,
-    t: ArrayLike,
+    t: jax.Array,
     clip: tuple[float, float] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """(17), one step of `reverse_chain`: from x = x_t [B, ...] to (x_{t−1}, the prediction of x_0).
@@ -120,7 +120,7 @@ def ddim_chain(
     eps_bar_fn: Network,
     s: Schedule,
     ts: ArrayLike | Sequence[int],
-    x: ArrayLike,
+    x: jax.Array,
     keys: jax.Array,
     eta: ArrayLike = 0.0,
     clip: tuple[float, float] | None = None,
@@ -148,7 +148,7 @@ def ddim_chain(
     Raises:
       ValueError: ts is not a falling grid.
     """
-    ts = _checked_grid(s, ts)
+    grid = _checked_grid(s, ts)
     s = jax.tree.map(jnp.asarray, s)
 
     def step(x, t_u):
@@ -161,14 +161,14 @@ def ddim_chain(
         x = s.alpha_bar[u] * x_0 + direction * eps_bar + deviation * normal(keys, t, x.shape[1:])
         return x, (x, x_0)
 
-    return _scan(step, x, ts[:-1], ts[1:], window)
+    return _scan(step, x, grid[:-1], grid[1:], window)
 
 
 def dpmpp_2m_chain(
     eps_bar_fn: Network,
     s: Schedule,
     ts: ArrayLike | Sequence[int],
-    x: ArrayLike,
+    x: jax.Array,
     clip: tuple[float, float] | None = None,
     window: Window | None = None,
 ) -> jax.Array:
@@ -188,7 +188,7 @@ def dpmpp_2m_chain(
     Raises:
       ValueError: ts is not a falling grid.
     """
-    ts = _checked_grid(s, ts)
+    grid = _checked_grid(s, ts)
     s = jax.tree.map(jnp.asarray, s)
     log_snr = jnp.log(s.alpha_bar) - jnp.log(jnp.maximum(s.beta_bar, jnp.finfo(jnp.float32).tiny))
 
@@ -203,7 +203,7 @@ def dpmpp_2m_chain(
         x = share * x + (s.alpha_bar[u] - s.alpha_bar[t] * share) * blend
         return (x, x_0, h), (x, x_0)
 
-    x, _, _ = _scan(step, (x, jnp.zeros_like(x), jnp.zeros(())), ts[:-1], ts[1:], window)
+    x, _, _ = _scan(step, (x, jnp.zeros_like(x), jnp.zeros(())), grid[:-1], grid[1:], window)
     return x
 
 

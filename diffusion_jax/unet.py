@@ -200,7 +200,7 @@ class UNet(nn.Module):
           ValueError: H or W is not a multiple of 2^(levels − 1).
         """
         levels = len(self.multipliers)
-        check_image_size(*x.shape[1:3], levels)
+        check_image_size(x.shape[1], x.shape[2], levels)
         image_channels = x.shape[-1]
         with_dropout = train and self.dropout > 0
         if with_dropout and dropout_keys is None:
