@@ -10,14 +10,15 @@ and its ceiling, the distance from Gaussian noise to the real digits.
 import numpy as np
 from absl import app, flags
 
-from diffusion_jax.data import pipeline, sources
+from diffusion_jax.data import cache
+from diffusion_jax.data.digits import digits
 from diffusion_jax.evaluation import metrics, quality
 
 SAMPLES = flags.DEFINE_string("samples", None, "the .npz that --mode=sample wrote", required=True)
 
 
 def main(_):
-    real = quality.pixels(pipeline.open_images(sources.digits(), image_size=8, channels=1)[:])
+    real = quality.pixels(cache.open_images(digits(), image_size=8, channels=1)[:])
     samples = quality.pixels(quality.read_samples(SAMPLES.value))
     rng = np.random.default_rng(0)
     shuffled = rng.permutation(real)
