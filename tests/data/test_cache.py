@@ -11,7 +11,7 @@ from conftest import assert_same
 from PIL import Image
 
 from diffusion_jax.data import cache, pipeline
-from diffusion_jax.data.sources import Source
+from diffusion_jax.data.source import Source
 from diffusion_jax.errors import UserError
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (150, 12, 10, 3), np.uint8)
@@ -117,10 +117,10 @@ def test_a_spoilt_cache_is_made_again(images, tmp_path, capsys, spoil):
     images(source())
     spoil(caches(tmp_path)[0])
     np.testing.assert_array_equal(images(source())[:], PICTURES[:, 1:11])
-    assert "not whole" in capsys.readouterr().out
+    assert "is damaged" in capsys.readouterr().out
     assert len(caches(tmp_path)) == 1
     images(source())
-    assert "not whole" not in capsys.readouterr().out
+    assert "is damaged" not in capsys.readouterr().out
 
 
 def test_a_stopped_decoding_leaves_no_cache(images, tmp_path):
@@ -164,9 +164,8 @@ def test_a_corrupt_image_is_named_and_skipped_only_on_request(images, capsys, tm
     kept = np.delete(np.arange(150), [2, 140])
     np.testing.assert_array_equal(found[:], PICTURES[kept, 1:11])
     np.testing.assert_array_equal(found.labels, kept % 7)
-    assert (
-        "left out 2 of 150 images that cannot be read, first 2.png: image file is truncated" in capsys.readouterr().out
-    )
+    printed = capsys.readouterr().out
+    assert "skipped 2 of 150 images that cannot be read; the first is 2.png: image file is truncated" in printed
     assert len(json.loads((caches(tmp_path)[0] / "manifest.json").read_text())["skipped"]) == 2
     with pytest.raises(UserError, match=r"no image of /some/where/set\.zip can be read"):
         images(source(damaged=range(150), version="2"), skip_corrupt=True)
@@ -191,7 +190,7 @@ def test_no_room_and_no_right(images, tmp_path, monkeypatch):
 
 def test_on_the_fly_is_the_same(images, tmp_path, capsys):
     cached, decoded = images(source()), images(source(), cache_limit=1000)
-    assert "decoded on the fly, the cache would take 0.0 GB" in capsys.readouterr().out
+    assert "is decoded on the fly: the cache would take 0.0 GB" in capsys.readouterr().out
     assert len(caches(tmp_path)) == 1
     assert decoded.shape == cached.shape
     for index in (3, slice(5), np.array([149, 0])):
