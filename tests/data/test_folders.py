@@ -38,7 +38,7 @@ def zipped(folder, path):
     return path
 
 
-def test_folder_is_sorted_by_name(folder):
+def test_images_are_sorted_by_name(folder):
     np.testing.assert_array_equal(read(folder), PICTURES)
 
 
@@ -49,7 +49,7 @@ def test_zip_equals_the_folder(folder, tmp_path):
     assert labels(archive) == [0, 0, 0, 1, 1] and archive.classes == ["a", "b"]
 
 
-def test_a_single_folder_has_no_classes(folder):
+def test_single_folder_has_no_classes(folder):
     assert sources.open_source("files", str(folder / "a")).label is None
 
 
@@ -73,7 +73,7 @@ def test_errors_name_the_key(tmp_path):
             read(tmp_path / name)
 
 
-# ---------------------------------------------------------------- pictures
+# ---------------------------------------------------------------- pixels
 
 
 def test_pixels_of_modes_and_orientations(tmp_path):
@@ -98,7 +98,7 @@ def test_pixels_of_modes_and_orientations(tmp_path):
     np.testing.assert_array_equal(images[5], np.full((4, 4, 1), 255))
 
 
-def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
+def test_decompression_bomb_is_refused(tmp_path, monkeypatch):
     (tmp_path / "bombs").mkdir()
     Image.new("1", (8000, 8000)).save(tmp_path / "bombs" / "small.png")
     with pytest.raises(ValueError, match="8000x8000 is more than the limit of 50000000 pixels"):

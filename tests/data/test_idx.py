@@ -15,7 +15,7 @@ def save_idx(path, array, compress=False):
 
 
 @pytest.mark.parametrize("compress", [True, False])
-def test_idx(tmp_path, compress):
+def test_images_and_labels_of_idx_files(tmp_path, compress):
     images = np.random.default_rng(0).integers(0, 256, (7, 6, 5), np.uint8)
     end = ".gz" * compress
     save_idx(tmp_path / "mnist" / f"train-images-idx3-ubyte{end}", images, compress)
