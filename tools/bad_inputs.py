@@ -1,4 +1,4 @@
-"""What users get wrong, and what they must be told: for `tools.torture`."""
+"""Mistakes of users and the errors that they must get, for `tools.torture`."""
 
 import gzip
 import shutil
@@ -9,7 +9,7 @@ from PIL import Image
 
 
 def cases(folder, run):
-    """{name: (arguments of main.py, pattern of the one line)}, about files that are made in `folder`.
+    """Returns {name: (arguments of main.py, pattern of the error)}, and makes their files in `folder`.
 
     Args:
       folder: a path that does not exist yet.
@@ -135,7 +135,7 @@ def _of_workdir(command, run, files):
             [command, f"--workdir={run}"],
             r"holds another run \(config\.model\.attention_resolutions: ",
         ),
-        "config.json is cut": ([command, f"--workdir={files / 'cut-config'}"], r"config\.json is not JSON"),
+        "config.json is cut": ([command, f"--workdir={files / 'cut-config'}"], r"config\.json is not a JSON object"),
         "all checkpoints damaged": (
             ["--mode=sample", f"--workdir={files / 'damaged'}"],
             r"none of the checkpoints in .* can be read",
@@ -167,7 +167,7 @@ def _of_workdir(command, run, files):
 
 
 def _files(folder, run):
-    """Everything that the cases need, in one folder."""
+    """Makes the files of all cases and returns their folder."""
     files = folder / "files"
     for name in ("empty", "cut", "bomb", "small", "cut-config", "no-checkpoint"):
         (files / name).mkdir(parents=True)
