@@ -94,7 +94,6 @@ def committed(workdir):
 
 
 def in_flight(workdir):
-    """Returns True if a save has started and not finished."""
     return bool(list((pathlib.Path(workdir) / "checkpoints").glob("*tmp*")))
 
 
@@ -119,7 +118,6 @@ def baseline(**overrides):
 
 
 def fresh(name):
-    """Returns the path of a workdir that does not exist."""
     workdir = pathlib.Path(WORKDIR.value) / name
     shutil.rmtree(workdir, ignore_errors=True)
     return workdir
@@ -129,10 +127,7 @@ def fresh(name):
 
 
 def _stop_in_flight(process, workdir, pause):
-    """Stops the process `pause` seconds into a save.
-
-    Returns True if the save is unfinished; False if the process ends before any save could be caught.
-    """
+    """Stops the process `pause` seconds into a save; returns False if it ends before a save could be caught."""
     while process.poll() is None:
         if in_flight(workdir):
             time.sleep(pause)

@@ -168,10 +168,7 @@ def _evaluate_samples(config, generated, path, datasets, extractor, saved, seed,
 
 
 def _nearest(generated, datasets, folder):
-    """Returns (distances of the samples to their nearest training images, settings).
-
-    The distances of a held-out split stand beside them: samples that are much closer are copies.
-    """
+    """Returns (distances to the nearest training images, of samples and of held-out images to compare, settings)."""
     train, *others = datasets.values()
     distance, index = metrics.nearest(quality.pixels(generated), _Pixels(train))
     result = {"median": float(np.median(distance)), "least": float(distance.min())}

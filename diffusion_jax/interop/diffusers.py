@@ -155,16 +155,10 @@ def _new_workdir(workdir):
 def _find(source):
     """Returns two files: the weights, and the scheduler's config or None."""
     path = epath.Path(source).expanduser()
-    if not path.exists():
-        path = _download(source)
-    if path.is_dir():
-        weights = _first_file([path / "unet" / _WEIGHTS, path / _WEIGHTS])
-        if weights is None:
-            raise UserError(f"{source} holds no {_WEIGHTS}, and no unet/{_WEIGHTS}; {_PICKLE}")
-    elif path.suffix == ".safetensors":
-        weights = path
-    else:
-        raise UserError(f"{source} is not a .safetensors file; {_PICKLE}")
+    path = path if path.exists() else _download(source)
+    weights = path if path.is_file() else _first_file([path / "unet" / _WEIGHTS, path / _WEIGHTS])
+    if weights is None or weights.suffix != ".safetensors":
+        raise UserError(f"{source} is not a .safetensors file, nor a folder with (unet/){_WEIGHTS}; {_PICKLE}")
     top = weights.parent.parent if weights.parent.name == "unet" else weights.parent
     return weights, _first_file([folder / _SCHEDULER for folder in (top / "scheduler", top, weights.parent)])
 
@@ -206,9 +200,7 @@ def _read_unet(config, file):
     require("in_channels", settings["in_channels"] in (1, 3), "must be 1 or 3")
     is_fixed_variance = settings["out_channels"] == settings["in_channels"]
     require("out_channels", is_fixed_variance, "must equal in_channels: learned variances are not supported")
-    are_multiples = (
-        channels and all(type(n) is int and n >= 1 for n in channels) and all(n % channels[0] == 0 for n in channels)
-    )
+    are_multiples = channels and all(type(n) is int and n >= 1 and n % channels[0] == 0 for n in channels)
     require("block_out_channels", are_multiples, "must be multiples of the first")
     divides_all = type(groups) is int and groups >= 1 and all(n % groups == 0 for n in channels)
     require("norm_num_groups", divides_all, f"must divide block_out_channels={channels}")
@@ -257,18 +249,16 @@ def _read_scheduler(config, file):
 
 def _schedule_name(settings, require):
     """Returns the schedule.name whose β_t² are those of the scheduler."""
-    num_steps, betas, key = settings["num_train_timesteps"], settings["trained_betas"], "trained_betas"
-    conditions = ""
+    num_steps, start, end = (settings[key] for key in ("num_train_timesteps", "beta_start", "beta_end"))
+    key, conditions, betas = "trained_betas", "", settings["trained_betas"]
     if betas is not None:
-        is_list = isinstance(betas, list) and all(type(number) in (int, float) for number in betas)
-        require(key, is_list, "must be a list of numbers")
+        are_numbers = isinstance(betas, list) and all(type(number) in (int, float) for number in betas)
+        require(key, are_numbers, "must be a list of numbers")
     else:
-        key = "beta_schedule"
-        conditions = f"with {num_steps} steps from {settings['beta_start']} to {settings['beta_end']} "
+        key, conditions = "beta_schedule", f"with {num_steps} steps from {start} to {end} "
         if settings[key] == "squaredcos_cap_v2":
             return "cosine"  # the same formula
-        if settings[key] == "linear":
-            betas = np.linspace(settings["beta_start"], settings["beta_end"], num_steps)
+        betas = np.linspace(start, end, num_steps) if settings[key] == "linear" else []
     for name in _SCHEDULES:
         beta_squared = _beta_squared(name, num_steps)
         if np.shape(betas) == beta_squared.shape and np.allclose(betas, beta_squared, rtol=1e-5, atol=0):
@@ -300,11 +290,9 @@ def _read_json(file, class_name, defaults):
 
 
 def _require(file, settings, key, condition, reason):
-    """Raises UserError with the reason, which continues "which …", if the condition is false."""
+    """Raises UserError if the condition is false; the message ends in "which" and the reason."""
     if not condition:
-        value = f"{settings[key]!r}"
-        value = value if len(value) < 200 else f"{value[:60]} … {value[-20:]}"
-        raise UserError(f"{file} has {key}={value}, which {reason}")
+        raise UserError(f"{file} has {key}={settings[key]!r:.200}, which {reason}")
 
 
 # ---------------------------------------------------------------- weights
@@ -438,9 +426,7 @@ def _unet_config(config):
     """Returns the config.json of the UNet2DModel that equals the run's network."""
     size, model = config.data.image_size, config.model
     if model.multipliers[0] != 1:
-        raise UserError(
-            f"config.model.multipliers={model.multipliers} does not begin with 1: diffusers has no such network"
-        )
+        raise UserError(f"config.model.multipliers={model.multipliers} must begin with 1 to be a network of diffusers")
     has_attention = [size >> level in model.attention_resolutions for level in range(len(model.multipliers))]
     return {
         "_class_name": "UNet2DModel",

@@ -52,7 +52,6 @@ def export(config: dict, params: dict, step: int, sample: Callable, out: str) ->
     Args:
       config: the run's config, which the file keeps as documentation.
       params: nested dicts of arrays.
-      step: the step of the checkpoint.
       sample: (params, rng, indices [n]) -> float32 [n, H, W, C] for any n, see `sampling.make_indexed_sample_fn`.
       out: the file, which ends in .npz.
 

@@ -19,8 +19,6 @@ def show(workdir: epath.PathLike, name: str, seed: int, out: str, num: int | Non
     """Writes one of SHOWS: a labelled picture, or an animation.
 
     Args:
-      workdir: the workdir of a training run.
-      name: a key of SHOWS.
       seed: the seed of the noise and of the choice of images.
       out: a .png; a .gif or .webp for the animation.
       num: rows of the picture; images in a row of "variations"; images of the animation.
