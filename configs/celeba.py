@@ -2,11 +2,11 @@
 
     python main.py --config=configs/celeba.py --workdir=runs/celeba
 
-From TFDS, whose download from Google Drive often fails; with the folder or the zip of the
+TFDS provides the images, but its download from Google Drive often fails. For the folder or the zip of the
 aligned 178×218 images add --config.data.path=img_align_celeba.zip (docs/data.md).
 
-Known numbers: Ho et al. did not train on it; Song et al. (DDIM, 2021, table 1) give FID
-3.26 for their DDPM with the fixed-large variance and 1000 steps. Not run to its end here.
+Known numbers: Ho et al. did not train on CelebA. Song et al. (DDIM, 2021, table 1) report FID 3.26 for
+their DDPM with the fixed-large variance and 1000 steps. This project has not run the config to its end.
 """
 
 from diffusion_jax.configs import default

@@ -2,11 +2,11 @@
 
     python main.py --config=configs/celebahq256.py --workdir=runs/celebahq256
 
-From TFDS (which has to be given the images by hand), or with images of your own:
-add --config.data.path=FOLDER_OR_ZIP (docs/data.md).
+TFDS prepares the data set from images that you download by hand. For images of your own add
+--config.data.path=FOLDER_OR_ZIP (docs/data.md).
 
-Known numbers, of the paper: 113.7M parameters, 500,000 steps; it shows samples and gives
-no FID. Not run to its end here.
+Known numbers: the paper reports 113.7M parameters and 500,000 steps, and no FID. This project has not run
+the config to its end.
 """
 
 from diffusion_jax.configs import default
@@ -22,5 +22,5 @@ def get_config():
     config.train.batch_size = 64
     config.train.learning_rate = 2e-5
     config.sampling.sigma = "posterior"
-    config.sampling.num = 16  # on 8 chips 64 take less time an image: docs/performance.md
+    config.sampling.num = 16  # 64 take less time per image on 8 chips: docs/performance.md
     return config

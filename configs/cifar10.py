@@ -1,11 +1,11 @@
-"""CIFAR-10, 32×32: Ho et al.'s (2020) own configuration, to the hyper-parameter.
+"""CIFAR-10 at 32×32: Ho et al.'s (2020) configuration, with all of its hyperparameters.
 
     python main.py --config=configs/cifar10.py --workdir=runs/cifar10
 
-From TFDS; with images of your own add --config.data.path=FOLDER_OR_ZIP (docs/data.md).
+TFDS provides the images. For images of your own add --config.data.path=FOLDER_OR_ZIP (docs/data.md).
 
-Known numbers, of the paper (table 1): FID 3.17 and inception score 9.46 on 50,000
-samples after 800,000 steps; 35.7M parameters. Not run to its end here.
+Known numbers: the paper (table 1) reports FID 3.17 and Inception score 9.46 of 50,000 samples after
+800,000 steps, with 35.7M parameters. This project has not run the config to its end.
 """
 
 from diffusion_jax.configs import default

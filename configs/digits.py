@@ -1,4 +1,4 @@
-"""The 1,797 handwritten digits of scikit-learn, 8×8 grey: the whole machine in two minutes on two CPU cores.
+"""The 1,797 handwritten digits of scikit-learn, 8×8 grey. Trains in two minutes on two CPU cores.
 
 python main.py --config=configs/digits.py --workdir=runs/digits
 """

@@ -1,10 +1,10 @@
-"""Fashion-MNIST, 28×28 grey, 60,000 images: from TFDS or from the four idx files as published.
+"""Fashion-MNIST at 28×28 grey: 60,000 images from TFDS or from the four published idx files.
 
     python main.py --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist
 
-With the idx files add --config.data.path=FOLDER (docs/data.md).
+For the idx files add --config.data.path=FOLDER (docs/data.md).
 
-Known numbers: none; this configuration has not been run to its end.
+Known numbers: none. This project has not run the config to its end.
 """
 
 from diffusion_jax.configs import default

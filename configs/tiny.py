@@ -1,8 +1,8 @@
-"""The digits with 20 steps and a network that compiles in seconds: for the tests and for tools.torture.
+"""The digits with 20 steps and a network that compiles in seconds, for the tests and tools.torture.
 
 python main.py --config=configs/tiny.py --workdir=runs/tiny
 
-Known numbers: none; its samples are noise.
+Known numbers: none. The samples are noise.
 """
 
 from diffusion_jax.configs import digits

@@ -136,7 +136,7 @@ def _workdir_cases(command, run, files):
             [command, f"--workdir={run}"],
             r"holds another run \(config\.model\.attention_resolutions: ",
         ),
-        "config.json is cut": ([command, f"--workdir={files / 'cut-config'}"], r"config\.json is not JSON"),
+        "config.json is cut": ([command, f"--workdir={files / 'cut-config'}"], r"config\.json is not a JSON object"),
         "all checkpoints damaged": (
             ["--mode=sample", f"--workdir={files / 'damaged'}"],
             r"none of the checkpoints in .* can be read",

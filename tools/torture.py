@@ -1,10 +1,12 @@
-"""Tries to lose a run: kills, damage, full disks, changing devices and processes, bad input. Figures, and exit code 1
-if anything was lost, silently wrong or unclear.
+"""Tries to lose a run: kills, damage, full disks, changing devices and processes, bad input.
+
+Prints the counts of each section. The exit code is 1 if anything was lost, silently wrong or unclear.
 
     python -m tools.torture --workdir=/tmp/torture                    (everything, about 20 minutes on two cores)
     python -m tools.torture --workdir=/tmp/torture --only=kills,damage
 """
 
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -29,16 +31,15 @@ from diffusion_jax.running import workdir as workdirs
 from tools import bad_inputs
 
 ROOT = pathlib.Path(__file__).parent.parent
-SECTIONS = ("kills", "mutants", "damage", "disk", "devices", "peers", "inputs")
-WORKDIR = flags.DEFINE_string("workdir", None, "folder for the runs; what is in it is deleted", required=True)
-ONLY = flags.DEFINE_list("only", list(SECTIONS), "sections")
-KILLS = flags.DEFINE_integer("kills", 50, "kill -9")
-TERMS = flags.DEFINE_integer("terms", 10, "SIGTERM")
-STEPS = flags.DEFINE_integer("steps", 1000, "of the run that is killed, 60 or more")
-FLIPS = flags.DEFINE_integer("flips", 100, "single bits")
-SEED = flags.DEFINE_integer("seed", 0, "of the moments and places")
+WORKDIR = flags.DEFINE_string("workdir", None, "folder for the runs, whose content is deleted", required=True)
+ONLY = flags.DEFINE_list("only", [], "sections to run; default: all")
+KILLS = flags.DEFINE_integer("kills", 50, "number of SIGKILLs")
+TERMS = flags.DEFINE_integer("terms", 10, "number of SIGTERMs")
+STEPS = flags.DEFINE_integer("steps", 1000, "steps of the run that is killed, 60 or more")
+FLIPS = flags.DEFINE_integer("flips", 100, "number of single bits to flip")
+SEED = flags.DEFINE_integer("seed", 0, "seed of the moments and places of the damage")
 
-# On top of configs/tiny.py: long enough to be killed many times.
+# Changes to configs/tiny.py, which make the run long enough for many kills.
 CONFIG = {"train.warmup_steps": 10, "train.checkpoint_every": 10, "sampling.num": 8}
 
 
@@ -46,7 +47,7 @@ CONFIG = {"train.warmup_steps": 10, "train.checkpoint_every": 10, "sampling.num"
 
 
 def start(workdir, devices=1, code=None, args=(), **overrides):
-    """Starts main.py; `code` is run before it, as a mutant of the program."""
+    """Starts main.py; `code` runs before it and turns the program into a mutant."""
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
@@ -66,7 +67,7 @@ def start(workdir, devices=1, code=None, args=(), **overrides):
 
 
 def finish(process, timeout=300):
-    """(exit code, output), or None for the code of what had to be killed."""
+    """Returns (exit code, output); the code is None if the process had to be killed."""
     try:
         output, _ = process.communicate(timeout=timeout)
         return process.returncode, output
@@ -76,18 +77,18 @@ def finish(process, timeout=300):
 
 
 def losses(workdir):
-    """{step: line of metrics.jsonl}, without what is timed; whole lines alone."""
+    """Returns {step: line of metrics.jsonl} without the speeds, of complete lines alone."""
     file = pathlib.Path(workdir) / "metrics.jsonl"
-    found = {}
+    by_step = {}
     for line in file.read_text().splitlines(keepends=True) if file.exists() else ():
         if line.endswith("\n"):
             values = json.loads(line)
-            found[values["step"]] = {name: value for name, value in values.items() if "per_second" not in name}
-    return found
+            by_step[values["step"]] = {name: value for name, value in values.items() if "per_second" not in name}
+    return by_step
 
 
 def committed(workdir):
-    """The steps of the checkpoints that Orbax has finished."""
+    """Returns the steps of the checkpoints that Orbax has finished."""
     folder = pathlib.Path(workdir) / "checkpoints"
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
 
@@ -97,7 +98,7 @@ def in_flight(workdir):
 
 
 def whole_state(workdir):
-    """Checksums of every leaf of the newest checkpoint, and the samples, to the byte."""
+    """Returns the checksums of every leaf of the newest checkpoint, and the bytes of its samples."""
     config = workdirs.read_config(workdir)
     with checkpoint.open_manager(workdir, read_only=True) as manager:
         state = checkpoint.restore(manager, parts.abstract_state(config))
@@ -106,13 +107,13 @@ def whole_state(workdir):
 
 
 def baseline(**overrides):
-    """The workdir of a run that nothing happens to; made once for each set of overrides."""
+    """Returns the workdir of an undisturbed run; each set of overrides runs once."""
     name = "-".join(["whole", *(f"{key.split('__')[-1]}{value}" for key, value in overrides.items())])
     workdir = pathlib.Path(WORKDIR.value) / name
     if not workdir.exists():
         code, output = finish(start(workdir, **overrides))
         if code != 0:
-            sys.exit(f"the run that nothing happens to has failed:\n{output}")
+            sys.exit(f"the undisturbed run has failed:\n{output}")
     return workdir
 
 
@@ -126,7 +127,7 @@ def fresh(name):
 
 
 def _stop_in_flight(process, workdir, pause):
-    """Stops the process `pause` seconds into a save; whether one is unfinished: a slow machine may have ended it."""
+    """Stops the process `pause` seconds into a save; returns False if it ends before a save could be caught."""
     while process.poll() is None:
         if in_flight(workdir):
             time.sleep(pause)
@@ -139,19 +140,19 @@ def _stop_in_flight(process, workdir, pause):
 
 
 def kills(failures):
-    """A run that is killed at random moments and started again, until it is done."""
+    """Kills a run at random moments and starts it again, until it is done."""
     rng, whole, workdir = random.Random(SEED.value), baseline(), fresh("killed")
     expected = losses(whole)
     moments = ["kill in flight"] * (KILLS.value - KILLS.value // 2) + ["kill"] * (KILLS.value // 2)
     moments += ["term"] * TERMS.value
     rng.shuffle(moments)
     counts = dict.fromkeys(("kill", "in flight", "term", "lost", "steps replayed", "wrong losses"), 0)
-    newest, seen = 0, set()
+    newest, done = 0, set()
     for i, moment in enumerate(moments):
         process = start(workdir)
         first = max(committed(workdir), default=0)
         counts["lost"] += first < newest
-        # Spread over the run: each life may do its share of the steps, and a little more.
+        # Spreads the kills over the run: each process may take its share of the steps, and a few more.
         goal = max(first, STEPS.value * i // len(moments)) + rng.randrange(1, 10)
         while process.poll() is None and max(losses(workdir), default=0) < goal:
             time.sleep(0.005)
@@ -164,7 +165,7 @@ def kills(failures):
         process.send_signal(signal.SIGTERM if moment == "term" else signal.SIGKILL)
         code, output = finish(process)
         if code not in (-signal.SIGKILL, 128 + signal.SIGTERM):
-            failures.append(f"kills: a run ended by itself with {code}: {output[-300:]}")
+            failures.append(f"kills: a run ended before its kill with {code}: {output[-300:]}")
             break
         if moment == "term":
             counts["term"] += 1
@@ -174,14 +175,14 @@ def kills(failures):
             counts["kill"] += 1
             counts["in flight"] += flying
         now = losses(workdir)
-        counts["steps replayed"] += len(seen & set(now) - set(range(first + 1)))
-        seen |= set(now)
+        counts["steps replayed"] += len(done & set(now) - set(range(first + 1)))
+        done |= set(now)
         counts["wrong losses"] += sum(now[step] != expected[step] for step in now)
     code, output = finish(start(workdir))
     if code != 0:
         failures.append(f"kills: the last run failed: {output[-300:]}")
     elif whole_state(workdir) != whole_state(whole) or losses(workdir) != expected:
-        failures.append("kills: the end is not that of the uninterrupted run")
+        failures.append("kills: the final state differs from that of the uninterrupted run")
     if counts["lost"] or counts["wrong losses"]:
         failures.append(f"kills: {counts}")
     if 2 * counts["in flight"] < counts["kill"]:
@@ -189,7 +190,7 @@ def kills(failures):
     return counts
 
 
-# What a restore could forget, as code that makes it forget.
+# Mutants of the program, each of which forgets one thing when it restores a run.
 FORGETS = {
     "data position": "from diffusion_jax.data import pipeline; go = pipeline.iterate; "
     "pipeline.iterate = lambda ds, start, threads=1: go(ds, 0, threads)",
@@ -206,7 +207,7 @@ _FORGET_STATE = (
 
 
 def mutants(failures):
-    """A run that is stopped once and resumed by a program that forgets something: the comparison must see it."""
+    """Resumes a run with each of FORGETS and checks that the comparison with the whole run notices."""
     steps = {"train__num_steps": 20}
     whole, half, caught = baseline(**steps), fresh("half"), []
     finish(start(half, train__num_steps=10))
@@ -228,9 +229,9 @@ def mutants(failures):
 
 
 def files_of(folder):
-    """The files of a checkpoint that hold something, the largest last."""
-    found = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.stat().st_size]
-    return sorted(found, key=lambda path: path.stat().st_size)
+    """Returns the files of a checkpoint that are not empty, the largest last."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.stat().st_size]
+    return sorted(files, key=lambda path: path.stat().st_size)
 
 
 def flip(file, bit):
@@ -264,7 +265,7 @@ DAMAGE = {
 
 
 def restored(workdir):
-    """(step, checksums) as a run would begin, or the UserError."""
+    """Returns (step, checksums) of the state from which a run would resume, or the UserError."""
     config = workdirs.read_config(workdir)
     try:
         with checkpoint.open_manager(workdir) as manager, contextlib.redirect_stdout(sys.stderr):
@@ -275,52 +276,52 @@ def restored(workdir):
 
 
 def damage(failures):
-    """Every kind of damage to the newest checkpoint and to all, then single bits anywhere in the newest."""
+    """Damages the newest checkpoint and all checkpoints in every way of DAMAGE, then single bits of the newest."""
     whole = baseline(train__num_steps=30)
     steps = committed(whole)
-    right, counts = {}, {"kinds": len(DAMAGE), "fell back": 0, "refused": 0, "bits flipped": 0, "bits harmless": 0}
+    expected, counts = {}, {"kinds": len(DAMAGE), "fell back": 0, "refused": 0, "bits flipped": 0, "bits harmless": 0}
     for step in reversed(steps):  # the checksums of each
         workdir = fresh("damaged")
         shutil.copytree(whole, workdir)
         for newer in [other for other in steps if other > step]:
             shutil.rmtree(workdir / "checkpoints" / str(newer))
-        right[step] = restored(workdir)
+        expected[step] = restored(workdir)
 
-    def spoilt(spoil, some):
+    def damaged(spoil, chosen):
         workdir = fresh("damaged")
         shutil.copytree(whole, workdir)
-        for step in some:
+        for step in chosen:
             spoil(workdir / "checkpoints" / str(step))
         before = sorted(map(str, workdir.rglob("*")))
         return workdir, before, restored(workdir)
 
     for name, spoil in DAMAGE.items():
-        workdir, _, found = spoilt(spoil, steps[-1:])
-        if found == right[steps[-2]] and (workdir / "checkpoints" / f"damaged-{steps[-1]}").exists():
+        workdir, _, result = damaged(spoil, steps[-1:])
+        if result == expected[steps[-2]] and (workdir / "checkpoints" / f"damaged-{steps[-1]}").exists():
             counts["fell back"] += 1
         else:
-            failures.append(f"damage: {name} of the newest: {str(found)[:200]}")
-        workdir, before, found = spoilt(spoil, steps)
-        if isinstance(found, UserError) and sorted(map(str, workdir.rglob("*"))) == before:
+            failures.append(f"damage: {name} of the newest: {str(result)[:200]}")
+        workdir, before, result = damaged(spoil, steps)
+        if isinstance(result, UserError) and sorted(map(str, workdir.rglob("*"))) == before:
             counts["refused"] += 1
         else:
-            failures.append(f"damage: {name} of all: {str(found)[:200]}")
+            failures.append(f"damage: {name} of all: {str(result)[:200]}")
 
     rng = random.Random(SEED.value)
     for _ in range(FLIPS.value):
         file = rng.choice(files_of(whole / "checkpoints" / str(steps[-1])))
         bit = rng.randrange(8 * file.stat().st_size)
         name = file.relative_to(whole / "checkpoints" / str(steps[-1]))
-        *_, found = spoilt(lambda folder, name=name, bit=bit: flip(folder / name, bit), steps[-1:])
+        *_, result = damaged(lambda folder, name=name, bit=bit: flip(folder / name, bit), steps[-1:])
         counts["bits flipped"] += 1
-        counts["bits harmless"] += found == right[steps[-1]]
-        if found not in (right[steps[-1]], right[steps[-2]]):
-            failures.append(f"damage: bit {bit} of {name}: {str(found)[:200]}")
+        counts["bits harmless"] += result == expected[steps[-1]]
+        if result not in (expected[steps[-1]], expected[steps[-2]]):
+            failures.append(f"damage: bit {bit} of {name}: {str(result)[:200]}")
     return counts
 
 
 def disk(failures):
-    """A disk that fills up while a run saves, and a folder that cannot be written. Needs root, for the mount."""
+    """Fills the disk while a run saves, and makes its folder read-only. Needs root for the mount."""
     if os.geteuid() != 0:
         return "left out: needs root to mount a small file system"
     mount, counts = fresh("small-disk"), {}
@@ -332,7 +333,7 @@ def disk(failures):
         newest = max(committed(mount / "run"), default=0)
         if code != 1 or "Traceback" in output or "MB free" not in output or not newest:
             failures.append(f"disk: full: exit code {code}, {output[-500:]}")
-        # The room is gone between the look and the save, as when others write there too.
+        # Other programs may fill the disk between the check and the save.
         blind = "from diffusion_jax.running import checkpoint; checkpoint._check_room = lambda *_: None"
         code, output = finish(start(mount / "run", code=blind, train__keep_checkpoints=100))
         counts["full disk while saving"] = output.strip().splitlines()[-1]
@@ -357,7 +358,7 @@ def disk(failures):
 
 
 def together(workdir, processes, devices, extra=(), **overrides):
-    """Starts the processes of one run; `workdir` may be a list, one for each."""
+    """Starts the processes of one run; `workdir` may be a list with one for each process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -367,7 +368,7 @@ def together(workdir, processes, devices, extra=(), **overrides):
 
 
 def devices(failures):
-    """One run on changing numbers of devices and processes."""
+    """Continues one run on changing numbers of devices and processes."""
     steps, shapes = 10, ((1, 4), (2, 2), (1, 2), (1, 8), (2, 2), (1, 1))  # processes, devices of each
     workdir = fresh("devices")
     for i, (processes, count) in enumerate(shapes):
@@ -375,10 +376,10 @@ def devices(failures):
             code, output = finish(process)
             if code != 0:
                 failures.append(f"devices: {processes} x {count}: exit code {code}, {output[-500:]}")
-    expected, found = losses(baseline()), losses(workdir)
-    if sorted(found) != list(range(1, steps * len(shapes) + 1)):
-        failures.append(f"devices: {shapes}: steps {sorted(found)}")
-    largest = max(abs(found[step]["loss"] - expected[step]["loss"]) for step in found)
+    expected, actual = losses(baseline()), losses(workdir)
+    if sorted(actual) != list(range(1, steps * len(shapes) + 1)):
+        failures.append(f"devices: {shapes}: steps {sorted(actual)}")
+    largest = max(abs(actual[step]["loss"] - expected[step]["loss"]) for step in actual)
     if largest > 1e-6:
         failures.append(f"devices: losses differ by {largest}")
     grey, bits = _samples_of_processes(workdir, failures), _evaluation_of_processes(workdir, failures)
@@ -390,8 +391,8 @@ def devices(failures):
 
 
 def _samples_of_processes(workdir, failures):
-    """The same command in one and in two processes: the largest difference, in levels of 0..255."""
-    found = []
+    """Samples in one and in two processes and returns the largest difference, in levels of 0..255."""
+    arrays = []
     for processes in (1, 2):
         out = pathlib.Path(WORKDIR.value) / f"samples-{processes}.npz"
         for process in together(workdir, processes, 2, extra=["--mode=sample", "--num=21", f"--out={out}"]):
@@ -399,16 +400,16 @@ def _samples_of_processes(workdir, failures):
             if code != 0:
                 failures.append(f"devices: sampling in {processes}: exit code {code}, {output[-500:]}")
                 return None
-        found.append(np.load(out)["arr_0"].astype(int))
-    difference = int(abs(found[0] - found[1]).max())
-    if difference > 1 or found[0].shape != found[1].shape:
+        arrays.append(np.load(out)["arr_0"].astype(int))
+    difference = int(abs(arrays[0] - arrays[1]).max())
+    if difference > 1 or arrays[0].shape != arrays[1].shape:
         failures.append(f"devices: samples differ by {difference}")
     return difference
 
 
 def _evaluation_of_processes(workdir, failures):
-    """--mode=evaluate in one and in two processes: the largest difference of bits/dim and of a distance."""
-    found, samples = [], pathlib.Path(WORKDIR.value) / "samples-1.npz"
+    """Evaluates in one and in two processes and returns the largest difference of bits/dim and of the distance."""
+    results, samples = [], pathlib.Path(WORKDIR.value) / "samples-1.npz"
     for processes in (1, 2):
         extra = ["--mode=evaluate", "--num=21", f"--samples={samples}"]
         for process in together(workdir, processes, 2, extra=extra):
@@ -418,25 +419,25 @@ def _evaluation_of_processes(workdir, failures):
                 return None
         (folder,) = (workdir / "evaluation").iterdir()
         result = json.loads((folder / "evaluation.json").read_text())
-        found.append((result["splits"]["train"]["bits_per_dim"], result["samples"]["frechet"]))
+        results.append((result["splits"]["train"]["bits_per_dim"], result["samples"]["frechet"]))
         shutil.rmtree(workdir / "evaluation")
-    difference = max(abs(a - b) for a, b in zip(*found, strict=True))
+    difference = max(abs(a - b) for a, b in zip(*results, strict=True))
     if difference > 1e-5:
         failures.append(f"devices: evaluations differ by {difference}")
     return difference
 
 
 def peers(failures):
-    """One of two processes is killed: the other must end; started again, they resume. SIGTERM to one stops both."""
+    """Checks that the peer of a killed process ends, that both resume, and that SIGTERM to one stops both."""
     workdir, counts = fresh("peers"), {}
 
-    def until(step, run):
+    def wait_for(step, run):
         while all(process.poll() is None for process in run) and max(losses(workdir), default=0) < step:
             time.sleep(0.01)
 
     for victim in (1, 0):
         run = together(workdir, 2, 2)
-        until(max(committed(workdir), default=0) + 25, run)
+        wait_for(max(committed(workdir), default=0) + 25, run)
         run[victim].kill()
         began = time.monotonic()
         code, output = finish(run[1 - victim], timeout=120)
@@ -447,7 +448,7 @@ def peers(failures):
             failures.append(f"peers: process {1 - victim}: {code}, {output[-500:]}")
     newest = max(committed(workdir))
     run = together(workdir, 2, 2)
-    until(newest + 15, run)
+    wait_for(newest + 15, run)
     run[1].send_signal(signal.SIGTERM)
     ended = [finish(process, timeout=120) for process in run]
     counts["exit codes after SIGTERM to one"] = [code for code, _ in ended]
@@ -461,37 +462,39 @@ def peers(failures):
     counts["exit codes of two with a workdir each"] = [code for code, _ in unshared]
     if any(code != 1 or "is not the same folder on all hosts" not in output for code, output in unshared):
         failures.append(f"peers: workdirs that are not shared: {unshared}")
-    expected, found = losses(baseline()), losses(workdir)
-    counts["largest difference of a loss"] = max(abs(found[step]["loss"] - expected[step]["loss"]) for step in found)
+    expected, actual = losses(baseline()), losses(workdir)
+    counts["largest difference of a loss"] = max(abs(actual[step]["loss"] - expected[step]["loss"]) for step in actual)
     return counts
 
 
-# What stands beside the one line: the progress of decoding, and absl's hint.
-_IDLE = re.compile("^decoding: .*image/s|Pass --help")
+# Lines that may stand beside the error: the progress of decoding, and absl's hint.
+_HARMLESS = re.compile("^decoding: .*image/s|Pass --help")
 
 
 def inputs(failures):
-    """Everything that a user can get wrong: one line, exit code not 0, no traceback."""
+    """Checks that each mistake of `bad_inputs` gives one line without a traceback, and an exit code other than 0."""
     folder = fresh("inputs")
     cases = bad_inputs.cases(folder, baseline(train__num_steps=30))
-    running, counts = [], {"cases": len(cases), "clear": 0}
-    for name, (args, pattern) in cases.items():
-        env = os.environ | {"JAX_PLATFORMS": "", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-        command = [sys.executable, "main.py", *args]
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=env, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-        running.append((name, pattern, process))
-        if len(running) == os.cpu_count() or name == list(cases)[-1]:
-            for name, pattern, process in running:
-                complaint = process.communicate(timeout=120)[1]
-                lines = [line for line in complaint.splitlines() if line.strip() and not _IDLE.search(line)]
-                clear = len(lines) == 1 and "Traceback" not in complaint and re.search(pattern, complaint)
-                counts["clear"] += bool(clear) and process.returncode != 0
-                if not clear or process.returncode == 0:
-                    failures.append(f"inputs: {name}: exit code {process.returncode}, {complaint[-400:]}")
-            running = []
+    counts = {"cases": len(cases), "clear": 0}
+    env = os.environ | {"JAX_PLATFORMS": "", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+
+    def run(case):
+        command = [sys.executable, "main.py", *case[0]]
+        return subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=120, check=False)
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for (name, (_, pattern)), process in zip(cases.items(), pool.map(run, cases.values()), strict=True):
+            error = process.stderr
+            lines = [line for line in error.splitlines() if line.strip() and not _HARMLESS.search(line)]
+            is_clear = len(lines) == 1 and "Traceback" not in error and re.search(pattern, error)
+            if is_clear and process.returncode != 0:
+                counts["clear"] += 1
+            else:
+                failures.append(f"inputs: {name}: exit code {process.returncode}, {error[-400:]}")
     return counts
+
+
+SECTIONS = {section.__name__: section for section in (kills, mutants, damage, disk, devices, peers, inputs)}
 
 
 def main(_):
@@ -499,10 +502,10 @@ def main(_):
     logging.set_verbosity(logging.ERROR)
     pathlib.Path(WORKDIR.value).mkdir(parents=True, exist_ok=True)
     print(f"jax {jax.__version__}, numpy {np.__version__}, Python {sys.version.split()[0]}", flush=True)
-    for name in ONLY.value:
-        began = time.monotonic()
-        figures = globals()[name](failures)
-        print(f"{name} ({time.monotonic() - began:.0f} s): {figures}", flush=True)
+    for name in ONLY.value or SECTIONS:
+        start = time.monotonic()
+        counts = SECTIONS[name](failures)
+        print(f"{name} ({time.monotonic() - start:.0f} s): {counts}", flush=True)
     for failure in failures:
         print(f"FAILED {failure}")
     sys.exit(len(failures) > 0)

@@ -1,15 +1,16 @@
-"""Images of one size, decoded once into a cache on disk, or on the fly where the cache would be too large.
+"""Images of one size: decoded once into a cache on disk, or on the fly where the cache would be too large.
 
 Images stay uint8 up to the device. A cache is a folder:
 
     images.npy       uint8 [N, S, S, C]
     labels.npy       int32 [N], where the source has classes
-    manifest.json    the source and the settings; without it, or at odds with it, the cache is made again
+    manifest.json    the source and the settings; a cache that does not match its manifest is rebuilt
 """
 
 import collections
 import concurrent.futures
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -24,24 +25,25 @@ import tqdm
 from etils import epath
 from PIL import Image  # noqa: TID251 (resizes the images)
 
-from diffusion_jax.data.sources import Source
+from diffusion_jax.data.source import Source
 from diffusion_jax.errors import UserError
 
 _LOCAL = "~/.cache/diffusion_jax"
-_FORMAT = 1  # of the caches: raise it when the same settings give other pixels
-_CHUNK = 32  # images that a thread decodes at a time: one by one, threads wait for each other
+_FORMAT = 1  # version of the caches; raise it when the same settings give other pixels
+_CHUNK = 32  # images per task of a decoding thread; with single images, threads wait for each other
 
 
 # ---------------------------------------------------------------- images
 
 
 class Cached:
-    """The images of a cache: images[i] is uint8 [S, S, C]; images[indices] and images[a:b] are [n, S, S, C].
+    """Holds the images of a cache: images[i] is uint8 [S, S, C]; images[indices] and images[a:b] are [n, S, S, C].
 
-    The file is read, not mapped: mapped pages count as memory of the process, which would grow with the data.
+    Images are read from the file, which is not mapped: mapped pages count as memory of the process, which would
+    grow with the data.
     """
 
-    num_threads = 1  # threads that read ahead; reading is so quick that two threads wait for each other
+    num_threads = 1  # threads that read ahead; reads are so short that two threads wait for each other
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -57,24 +59,24 @@ class Cached:
         labels = {} if self.labels is None else {"label": self.labels[indices]}
         return {"image": self[indices]} | labels
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int | slice | np.ndarray) -> np.ndarray:
         numbers = np.arange(len(self))[index]
         images = np.empty((*numbers.shape, *self.shape[1:]), np.uint8)
         size = int(np.prod(self.shape[1:]))
         with (self.folder / "images.npy").open("rb") as file:
             for row, i in zip(images.reshape(-1, size), numbers.flat, strict=True):
                 if os.preadv(file.fileno(), [row], self._start + int(i) * size) != size:
-                    raise UserError(f"{self.folder} has become shorter: run again, and it is made again")
+                    raise UserError(f"{self.folder}/images.npy has become shorter: run again to rebuild the cache")
         return images
 
 
 class OnTheFly:
-    """Images of a source, decoded whenever they are asked for; indexed as `Cached`, with the same pixels.
+    """Decodes the images of a source at each access; indexed as `Cached`, with the same pixels.
 
-    An image that cannot be read stops the run or, with skip_corrupt, gives way to the next one that can.
+    An image that cannot be read raises UserError or, with skip_corrupt, is replaced by the next readable one.
     """
 
     num_threads = os.cpu_count() or 4
@@ -92,16 +94,16 @@ class OnTheFly:
             return {"image": np.stack(images)}
         return {"image": np.stack(images), "label": np.array(labels, np.int32)}
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int | slice | np.ndarray) -> np.ndarray:
         numbers = np.arange(len(self))[index]
         images = [self._example(int(i))[0] for i in numbers.flat]
         return np.stack(images).reshape(*numbers.shape, *self.shape[1:])
 
     def _example(self, i):
-        """Returns the pixels and the label of image i, or of the next one that can be read."""
+        """Returns the pixels and the label of image i, or of the next readable image."""
         for k in range(len(self)):
             number = (i + k) % len(self)
             image = _decode(self._source, number, self._form)
@@ -109,7 +111,7 @@ class OnTheFly:
                 return image, self._source.label(number) if self._source.label else None
             if not self._skip_corrupt:
                 raise _unreadable(self._source.name(i), image)
-        raise UserError(f"no image of {self._source.origin} can be read, the last: {image}")
+        raise UserError(f"no image of {self._source.origin} can be read (last error: {image}): repair the files")
 
 
 def open_images(
@@ -122,24 +124,26 @@ def open_images(
     cache_dir: str = "",
     cache_limit: float = float("inf"),
 ) -> Cached | OnTheFly:
-    """The images of a source in one size, from the cache, which is made if there is none yet.
+    """Opens the images of a source in one size; the first call makes their cache.
 
     Args:
-      image_size, channels: what the images are resized (bicubic, antialiased) and converted to.
-      crop: side of the centre square that is kept, in pixels of the source; 0: the largest.
-      skip_corrupt: leave out images that cannot be read, and say how many.
-      cache_dir: where the caches are; "" is ~/.cache/diffusion_jax. Of a bucket, "gs://…", the
-        cache is copied to there and from there, so that one machine alone need decode.
-      cache_limit: in bytes; a cache that would be larger is not made, images are decoded on the fly.
+      source: the images.
+      image_size: height and width of the result, by a bicubic, antialiased resize.
+      channels: 1 (grey) or 3 (RGB).
+      crop: side of the centre square that is kept, in pixels of the source; 0 means the largest.
+      skip_corrupt: True skips images that cannot be read, and prints their number.
+      cache_dir: the folder of the caches; "" is ~/.cache/diffusion_jax. A bucket, "gs://…", holds copies, so
+        that only one machine has to decode.
+      cache_limit: largest size of a cache in bytes; images that need more are decoded on the fly.
 
     Raises:
-      UserError: an image that cannot be used, or no room for the cache.
+      UserError: an image cannot be used, or the disk has no room for the cache.
     """
     form = (image_size, channels, crop)
     num_bytes = len(source) * image_size * image_size * channels
     if num_bytes > cache_limit:
         print(
-            f"{source.origin}: decoded on the fly, the cache would take {num_bytes / 1e9:.1f} GB "
+            f"{source.origin} is decoded on the fly: the cache would take {num_bytes / 1e9:.1f} GB "
             f"(config.data.cache_limit_gb={cache_limit / 1e9:g})"
         )
         return OnTheFly(source, *form, skip_corrupt)
@@ -158,7 +162,7 @@ def open_images(
     folder = Path(_LOCAL if remote or not cache_dir else cache_dir).expanduser() / name
     if remote and not folder.exists() and (remote / "manifest.json").exists():
         _copy(remote, folder)
-    if not _is_whole(folder, identity):
+    if not _is_valid(folder, identity):
         _make_cache(source, folder, identity, form, skip_corrupt)
     if remote and not (remote / "manifest.json").exists():
         _copy(folder, remote)
@@ -168,8 +172,8 @@ def open_images(
 # ---------------------------------------------------------------- the cache
 
 
-def _is_whole(folder, identity):
-    """Whether the cache is there, as its manifest says. Says so if it is there and is not."""
+def _is_valid(folder, identity):
+    """Returns True if the cache exists and matches its manifest. Reports a cache that does not match."""
     if not folder.exists():
         return False
     try:
@@ -179,15 +183,15 @@ def _is_whole(folder, identity):
         labels = np.load(folder / "labels.npy", mmap_mode="r") if manifest["labelled"] else images
         if identity.items() <= manifest.items() and images.shape == shape and len(labels) == len(images):
             return True
-        reason = "its manifest says otherwise"
+        reason = "it does not match its manifest"
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error)
-    print(f"{folder} is not whole ({reason}): decoding again")
+    print(f"{folder} is damaged ({reason}): rebuilding it")
     return False
 
 
 def _make_cache(source, folder, identity, form, skip_corrupt):
-    """Decodes all images beside `folder`, which gets its name only when it is whole."""
+    """Decodes all images into a temporary folder, which is renamed to `folder` when it is complete."""
     _remove_leftovers(folder)
     partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.partial")
     start = time.monotonic()
@@ -216,7 +220,7 @@ def _make_cache(source, folder, identity, form, skip_corrupt):
 
 
 def _copy(source, target):
-    """Copies a cache from or to a bucket; what makes it whole, the manifest, comes last."""
+    """Copies a cache from or to a bucket. The manifest comes last: a cache without it is incomplete."""
     source, target = epath.Path(source), epath.Path(target)
     target.mkdir(parents=True, exist_ok=True)
     for name in ("images.npy", "labels.npy", "manifest.json"):
@@ -225,7 +229,7 @@ def _copy(source, target):
 
 
 def _remove_leftovers(folder):
-    """What killed processes left of this cache: not written to for an hour."""
+    """Removes what killed processes left of this cache: temporary folders that are an hour old."""
     for partial in folder.parent.glob(f"{folder.name}.*.partial"):
         newest = max((file.stat().st_mtime for file in partial.iterdir()), default=0)
         if time.time() - newest > 3600:
@@ -233,13 +237,13 @@ def _remove_leftovers(folder):
 
 
 def _put_in_place(partial, folder):
-    if folder.exists():  # not whole
+    if folder.exists():  # damaged, see `_is_valid`
         folder.rename(partial.with_suffix(".stale"))
         shutil.rmtree(partial.with_suffix(".stale"))
     try:
         partial.rename(folder)
     except OSError:
-        if not folder.exists():  # else another process has made the same cache meanwhile
+        if not folder.exists():  # otherwise another process has made the same cache meanwhile
             raise
 
 
@@ -248,7 +252,7 @@ def _check_room(folder, num_bytes):
     if num_bytes > free:
         raise UserError(
             f"config.data.cache_dir: {folder} has {free / 1e9:.1f} GB free, and the cache takes {num_bytes / 1e9:.1f} "
-            "GB: make room, give another folder, or lower config.data.cache_limit_gb to decode on the fly"
+            "GB: free some space, give another folder, or lower config.data.cache_limit_gb to decode on the fly"
         )
 
 
@@ -260,7 +264,7 @@ def _names_sha256(source):
 
 
 def _write_images(source, path, form, skip_corrupt):
-    """Streams the images to a .npy file. Returns (labels, names and errors of what was left out)."""
+    """Streams the images to a .npy file. Returns (labels, names and errors of the skipped images)."""
     labels, corrupt = [], []
     with path.open("wb") as file:
         _npy_header(file, 0, form)
@@ -275,21 +279,21 @@ def _write_images(source, path, form, skip_corrupt):
         file.seek(0)
         _npy_header(file, len(labels), form)
     if corrupt:
-        print(f"left out {len(corrupt)} of {len(source)} images that cannot be read, first {corrupt[0]}")
+        print(f"skipped {len(corrupt)} of {len(source)} images that cannot be read; the first is {corrupt[0]}")
     if not labels:
-        raise UserError(f"no image of {source.origin} can be read, first {corrupt[0]}")
+        raise UserError(f"no image of {source.origin} can be read (first error: {corrupt[0]}): repair the files")
     return labels, corrupt
 
 
 def _npy_header(file, count, form):
-    """Of one length whatever the count: NumPy leaves room for the first axis to grow."""
+    """Writes the header, whose length is the same for any count: NumPy leaves room for the first axis to grow."""
     image_size, channels, _ = form
     header = {"descr": "|u1", "fortran_order": False, "shape": (count, image_size, image_size, channels)}
     np.lib.format.write_array_header_1_0(file, header)
 
 
 def _decoded(source, form):
-    """Yields (i, uint8 image or what was wrong with it, its label) in order; threads decode chunks ahead."""
+    """Yields (i, uint8 image or the error of its decoder, label) in order; threads decode chunks ahead."""
 
     def decode(chunk):
         return [(i, _decode(source, i, form), source.label(i) if source.label else 0) for i in chunk]
@@ -300,20 +304,16 @@ def _decoded(source, form):
         concurrent.futures.ThreadPoolExecutor(threads) as pool,
         tqdm.tqdm(total=len(source), unit="image", desc="decoding") as bar,
     ):
-        ahead = collections.deque()
-        for chunk in chunks:
-            ahead.append(pool.submit(decode, chunk))
-            if len(ahead) > 2 * threads:
-                yield from ahead.popleft().result()
-                bar.update(_CHUNK)
+        ahead = collections.deque(pool.submit(decode, chunk) for chunk in itertools.islice(chunks, 2 * threads))
         while ahead:
             decoded = ahead.popleft().result()
+            ahead.extend(pool.submit(decode, chunk) for chunk in itertools.islice(chunks, 1))
             yield from decoded
             bar.update(len(decoded))
 
 
 def _decode(source, i, form):
-    """Image i, or the error: damaged files make decoders raise nearly anything."""
+    """Returns image i, or the exception: damaged files make decoders raise nearly any type."""
     try:
         return _fit(source[i], *form)
     except Exception as error:
@@ -321,13 +321,13 @@ def _decode(source, i, form):
 
 
 def _fit(image, image_size, channels, crop):
-    """Centre crop, grey or RGB, antialiased resize: uint8 [H, W, 1 or 3] to [image_size, image_size, channels]."""
+    """Crops the centre of uint8 [H, W, 1 or 3], converts it to grey or RGB, and resizes it to [S, S, C]."""
     height, width, _ = image.shape
     side = crop or min(height, width)
     if side > min(height, width):
         raise ValueError(f"{width}x{height} is smaller than the crop of {crop} (config.data.crop)")
     left, top = (width - side) // 2, (height - side) // 2
-    # Cropped first: the `box` of resize would let pixels from outside it into the edges.
+    # Crops first: with the `box` of resize, pixels outside of it would bleed into the edges.
     square = image[top : top + side, left : left + side]
     picture = Image.fromarray(square[..., 0] if square.shape[-1] == 1 else square)
     mode = "L" if channels == 1 else "RGB"
@@ -337,4 +337,4 @@ def _fit(image, image_size, channels, crop):
 
 
 def _unreadable(name, error):
-    return UserError(f"image {name}: {error}: mend it, or set --config.data.skip_corrupt=True")
+    return UserError(f"image {name}: {error}: repair it, or set --config.data.skip_corrupt=True")

@@ -38,17 +38,16 @@ def evaluate(
     samples: str = "",
     inception_path: str = "",
     reference: str = "",
-) -> dict:
+) -> dict[str, Any]:
     """Evaluates the last checkpoint of a run; resumes an evaluation with the same arguments.
 
     Args:
       seed: the seed of the noise and of the choice of images.
-      num: images of each split, drawn without repetition; None: all.
-      splits: splits of the data set; default: config.data.split and config.data.test_split.
-      samples: a file or folder that --mode=sample wrote, to be compared with the first split; "": the
-        likelihood alone.
-      inception_path: weights of Inception v3, see `inception`; "": the features are pixels.
-      reference: statistics that another evaluation saved, to be compared with in place of a split.
+      num: images of each split, drawn without repetition; None means all.
+      splits: splits of the data set; () means config.data.split and config.data.test_split.
+      samples: a file or folder that --mode=sample wrote, to compare with the first split; "" leaves samples out.
+      inception_path: weights of Inception v3, see `inception`; "" means that the features are pixels.
+      reference: statistics that another evaluation saved, to compare with in place of a split.
 
     Returns:
       The content of evaluation.json.
@@ -65,7 +64,7 @@ def evaluate(
     generated = quality.read_samples(samples) if samples else None
     saved = quality.load_statistics(reference) if reference else None
     if reference and generated is None:
-        raise UserError(f"--reference={reference} is to be compared with --samples: give them")
+        raise UserError(f"--reference={reference} needs --samples to compare with: give a file or a folder")
     datasets = {split: read_images(config, workdir, split) for split in splits}
     step, params = ema_params(run, workdir)
     folder = absolute(workdir) / "evaluation" / str(step)
@@ -92,7 +91,7 @@ def evaluate(
 
 
 def _earlier_samples(folder):
-    """Returns the results for samples of an earlier evaluation of the step; a new one replaces only its like."""
+    """Returns the results for samples of earlier evaluations of the step, which new ones replace section by section."""
     try:
         earlier = json.loads((folder / "evaluation.json").read_text())
         return {name: earlier[name] for name in _SECTIONS if name in earlier}
@@ -135,7 +134,7 @@ def _protocol(run, sigma_name, seed):
 
 
 def _extractor(path):
-    """(name, checksum, features) of pixels, or of Inception v3 if a path is given."""
+    """Returns (name, checksum, features) of pixels, or of Inception v3 if a path is given."""
     if not path:
         return "pixels", "", quality.pixels
     features, checksum = inception.load_features(path)
@@ -143,46 +142,49 @@ def _extractor(path):
 
 
 def _evaluate_samples(config, generated, path, datasets, extractor, saved, seed, folder):
-    """The quality of samples against the first split, or against saved statistics; nearest training images."""
+    """Returns the quality of samples against the first split and their nearest training images, or against `saved`."""
     name, checksum, features = extractor
     split, dataset = next(iter(datasets.items()))
     resize = f"bicubic, antialiased, centre crop {config.data.crop or 'of the largest square'}"
     describe = functools.partial(quality.protocol, name=name, checksum=checksum, resize=resize)
-    how = describe(generated, origin=path) | {"made_by": quality.read_about(path)}
+    protocol = describe(generated, origin=path) | {"made_by": quality.read_about(path)}
     if generated.shape[1:] != dataset.shape[1:]:
-        raise UserError(f"--samples={path} holds images of {generated.shape[1:]}, the run's are {dataset.shape[1:]}")
+        raise UserError(
+            f"--samples={path} holds images of {generated.shape[1:]}, the run's are {dataset.shape[1:]}: give samples "
+            "of this run"
+        )
     if saved is not None:
-        return quality.frechet_to_statistics(generated, features, how, *saved, seed)
-    data_how = describe(dataset, origin=f"{config.data.source} {config.data.path} {split}".replace("  ", " "))
-    found = quality.compare(generated, dataset, features, seed)
-    nearest, nearest_how = _nearest(generated, datasets, folder)
-    settings = found.pop("settings") | {"nearest_training_image": nearest_how}
-    found = {"protocol": {"samples": how, "reference": data_how, "metrics": settings}} | found
+        return quality.frechet_to_statistics(generated, features, protocol, *saved, seed)
+    reference = describe(dataset, origin=f"{config.data.source} {config.data.path} {split}".replace("  ", " "))
+    distances = quality.compare(generated, dataset, features, seed)
+    nearest, nearest_settings = _nearest(generated, datasets, folder)
+    settings = distances.pop("settings") | {"nearest_training_image": nearest_settings}
     if dataset.shape[1] ** 2 * dataset.shape[3] <= quality.MAX_FEATURES or name != "pixels":
         statistics = quality.moments(dataset, features)
         if jax.process_index() == 0:
-            quality.save_statistics(folder / f"statistics-{name}-{_stem(split)}.npz", statistics, data_how)
-    return found | {"nearest_training_image": nearest}
+            quality.save_statistics(folder / f"statistics-{name}-{_stem(split)}.npz", statistics, reference)
+    protocols = {"samples": protocol, "reference": reference, "metrics": settings}
+    return {"protocol": protocols} | distances | {"nearest_training_image": nearest}
 
 
 def _nearest(generated, datasets, folder):
-    """How far samples are from their nearest training image, of a held-out split the same, as a yardstick; and how."""
+    """Returns (distances to the nearest training images, of samples and of held-out images to compare, settings)."""
     train, *others = datasets.values()
     distance, index = metrics.nearest(quality.pixels(generated), _Pixels(train))
-    found = {"median": float(np.median(distance)), "least": float(distance.min())}
-    how = {"distance": "Euclidean, all pixels, in [-1, 1]", "n": len(generated), "training_images": len(train)}
+    result = {"median": float(np.median(distance)), "least": float(distance.min())}
+    settings = {"distance": "Euclidean, all pixels, in [-1, 1]", "n": len(generated), "training_images": len(train)}
     if others:
         held_out = others[0][:MANY]
-        found["median_of_held_out"] = float(np.median(metrics.nearest(quality.pixels(held_out), _Pixels(train))[0]))
-        how["held_out_images"] = len(held_out)
+        result["median_of_held_out"] = float(np.median(metrics.nearest(quality.pixels(held_out), _Pixels(train))[0]))
+        settings["held_out_images"] = len(held_out)
     if jax.process_index() == 0:
         grids.save_png(folder / "nearest.png", monitor.nearest_pairs(generated, train, index, distance))
-    return found, how
+    return result, settings
 
 
 @dataclasses.dataclass(frozen=True)
 class _Pixels:
-    """The rows of `quality.pixels` of a data set, made where they are asked for."""
+    """Holds the rows of `quality.pixels` of a data set, computed at each access."""
 
     images: Any
 
@@ -194,11 +196,11 @@ class _Pixels:
         return quality.pixels(self.images[rows])
 
 
-# ---------------------------------------------------------------- for people
+# ---------------------------------------------------------------- evaluation.md
 
 
-def markdown(result: dict) -> str:
-    """The numbers of evaluation.json as Markdown."""
+def markdown(result: dict[str, Any]) -> str:
+    """Returns the numbers of evaluation.json as Markdown."""
     protocol = result["protocol"]
     lines = [f"# Evaluation of step {result['step']}", ""]
     names: tuple[str, ...] = ("n", "bits_per_dim", "standard_error", "rate", "distortion", "prior", "loss")
@@ -219,11 +221,11 @@ def markdown(result: dict) -> str:
         rows = [[t[i], rate[i], distortion[i], x["loss_by_t"]["loss"][i]] for i in shown]
         lines += markdown_table(["t", "rate, bits/dim", "distortion", "loss (15)"], rows, _cell)
     for section in [name for name in _SECTIONS if name in result]:
-        found = dict(result[section])
-        how = found.pop("protocol")
-        lines += ["", f"## {_SECTIONS[section]}", ""]
-        lines += markdown_table(["", "value"], found.items(), _cell)
-        lines += ["", *(f"- {name}: {'; '.join(f'{k}: {_cell(v)}' for k, v in x.items())}" for name, x in how.items())]
+        values = dict(result[section])
+        protocols = values.pop("protocol")
+        lines += ["", f"## {_SECTIONS[section]}", "", *markdown_table(["", "value"], values.items(), _cell), ""]
+        for name, settings in protocols.items():
+            lines.append(f"- {name}: {'; '.join(f'{key}: {_cell(value)}' for key, value in settings.items())}")
     return "\n".join(lines) + "\n"
 
 

@@ -1,11 +1,12 @@
-"""Networks in the format of Hugging Face's diffusers, in and out; Ho et al.'s own weights are published in it.
+"""Import and export of networks in the format of Hugging Face's diffusers, in which Ho et al.'s weights are published.
 
     unet/config.json · unet/diffusion_pytorch_model.safetensors · scheduler/scheduler_config.json
 
-A `UNet2DModel` with the right settings is `unet.UNet`, weight for weight: names and layouts differ, and its
-steps t are 0..T−1. Files are read and written by NumPy; diffusers and torch are not needed.
+A `UNet2DModel` with the right settings is `unet.UNet`, weight for weight; only names, layouts and its steps t,
+0..T−1, differ. This module needs neither diffusers nor torch.
 """
 
+import functools
 import json
 import math
 import re
@@ -29,10 +30,10 @@ from diffusion_jax.step import TrainState
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _SCHEDULER = "scheduler_config.json"
 _PICKLE = (
-    "weights in .bin, .pt or .ckpt are pickles, which can run code when they are read: have diffusers convert them "
-    "with save_pretrained(folder, safe_serialization=True)"
+    "weights in .bin, .pt or .ckpt are pickles, which can run code when they are read: convert them with diffusers' "
+    "save_pretrained(folder, safe_serialization=True)"
 )
-# What diffusers (0.42) takes where config.json lacks a key, and what `unet.UNet` is.
+# Settings that `unet.UNet` fixes: (default of diffusers 0.42, accepted values).
 _FIXED = {
     "act_fn": ("silu", ("silu", "swish")),
     "add_attention": (True, (True,)),
@@ -81,8 +82,8 @@ _DDPM = {
 }
 _SCHEDULES = ("ho_linear", "su_linear", "cosine")
 _PREDICTIONS = {"epsilon": "eps_bar", "sample": "x_0", "v_prediction": "velocity"}
-_SIGMAS = {"fixed_large": "beta", "fixed_small_log": "posterior", "fixed_small": "posterior"}  # _log: another rounding
-# Our modules and diffusers'; those of a level are in `_torch_name`.
+_SIGMAS = {"fixed_large": "beta", "fixed_small_log": "posterior", "fixed_small": "posterior"}  # _log rounds otherwise
+# Names of our modules: names in diffusers. `_torch_name` has those of the levels.
 _MODULES = {
     "conv_in": "conv_in",
     "temb_dense0": "time_embedding.linear_1",
@@ -102,25 +103,25 @@ _PARTS = {
     "v": "to_v",
     "proj_out": "to_out.0",
 }
-_OLD_PARTS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of diffusers before 0.15
+_OLD_PARTS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # before diffusers 0.15
 
 
 # ---------------------------------------------------------------- in
 
 
-def import_diffusers(source: str, workdir: str, reference: ConfigDict) -> None:
+def import_diffusers(source: str, workdir: epath.PathLike, reference: ConfigDict) -> None:
     """Makes a workdir of a diffusers model: a config and a checkpoint of step 0, to sample, evaluate or train on.
 
     Args:
       source: a folder of a `UNet2DModel`, or of a pipeline with one in unet/; the .safetensors file itself, with
         its config.json beside it; or a repository of the Hugging Face hub, e.g. google/ddpm-cifar10-32.
-      workdir: a new one.
-      reference: what the weights do not determine is as here: data.*, train.*, model.dropout, and where there is no
-        scheduler_config.json schedule.*, sampling.* and model.prediction; e.g. `configs/default.py`'s.
+      workdir: a new workdir.
+      reference: the config of everything that the model does not determine: data.*, train.*, model.dropout, and,
+        without a scheduler_config.json, schedule.*, sampling.* and model.prediction.
 
     Raises:
-      UserError: the source cannot be read, is no network or schedule of this package, lacks a tensor, has one of
-        another shape or one too many; or the workdir is not new.
+      UserError: the source cannot be read, has no network or schedule of this package, or has tensors that do not
+        match the network; or the workdir is not new.
     """
     workdir = _new_workdir(workdir)
     weights, scheduler = _find(source)
@@ -134,9 +135,9 @@ def import_diffusers(source: str, workdir: str, reference: ConfigDict) -> None:
     state = TrainState(np.zeros((), np.int32), params, jax.tree.map(np.copy, params), opt_state)
     with checkpoint.open_manager(workdir) as manager:
         checkpoint.save(manager, 0, state)
-    write_config(workdir, config)  # last: without it there is no run
-    count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    print(f"{count:,} parameters of {source}, {config.schedule.name} of {config.schedule.num_steps} steps: {workdir}")
+    write_config(workdir, config)  # last: a workdir without it holds no run
+    count, schedule = sum(leaf.size for leaf in jax.tree.leaves(params)), config.schedule
+    print(f"imported {count:,} parameters of {source}, {schedule.name} of {schedule.num_steps} steps: {workdir}")
 
 
 def _new_workdir(workdir):
@@ -152,180 +153,169 @@ def _new_workdir(workdir):
 
 
 def _find(source):
-    """(the weights, the scheduler's config or None), two files."""
+    """Returns two files: the weights, and the scheduler's config or None."""
     path = epath.Path(source).expanduser()
-    if not path.exists():
-        path = _download(source)
-    if path.is_dir():
-        files = [folder / _WEIGHTS for folder in (path / "unet", path)]
-        weights = next((file for file in files if file.exists()), None)
-        if weights is None:
-            raise UserError(f"{source} holds no {_WEIGHTS}, neither there nor in unet/; {_PICKLE}")
-    elif path.suffix == ".safetensors":
-        weights = path
-    else:
-        raise UserError(f"{source} is no .safetensors file; {_PICKLE}")
+    path = path if path.exists() else _download(source)
+    weights = path if path.is_file() else _first_file([path / "unet" / _WEIGHTS, path / _WEIGHTS])
+    if weights is None or weights.suffix != ".safetensors":
+        raise UserError(f"{source} is not a .safetensors file, nor a folder with (unet/){_WEIGHTS}; {_PICKLE}")
     top = weights.parent.parent if weights.parent.name == "unet" else weights.parent
-    files = [folder / _SCHEDULER for folder in (top / "scheduler", top, weights.parent)]
-    return weights, next((file for file in files if file.exists()), None)
+    return weights, _first_file([folder / _SCHEDULER for folder in (top / "scheduler", top, weights.parent)])
+
+
+def _first_file(paths):
+    return next((path for path in paths if path.exists()), None)
 
 
 def _download(source):
-    """The folder of a repository, fetched from the hub."""
+    """Fetches a repository from the hub and returns its folder."""
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
         raise UserError(f"{source} does not exist: give a folder, a .safetensors file or a repository as owner/name")
     try:
         import huggingface_hub
     except ImportError:
         raise UserError(
-            f"{source} is no folder here; if it is a repository of the Hugging Face hub: pip install huggingface_hub"
+            f"{source} is not a folder here; to fetch it from the Hugging Face hub: pip install huggingface_hub"
         ) from None
     names = ("config.json", _WEIGHTS, _SCHEDULER)
     patterns = [f"{folder}{name}" for folder in ("", "unet/", "scheduler/") for name in names]
     try:
         return epath.Path(huggingface_hub.snapshot_download(source, allow_patterns=patterns))
-    except Exception as error:  # requests', httpx's, the hub's own
+    except Exception as error:  # types of requests, of httpx and of the hub
         reason = one_line(error, 200)
-        raise UserError(f"{source} is no folder here, and cannot be fetched from the hub ({reason})") from None
+        raise UserError(f"{source} is not a folder here, and cannot be fetched from the hub ({reason})") from None
 
 
 def _read_unet(config, file):
-    """data.image_size, data.channels and model.*, but for its dropout, from the config.json of a UNet2DModel."""
-    given = _read_json(file, "UNet2DModel", _UNET)
-    for key, value in given.items():
-        if key not in _UNET and value not in (None, False):
-            _need(file, given, key, False, "is a key that is not known here")
+    """Sets data.image_size, data.channels and model.*, except the dropout, from the config.json of a UNet2DModel."""
+    settings, require = _read_json(file, "UNet2DModel", _UNET)
+    for key, value in settings.items():
+        require(key, key in _UNET or value in (None, False), "is not a known key")
     for key, (_, allowed) in _FIXED.items():
-        _need(file, given, key, given[key] in allowed, f"must be {' or '.join(map(repr, allowed))} for this network")
+        require(key, settings[key] in allowed, f"must be {' or '.join(map(repr, allowed))} for this network")
 
-    size, channels, groups = given["sample_size"], given["block_out_channels"], given["norm_num_groups"]
-    size = size[0] if isinstance(size, list) and size == size[:1] * 2 else size
-    _need(file, given, "sample_size", type(size) is int and size >= 1, "must be the height and width of square images")
-    _need(file, given, "in_channels", given["in_channels"] in (1, 3), "must be 1 or 3")
-    same = given["out_channels"] == given["in_channels"]
-    _need(file, given, "out_channels", same, "must be as many as in_channels: a variance is not learned here")
-    good = channels and all(type(n) is int and n >= 1 for n in channels) and all(n % channels[0] == 0 for n in channels)
-    _need(file, given, "block_out_channels", good, "must be multiples of the first")
-    good = type(groups) is int and groups >= 1 and all(n % groups == 0 for n in channels)
-    _need(file, given, "norm_num_groups", good, f"must divide block_out_channels={channels}")
-    _need(file, given, "attn_norm_num_groups", given["attn_norm_num_groups"] in (None, groups), f"must be {groups}")
+    size, channels, groups = settings["sample_size"], settings["block_out_channels"], settings["norm_num_groups"]
+    size = size[0] if isinstance(size, list) and size and size == size[:1] * 2 else size
+    require("sample_size", type(size) is int and size >= 1, "must be the height and width of square images")
+    require("in_channels", settings["in_channels"] in (1, 3), "must be 1 or 3")
+    is_fixed_variance = settings["out_channels"] == settings["in_channels"]
+    require("out_channels", is_fixed_variance, "must equal in_channels: learned variances are not supported")
+    are_multiples = channels and all(type(n) is int and n >= 1 and n % channels[0] == 0 for n in channels)
+    require("block_out_channels", are_multiples, "must be multiples of the first")
+    divides_all = type(groups) is int and groups >= 1 and all(n % groups == 0 for n in channels)
+    require("norm_num_groups", divides_all, f"must divide block_out_channels={channels}")
+    require("attn_norm_num_groups", settings["attn_norm_num_groups"] in (None, groups), f"must be {groups}")
     width = 4 * channels[0]
-    _need(file, given, "time_embedding_dim", given["time_embedding_dim"] in (None, width), f"must be {width}")
+    require("time_embedding_dim", settings["time_embedding_dim"] in (None, width), f"must be {width}")
 
-    with_attention = _attention_levels(file, given)
-    config.data.image_size, config.data.channels = size, given["in_channels"]
+    attention_levels = _attention_levels(settings, require)
+    config.data.image_size, config.data.channels = size, settings["in_channels"]
     config.model.channels, config.model.multipliers = channels[0], tuple(n // channels[0] for n in channels)
-    config.model.num_res_blocks = given["layers_per_block"]
-    config.model.attention_resolutions = tuple(size >> level for level in with_attention)
+    config.model.num_res_blocks = settings["layers_per_block"]
+    config.model.attention_resolutions = tuple(size >> level for level in attention_levels)
     config.model.num_groups = groups
 
 
-def _attention_levels(file, given):
-    """The levels with attention, which is to have one head."""
-    channels, down, up = given["block_out_channels"], given["down_block_types"], given["up_block_types"]
-    good = len(down) == len(channels) and all(name in ("DownBlock2D", "AttnDownBlock2D") for name in down)
-    _need(file, given, "down_block_types", good, "must be DownBlock2D or AttnDownBlock2D, one a level")
+def _attention_levels(settings, require):
+    """Returns the levels with attention, which must have one head."""
+    channels, down, up = settings["block_out_channels"], settings["down_block_types"], settings["up_block_types"]
+    are_known = len(down) == len(channels) and all(name in ("DownBlock2D", "AttnDownBlock2D") for name in down)
+    require("down_block_types", are_known, "must be DownBlock2D or AttnDownBlock2D, one for each level")
     mirrored = [name.replace("Down", "Up") for name in reversed(down)]
-    _need(file, given, "up_block_types", [*up] == mirrored, f"must mirror down_block_types: {mirrored}")
+    require("up_block_types", [*up] == mirrored, f"must mirror down_block_types: {mirrored}")
     levels = [level for level, name in enumerate(down) if name == "AttnDownBlock2D"]
-    widths = {channels[level] for level in levels} | {channels[-1]}  # the last is the middle's
-    one_head = given["attention_head_dim"] is None or widths == {given["attention_head_dim"]}
-    _need(file, given, "attention_head_dim", one_head, f"must be null or all {sorted(widths)} channels: one head")
+    widths = {channels[level] for level in levels} | {channels[-1]}  # the middle has the channels of the last level
+    is_one_head = settings["attention_head_dim"] is None or widths == {settings["attention_head_dim"]}
+    require("attention_head_dim", is_one_head, f"must be null or all {sorted(widths)} channels: one head")
     return levels
 
 
 def _read_scheduler(config, file):
-    """schedule.*, sampling.* and model.prediction from the config of a DDPMScheduler."""
-    given = _read_json(file, "DDPMScheduler", _DDPM)
+    """Sets schedule.*, sampling.* and model.prediction from the config of a DDPMScheduler."""
+    settings, require = _read_json(file, "DDPMScheduler", _DDPM)
     for key in ("thresholding", "rescale_betas_zero_snr"):
-        _need(file, given, key, given[key] is False, "must be false")
-    good = not given["clip_sample"] or given["clip_sample_range"] == 1
-    _need(file, given, "clip_sample_range", good, "must be 1.0")
-    variance = given["variance_type"]
-    _need(file, given, "variance_type", variance in _SIGMAS, f"must be one of {', '.join(_SIGMAS)}")
-    prediction = given["prediction_type"]
-    _need(file, given, "prediction_type", prediction in _PREDICTIONS, f"must be one of {', '.join(_PREDICTIONS)}")
-    _need(file, given, "num_train_timesteps", given["num_train_timesteps"] >= 1, "must be at least 1")
-    config.schedule.num_steps = given["num_train_timesteps"]
-    config.schedule.name = _schedule_name(config, file, given)
-    config.sampling.sigma, config.sampling.clip = _SIGMAS[variance], given["clip_sample"]
+        require(key, settings[key] is False, "must be false")
+    is_unit_range = not settings["clip_sample"] or settings["clip_sample_range"] == 1
+    require("clip_sample_range", is_unit_range, "must be 1.0")
+    for key, names in (("variance_type", _SIGMAS), ("prediction_type", _PREDICTIONS)):
+        require(key, settings[key] in names, f"must be one of {', '.join(names)}")
+    require("num_train_timesteps", settings["num_train_timesteps"] >= 1, "must be at least 1")
+    config.schedule.num_steps = settings["num_train_timesteps"]
+    config.schedule.name = _schedule_name(settings, require)
+    config.sampling.sigma, config.sampling.clip = _SIGMAS[settings["variance_type"]], settings["clip_sample"]
     config.sampling.sampler, config.sampling.steps = "ancestral", 0
-    config.model.prediction = _PREDICTIONS[prediction]
+    config.model.prediction = _PREDICTIONS[settings["prediction_type"]]
 
 
-def _schedule_name(config, file, given):
-    """The schedule.name whose β_t² are the scheduler's."""
-    key, num_steps = "beta_schedule", config.schedule.num_steps
-    if given["trained_betas"] is not None:
-        key, wanted = "trained_betas", given["trained_betas"]
-        good = isinstance(wanted, list) and all(type(number) in (int, float) for number in wanted)
-        _need(file, given, key, good, "must be a list of numbers")
-    elif given[key] == "linear":
-        wanted = np.linspace(given["beta_start"], given["beta_end"], num_steps)
-    elif given[key] == "squaredcos_cap_v2":
-        return "cosine"  # the same formula
+def _schedule_name(settings, require):
+    """Returns the schedule.name whose β_t² are those of the scheduler."""
+    num_steps, start, end = (settings[key] for key in ("num_train_timesteps", "beta_start", "beta_end"))
+    key, conditions, betas = "trained_betas", "", settings["trained_betas"]
+    if betas is not None:
+        are_numbers = isinstance(betas, list) and all(type(number) in (int, float) for number in betas)
+        require(key, are_numbers, "must be a list of numbers")
     else:
-        wanted = []
+        key, conditions = "beta_schedule", f"with {num_steps} steps from {start} to {end} "
+        if settings[key] == "squaredcos_cap_v2":
+            return "cosine"  # the same formula
+        betas = np.linspace(start, end, num_steps) if settings[key] == "linear" else []
     for name in _SCHEDULES:
-        beta_squared = _beta_squared(config, name)
-        if np.shape(wanted) == beta_squared.shape and np.allclose(wanted, beta_squared, rtol=1e-5, atol=0):
+        beta_squared = _beta_squared(name, num_steps)
+        if np.shape(betas) == beta_squared.shape and np.allclose(betas, beta_squared, rtol=1e-5, atol=0):
             return name
-    from_to = f"of {num_steps} steps from {given['beta_start']} to {given['beta_end']} "
-    why = f"{'' if key == 'trained_betas' else from_to}is none of the schedules {', '.join(_SCHEDULES)}"
-    _need(file, given, key, False, why)
+    require(key, False, f"{conditions}is none of the schedules {', '.join(_SCHEDULES)}")
 
 
-def _beta_squared(config, name):
-    """Ho's β_t of a schedule, float64 [T]."""
-    other = ConfigDict({"schedule": {"name": name, "num_steps": config.schedule.num_steps}})
-    return np.asarray(parts.schedule(other).beta, np.float64)[1:] ** 2
-
-
-def _need(file, given, key, holds, wanted):
-    if not holds:
-        value = f"{given[key]!r}"
-        value = value if len(value) < 200 else f"{value[:60]} … {value[-20:]}"
-        raise UserError(f"{file} has {key}={value}, which {wanted}")
+def _beta_squared(name, num_steps):
+    """Returns Ho's β_t of a schedule, float64 [T]."""
+    config = ConfigDict({"schedule": {"name": name, "num_steps": num_steps}})
+    return np.asarray(parts.schedule(config).beta, np.float64)[1:] ** 2
 
 
 def _read_json(file, class_name, defaults):
-    """What a config of diffusers gives, with its defaults; private keys are left out."""
+    """Returns the settings of a config of diffusers with its defaults, without private keys, and their `_require`."""
     try:
-        content = json.loads(file.read_text())
-        given = dict(content.items())
+        settings = dict(json.loads(file.read_text()).items())
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{file} is no config of diffusers ({one_line(error, 200)}): restore it") from None
-    given.setdefault("_class_name", class_name)
-    _need(file, given, "_class_name", given["_class_name"] == class_name, f"must be {class_name}")
-    given = defaults | {key: value for key, value in given.items() if not key.startswith("_")}
+        raise UserError(f"{file} is not a config of diffusers ({one_line(error, 200)}): restore it") from None
+    settings.setdefault("_class_name", class_name)
+    _require(file, settings, "_class_name", settings["_class_name"] == class_name, f"must be {class_name}")
+    settings = defaults | {key: value for key, value in settings.items() if not key.startswith("_")}
+    require = functools.partial(_require, file, settings)
     for key, default in defaults.items():
-        kinds = {float: (float, int), tuple: (tuple, list)}.get(type(default), (type(default),))
-        good = type(given[key]) in kinds or default is None or (given[key] is None and key in _MAY_BE_NULL)
-        _need(file, given, key, good, f"must be of type {kinds[0].__name__}")
-    return given
+        types = {float: (float, int), tuple: (tuple, list)}.get(type(default), (type(default),))
+        is_null = settings[key] is None and key in _MAY_BE_NULL
+        require(key, type(settings[key]) in types or default is None or is_null, f"must be of type {types[0].__name__}")
+    return settings, require
+
+
+def _require(file, settings, key, condition, reason):
+    """Raises UserError if the condition is false; the message ends in "which" and the reason."""
+    if not condition:
+        raise UserError(f"{file} has {key}={settings[key]!r:.200}, which {reason}")
 
 
 # ---------------------------------------------------------------- weights
 
 
 def _to_params(config, file):
-    """The parameters of the network, nested dicts of float32 arrays, from a file of diffusers' tensors."""
+    """Returns the parameters of the network, nested dicts of float32 arrays, from a file of diffusers' tensors."""
     tensors = _read_tensors(file)
     params = {}
     for name, (keys, shape) in _layout(config).items():
         if name not in tensors:
             raise UserError(
-                f"{file} lacks the tensor {name}, {_torch_shape(name, shape)}: it is not of this config.json"
+                f"{file} lacks the tensor {name}, {_torch_shape(name, shape)}: give the config.json of these weights"
             )
         params[keys] = _to_flax(file, name, tensors.pop(name), shape)
     if tensors:
-        some = ", ".join(sorted(tensors)[:5]) + (", …" if len(tensors) > 5 else "")
-        raise UserError(f"{file} has {len(tensors)} tensors that are not in this network: {some}")
+        names = ", ".join(sorted(tensors)[:5]) + (", …" if len(tensors) > 5 else "")
+        raise UserError(f"{file} has {len(tensors)} tensors that are not in this network: {names}")
     return unflatten_dict(params)
 
 
 def _read_tensors(file):
-    """{name: array}, with the names of today's diffusers."""
+    """Returns {name: array}, with the names of today's diffusers."""
     try:
         tensors = safetensors.load(file.read_bytes())
     except (OSError, SafetensorError) as error:
@@ -337,16 +327,14 @@ def _read_tensors(file):
 
 
 def _layout(config):
-    """{diffusers' name: (keys, shape)} of every parameter of the network."""
-    levels = len(config.model.multipliers)
-    layout = {}
-    for keys, leaf in flatten_dict(parts.abstract_state(config).params).items():
-        layout[_torch_name(keys, levels)] = keys, leaf.shape
-    return layout
+    """Returns {diffusers' name: (keys, shape)} of every parameter of the network."""
+    levels, params = len(config.model.multipliers), flatten_dict(parts.abstract_state(config).params)
+    return {_torch_name(keys, levels): (keys, leaf.shape) for keys, leaf in params.items()}
 
 
 def _torch_name(keys, levels):
-    module, *parts, leaf = keys
+    """Returns diffusers' name of the parameter with these keys, in a network of this many levels."""
+    module, *inner, leaf = keys
     if module not in _MODULES:
         side, level, kind, *index = module.split("_")
         level = int(level) if side == "down" else levels - 1 - int(level)
@@ -354,11 +342,11 @@ def _torch_name(keys, levels):
         module = f"{side}_blocks.{level}.{kind}.{index[0] if index else '0.conv'}"
     else:
         module = _MODULES[module]
-    return ".".join([module, *(_PARTS.get(part, part) for part in parts), "bias" if leaf == "bias" else "weight"])
+    return ".".join([module, *(_PARTS.get(name, name) for name in inner), "bias" if leaf == "bias" else "weight"])
 
 
 def _torch_shape(name, shape):
-    """Torch's shape of a parameter: kernels are [out, in, height, width], a dense one [out, in]."""
+    """Returns the shape of a parameter in torch: kernels are [out, in, height, width], dense ones [out, in]."""
     if len(shape) == 4:
         return tuple(shape[i] for i in (3, 2, 0, 1))
     return (*shape[::-1], *((1, 1) if name.endswith("conv_shortcut.weight") else ()))
@@ -370,30 +358,30 @@ def _to_torch(name, array):
 
 
 def _to_flax(file, name, array, shape):
-    """A dense kernel may be a 1×1 convolution, or the other way round."""
-    wanted = _torch_shape(name, shape)
-    dense = len(shape) == 2 and array.shape in (wanted[:2], (*wanted[:2], 1, 1))
-    if not (dense or array.shape == wanted) or not np.issubdtype(array.dtype, np.floating):
-        raise UserError(f"{file} has {name} as {array.dtype} {array.shape}, not float32 {wanted}")
-    array = array.transpose(2, 3, 1, 0) if len(shape) == 4 else array.reshape(wanted[: len(shape)]).T
+    """Returns the parameter of this shape; a dense kernel may come as a 1×1 convolution, or the other way round."""
+    expected = _torch_shape(name, shape)
+    is_dense = len(shape) == 2 and array.shape in (expected[:2], (*expected[:2], 1, 1))
+    if not (is_dense or array.shape == expected) or not np.issubdtype(array.dtype, np.floating):
+        raise UserError(f"{file} has {name} as {array.dtype} {array.shape}, not float32 {expected}")
+    array = array.transpose(2, 3, 1, 0) if len(shape) == 4 else array.reshape(expected[: len(shape)]).T
     return np.array(array, np.float32, order="C")
 
 
 # ---------------------------------------------------------------- out
 
 
-def export_diffusers(workdir: str, out: str) -> None:
+def export_diffusers(workdir: epath.PathLike, out: str) -> None:
     """Writes the averaged parameters of the last checkpoint for diffusers' `DDPMPipeline.from_pretrained(out)`.
 
-    The pipeline's chain is the ancestral one with the run's sigma, whatever its sampling.sampler is. Schedules
+    The pipeline has the ancestral chain with the run's sigma, for any sampling.sampler of the run. Schedules
     other than Ho's are written as `trained_betas`.
 
     Raises:
-      UserError: no run, no checkpoint; sampling.sigma is zero; the network is none of diffusers'; `out` is not a
-        new folder.
+      UserError: there is no run or no checkpoint, sampling.sigma is zero, diffusers has no such network, or `out`
+        is not a new folder.
     """
     config = read_config(workdir)
-    _unet_config(config)  # refuses before anything is written
+    _unet_config(config)  # raises before anything is written
     configs = {
         "model_index.json": {
             "_class_name": "DDPMPipeline",
@@ -406,33 +394,40 @@ def export_diffusers(workdir: str, out: str) -> None:
     folder = epath.Path(out).expanduser()
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"--out={out} is there already: give a new folder")
+            raise UserError(f"--out={out} already exists: give a new folder")
         write_unet(config, params, folder / "unet")
         for name, content in configs.items():
-            files.write_text(folder / name, json.dumps(content, indent=2) + "\n")
+            _write_json(folder / name, content)
     except OSError as error:
         raise UserError(f"--out={out} cannot be written ({one_line(error)}): give another folder") from None
     print(f"diffusers model of step {step}: {out}")
     if (num_steps := config.schedule.num_steps) != 1000:
-        print(f"DDPMPipeline takes 1000 steps unless told otherwise: call it with num_inference_steps={num_steps}")
+        print(f"DDPMPipeline takes 1000 steps by default: call it with num_inference_steps={num_steps}")
 
 
-def write_unet(config: ConfigDict, params, folder: epath.Path) -> None:
-    """Writes a UNet2DModel of diffusers: its config and its weights. UserError if it has no such network."""
-    unet_config = _unet_config(config)
-    flat = flatten_dict(params)
+def write_unet(config: ConfigDict, params: dict, folder: epath.Path) -> None:
+    """Writes the config and the weights of diffusers' UNet2DModel.
+
+    Raises:
+      UserError: diffusers has no such network.
+    """
+    unet_config, flat = _unet_config(config), flatten_dict(params)
     tensors = {name: _to_torch(name, flat[keys]) for name, (keys, _) in _layout(config).items()}
     with files.replacing(folder / _WEIGHTS) as file:
         file.write(safetensors.save(tensors, {"format": "pt"}))
-    files.write_text(folder / "config.json", json.dumps(unet_config, indent=2) + "\n")
+    _write_json(folder / "config.json", unet_config)
+
+
+def _write_json(file, content):
+    files.write_text(file, json.dumps(content, indent=2) + "\n")
 
 
 def _unet_config(config):
-    """The config.json of the UNet2DModel that the run's network is."""
+    """Returns the config.json of the UNet2DModel that equals the run's network."""
     size, model = config.data.image_size, config.model
     if model.multipliers[0] != 1:
-        raise UserError(f"config.model.multipliers={model.multipliers} does not begin with 1, as diffusers has it")
-    attention = [size >> level in model.attention_resolutions for level in range(len(model.multipliers))]
+        raise UserError(f"config.model.multipliers={model.multipliers} must begin with 1 to be a network of diffusers")
+    has_attention = [size >> level in model.attention_resolutions for level in range(len(model.multipliers))]
     return {
         "_class_name": "UNet2DModel",
         **{key: allowed[0] for key, (_, allowed) in _FIXED.items()},
@@ -440,8 +435,8 @@ def _unet_config(config):
         "in_channels": config.data.channels,
         "out_channels": config.data.channels,
         "block_out_channels": [model.channels * n for n in model.multipliers],
-        "down_block_types": ["AttnDownBlock2D" if attended else "DownBlock2D" for attended in attention],
-        "up_block_types": ["AttnUpBlock2D" if attended else "UpBlock2D" for attended in reversed(attention)],
+        "down_block_types": ["AttnDownBlock2D" if attended else "DownBlock2D" for attended in has_attention],
+        "up_block_types": ["AttnUpBlock2D" if attended else "UpBlock2D" for attended in reversed(has_attention)],
         "layers_per_block": model.num_res_blocks,
         "dropout": model.dropout,
         "attention_head_dim": None,
@@ -450,7 +445,7 @@ def _unet_config(config):
 
 
 def _num_groups(config):
-    """The one number of groups of all normalisations: `unet.GroupNorm` takes what divides the channels."""
+    """Returns the number of groups that all normalisations have; `unet.GroupNorm` takes what divides the channels."""
     scales = [shape for keys, shape in _layout(config).values() if keys[-1] == "scale"]
     groups = {math.gcd(config.model.num_groups, channels) for (channels,) in scales}
     if len(groups) > 1:
@@ -462,20 +457,20 @@ def _num_groups(config):
 
 
 def _scheduler_config(config):
-    """The config of the DDPMScheduler that takes the run's steps."""
+    """Returns the config of the DDPMScheduler that takes the run's steps."""
     variances = {sigma: variance for variance, sigma in _SIGMAS.items()}
     if config.sampling.sigma not in variances:
         raise UserError(
-            f"config.sampling.sigma={config.sampling.sigma!r} is none of diffusers' DDPMScheduler: change it in the "
+            f"config.sampling.sigma={config.sampling.sigma!r} is not in diffusers' DDPMScheduler: change it in the "
             f"run's config.json to one of {', '.join(variances)}"
         )
-    ho = config.schedule.name == "ho_linear"
     predictions = {ours: theirs for theirs, ours in _PREDICTIONS.items()}
+    name, num_steps = config.schedule.name, config.schedule.num_steps
     return {
         "_class_name": "DDPMScheduler",
         **_DDPM,
-        "num_train_timesteps": config.schedule.num_steps,
-        "trained_betas": None if ho else _beta_squared(config, config.schedule.name).tolist(),
+        "num_train_timesteps": num_steps,
+        "trained_betas": None if name == "ho_linear" else _beta_squared(name, num_steps).tolist(),
         "variance_type": variances[config.sampling.sigma],
         "clip_sample": config.sampling.clip,
         "prediction_type": predictions[config.model.prediction],

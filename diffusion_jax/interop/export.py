@@ -1,16 +1,17 @@
-"""The sampler as one file, which JAX and NumPy alone can open: `export` writes it, `load_exported` reads it.
+"""The sampler as one file, which needs only JAX and NumPy: `export` writes it, `load_exported` reads it.
 
-An .npz with these arrays:
+The file is an .npz with these arrays:
 
     program       uint8, the serialised `jax.export` artifact: (params, key_data, indices) -> images
     params/...    the parameters, one array for each leaf, under its path
-    about         JSON: the run's config, step, platforms, versions
-    checksum      SHA-256 of all of these
+    about         JSON of the run's config, step, platforms and version of JAX
+    checksum      SHA-256 of these arrays
 """
 
 import hashlib
 import json
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.export
@@ -28,7 +29,7 @@ from diffusion_jax.sample import ema_params
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
-def export_sampler(workdir: epath.PathLike, out: str, **settings) -> None:
+def export_sampler(workdir: epath.PathLike, out: str, **settings: Any) -> None:
     """Writes the sampler of the last checkpoint as one file, see `export`.
 
     Args:
@@ -49,16 +50,16 @@ def export(config: dict, params: dict, step: int, sample: Callable, out: str) ->
     """Writes a sampler as one file.
 
     Args:
-      config: the run's config as a dict, kept in the file for whoever reads it.
+      config: the run's config, which the file keeps as documentation.
       params: nested dicts of arrays.
-      sample: (params, rng, indices [n]) -> float32 [n, H, W, C], of any n: `sampling.make_indexed_sample_fn`.
-      out: where; ends in .npz.
+      sample: (params, rng, indices [n]) -> float32 [n, H, W, C] for any n, see `sampling.make_indexed_sample_fn`.
+      out: the file, which ends in .npz.
 
     Raises:
       UserError: `out` ends in something else, or cannot be written.
     """
     if not out.endswith(".npz"):
-        raise UserError(f"--out={out} must end in .npz")
+        raise UserError(f"--out={out} must end in .npz: give another name")
     flat = {f"params/{path}": np.asarray(leaf) for path, leaf in flatten_dict(params, sep="/").items()}
 
     def program(params, key_data, indices):
@@ -86,19 +87,19 @@ def load_exported(path: epath.PathLike) -> tuple[Callable, dict]:
         x = sample_fn(params, jax.random.key(0), 16)  # float32 [16, H, W, C]
 
     Returns:
-      (sample_fn, params): sample_fn(params, rng, num, first=0) makes images first .. first + num - 1;
-      image i depends on (params, rng, i) alone, and is that of the run's own sampler.
+      (sample_fn, params): sample_fn(params, rng, num, first=0) returns images first .. first + num - 1. Image i
+      depends on (params, rng, i) alone and equals that of the run's own sampler.
 
     Raises:
-      UserError: no such file, not whole, or of a version of JAX that this one cannot read.
+      UserError: the file does not exist, is damaged, or was written by a version of JAX that this one cannot read.
     """
     arrays = _read(epath.Path(path))
     about = json.loads(str(arrays["about"]))
     try:
         exported = jax.export.deserialize(bytearray(arrays["program"].tobytes()))
-        exported.mlir_module()  # a newer StableHLO would fail only when it is called
+        exported.mlir_module()  # raises for a newer StableHLO, which would otherwise fail at the first call
         call = jax.jit(exported.call)
-    except Exception as error:  # flatbuffers' and MLIR's own
+    except Exception as error:  # types of flatbuffers and of MLIR
         reason = one_line(error, 200)
         raise UserError(
             f"{path} was written by jax {about['jax']}, and jax {jax.__version__} cannot read it ({reason}): use "
@@ -115,13 +116,13 @@ def load_exported(path: epath.PathLike) -> tuple[Callable, dict]:
 
 def _read(path):
     if not path.exists():
-        raise UserError(f"{path} does not exist: give a file that --mode=export has written")
+        raise UserError(f"{path} does not exist: give a file that --mode=export wrote")
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
             arrays = {name: content[name] for name in content.files}
         stored = str(arrays.pop("checksum"))
-    except Exception as error:  # zipfile's, zlib's, NumPy's
-        raise UserError(f"{path} is no exported sampler, or is damaged ({error}): export it again") from None
+    except Exception as error:  # types of zipfile, of zlib and of NumPy
+        raise UserError(f"{path} is not an exported sampler, or is damaged ({error}): export it again") from None
     if stored != _checksum(arrays):
         raise UserError(f"{path} is damaged (its checksum is wrong): export it again")
     return arrays

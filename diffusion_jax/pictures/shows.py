@@ -1,9 +1,10 @@
-"""Pictures of what a trained model can do: `figures` applied to the images and the checkpoint of a run."""
+"""Pictures and animations of a trained model: `figures` applied to the images and the checkpoint of a run."""
 
 import functools
 
 import jax
 import numpy as np
+from etils import epath
 
 from diffusion_jax import parts, sample, sampling
 from diffusion_jax.data import pipeline, pixels
@@ -11,19 +12,20 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.pictures import figures, grids
 from diffusion_jax.running.workdir import read_config
 
-FRAMES = 50  # of an animation
+FRAMES = 50  # frames of an animation
 
 
-def show(workdir, name: str, seed: int, out: str, num: int | None = None, path: str = "") -> None:
-    """Writes one of SHOWS, a labelled picture; an animation if `name` is "animation".
+def show(workdir: epath.PathLike, name: str, seed: int, out: str, num: int | None = None, path: str = "") -> None:
+    """Writes one of SHOWS: a labelled picture, or an animation.
 
     Args:
-      num: rows of the picture; images of a row of "variations", and of an animation.
-      out: a .png; a .gif or .webp for an animation.
-      path: images to interpolate between or to inpaint, as config.data.path; "": the run's own.
+      seed: the seed of the noise and of the choice of images.
+      out: a .png; a .gif or .webp for the animation.
+      num: rows of the picture; images in a row of "variations"; images of the animation.
+      path: images to interpolate between or to inpaint, as config.data.path; "" means those of the run.
 
     Raises:
-      UserError: nothing to show, no images, or `out` ends in something else.
+      UserError: there is no checkpoint, there are too few images, or `out` ends in something else.
     """
     endings = (".gif", ".webp") if name == "animation" else (".png",)
     if not out.endswith(endings):
@@ -37,7 +39,7 @@ def show(workdir, name: str, seed: int, out: str, num: int | None = None, path: 
 
 
 class _Run:
-    """The network, schedule and images of a run, for functions of `figures` and `sampling`."""
+    """Holds the network, schedule and images of a run, for functions of `figures` and `sampling`."""
 
     def __init__(self, workdir, seed, path):
         self._config = read_config(workdir)
@@ -58,6 +60,7 @@ class _Run:
         return lambda *arrays, **named: jax.device_get(program(*arrays, **named))
 
     def keys(self, num, stream=0):
+        """Returns the keys of `num` images; other streams are independent."""
         return sampling.image_keys(jax.random.fold_in(self._key, stream), np.arange(num))
 
     def latents(self, keys):
@@ -72,12 +75,12 @@ class _Run:
         else:
             dataset = sample.read_images(self._config, self._workdir)
         if num > len(dataset):
-            raise UserError(f"{num} images are wanted and there are {len(dataset)}: give more, or a smaller --num")
+            raise UserError(f"the picture needs {num} images, and the data set has {len(dataset)}: lower --num")
         return pixels.from_uint8(pipeline.batches(dataset, seed=self._seed, batch_size=num)[0]["image"])
 
 
-def interpolation(run, out, num=6):
-    """Pairs of images, each mixed at three steps t, one a row: the later, the coarser."""
+def interpolation(run: _Run, out: str, num: int = 6) -> None:
+    """Draws pairs of images and their mixtures at three steps t, one step a row; later steps keep less of them."""
     weights, steps = np.linspace(0, 1, 11, dtype=np.float32), _evenly(run.s.num_steps // 2, 3)
     mixes = [run.compiled(figures.interpolate, t=t, weights=weights) for t in steps]
     pairs = -(-num // len(steps))
@@ -87,27 +90,27 @@ def interpolation(run, out, num=6):
     _save(out, rows[:num], labels[:num], ["image", *(f"{weight:.1f}" for weight in weights), "image"])
 
 
-def progressive(run, out, num=8):
-    """What the chain expects of x_0 as it goes, and at last the finished image, one a row."""
+def progressive(run: _Run, out: str, num: int = 8) -> None:
+    """Draws the chain's predictions of x_0 and the finished image, one image a row."""
     at = [*_evenly(run.s.num_steps, 10), 0]
     keys = run.keys(num)
-    seen = run.compiled(figures.progressive, at=at)(run.latents(keys), keys)
-    _save(out, np.swapaxes(seen, 0, 1), [""] * num, [f"t = {t}" for t in at])
+    predictions = run.compiled(figures.progressive, at=at)(run.latents(keys), keys)
+    _save(out, np.swapaxes(predictions, 0, 1), [""] * num, [f"t = {t}" for t in at])
 
 
-def variations(run, out, num=8):
-    """Chains that part at t, one t a row: the earlier they part, the more they differ."""
+def variations(run: _Run, out: str, num: int = 8) -> None:
+    """Draws x_t and `num` images of chains from it, one t a row. Chains from a later t have more in common."""
     num_steps, keys = run.s.num_steps, run.keys(num, stream=1)
-    first, rows, parts = run.keys(1), [], _evenly(num_steps, 4)
+    first, rows, steps = run.keys(1), [], _evenly(num_steps, 4)
     x = run.latents(first)
-    for before, t in zip([num_steps, *parts], parts, strict=False):
-        x = run.compiled(sampling.reverse_chain, start=before, stop=t)(x, first)
+    for start, t in zip([num_steps, *steps], steps, strict=False):
+        x = run.compiled(sampling.reverse_chain, start=start, stop=t)(x, first)
         rows.append([x[0], *run.compiled(figures.variations, t=t)(x[0], keys=keys)])
-    _save(out, rows, [f"t = {t}" for t in parts], ["x_t", *map(str, range(1, num + 1))])
+    _save(out, rows, [f"t = {t}" for t in steps], ["x_t", *map(str, range(1, num + 1))])
 
 
-def inpainting(run, out, num=6, completions=5):
-    """The lower half or the centre of images made anew, one image a row."""
+def inpainting(run: _Run, out: str, num: int = 6, completions: int = 5) -> None:
+    """Draws images whose lower half or centre is filled in anew, one image a row."""
     height, width, _ = run.shape
     row, column = np.ogrid[:height, :width]
     lower = row >= height // 2
@@ -126,8 +129,8 @@ def inpainting(run, out, num=6, completions=5):
     )
 
 
-def animation(run, out, num=16):
-    """The states x_t of `num` chains on their way from noise to images."""
+def animation(run: _Run, out: str, num: int = 16) -> None:
+    """Writes an animation of the states x_t of `num` chains, from noise to images."""
     frames, every = [], max(1, run.s.num_steps // FRAMES)
 
     def report(t, x):
@@ -148,7 +151,7 @@ SHOWS = {show.__name__: show for show in (interpolation, progressive, variations
 
 
 def _evenly(num_steps, num):
-    """Up to `num` steps from T to above 0."""
+    """Returns up to `num` evenly spaced steps from T down to above 0."""
     return sorted({max(1, round(num_steps * i / num)) for i in range(1, num + 1)}, reverse=True)
 
 

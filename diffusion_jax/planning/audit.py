@@ -13,7 +13,7 @@ from diffusion_jax.running import files
 from diffusion_jax.running.tables import markdown_table
 from diffusion_jax.schedule import ho_linear
 
-# Appendix B and the published code: CIFAR-10, and CelebA-HQ and LSUN at 256×256. What is the same in both stands once.
+# Appendix B and the published code, for CIFAR-10, and for CelebA-HQ and LSUN at 256×256. Both sizes share _BOTH.
 _BOTH = {
     "channels": 128,
     "residual blocks per level": 2,
@@ -63,10 +63,10 @@ def audit(config: ConfigDict, out: str | None = None) -> list[tuple[str, object,
     """Prints the settings of a config beside Ho et al.'s for the nearer of 32×32 and 256×256, departures marked.
 
     Args:
-      out: a file for the table, Markdown; None: none.
+      out: a Markdown file for the table, or None.
 
     Returns:
-      [(setting, ours, theirs, True if they agree)]. Parameters, attention blocks and groups are read off the
+      [(setting, ours, theirs, True if they agree)]. The parameters, attention blocks and groups are read off the
       network that the config describes, alpha_bar and beta off its schedule.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a run needs on a TPU that is not there: its two programs, compiled ahead of time, counted and estimated."""
+"""A plan of a run on TPUs that are absent: its two programs, compiled ahead of time, counted and estimated."""
 
 import contextlib
 import hashlib
@@ -11,6 +11,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,15 +32,15 @@ from diffusion_jax.running.tables import markdown_table
 from diffusion_jax.step import AXIS, resident
 
 SAMPLES = 50_000  # images that the literature's FID takes
-LARGEST = 4096  # images per chip and step, beyond which the search does not go
-PATIENCE = 900  # seconds of search after which no further compilation begins: large batches take many minutes each
-COMPILED = epath.Path("~/.cache/diffusion_jax/plans")  # what compiled programs need: a large one takes many minutes
+LARGEST = 4096  # images per chip and step at which the search ends
+PATIENCE = 900  # seconds of search after which no compilation starts: large batches take many minutes each
+COMPILED = epath.Path("~/.cache/diffusion_jax/plans")  # the needs of compiled programs: a compilation may take minutes
 _REPLICATED, _SPLIT = PartitionSpec(), PartitionSpec(AXIS)
-
+_MEMORY = ("arguments", "outputs", "aliased", "temporaries", "code")
 
 _EXAMPLES = "a TPU and its shape, e.g. v5e:2x4, v6e:16x16, v4:2x2x1 or v5p:2x2x2; cpu; or gpu"
-_EXTRA = {"v4": {"chip_config_name": "megacore"}}  # both cores of a chip are one device, as where there is a TPU
-# libtpu is to ask no metadata server for the machine's own TPU, and to mind no process that uses it.
+_EXTRA = {"v4": {"chip_config_name": "megacore"}}  # both cores of a chip are one device, as on a real TPU
+# Keeps libtpu from asking a metadata server for this machine's TPU, and from locking out other processes.
 _LIBTPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -48,56 +49,52 @@ _LIBTPU = {
 }
 
 
-def plan(config: ConfigDict, topology: str, out: str | None = None, search: bool = True) -> dict:
-    """Compiles the train step and the sampling chain of a config for a TPU, prints what they need, and estimates.
+def plan(config: ConfigDict, topology: str, out: epath.PathLike | None = None, search: bool = True) -> dict[str, Any]:
+    """Compiles the train step and the sampling chain of a config for a topology, and prints their needs.
 
-    Nothing is run and no array is made, so any Linux machine with the package libtpu will do. The
-    programs are those of training and sampling, at config.train.batch_size images over all chips, and
-    at config.sampling.num images rounded up to a multiple of the chips. Times are estimates, at best:
-    see `roofline`. Keeps JAX from any accelerator of this machine, unless topology is "gpu".
+    Nothing runs and no array is made, so any Linux machine with the package libtpu will do. The programs are
+    those of training and sampling, for config.train.batch_size images over all chips, and for
+    config.sampling.num images rounded up to a multiple of the chips. Times are lower bounds, see
+    `programs.roofline`. JAX uses no accelerator of this machine unless the topology is "gpu".
 
     Args:
-      topology: "v5e:2x4": the chips of TPU v4, v5e, v5p or v6e in their shape; "cpu" or "gpu": the
-        devices of this machine, for which there is no roofline.
-      out: a file for what is returned, JSON; None: none.
-      search: after the table, look for the largest power of two that fits as images per chip: one compilation
-        of the train step for each doubling, until one fails, or `LARGEST` or `PATIENCE` is reached.
+      topology: chips of TPU v4, v5e, v5p or v6e and their shape, e.g. "v5e:2x4"; or "cpu" or "gpu" for the
+        devices of this machine, which have no roofline.
+      out: a JSON file for the result, or None.
+      search: True searches for the largest power of two that fits as images per chip, after the table. Each
+        doubling compiles the train step, until one fails, or LARGEST or PATIENCE is reached.
 
     Returns:
-      What is printed, in images, bytes, FLOPs and seconds; "per_chip" is of one step, of training or of the
-      chain. None where it is unknown.
+      What is printed, in images, bytes, FLOPs and seconds; "per_chip" is for one step of training or of the
+      chain. Unknown values are None.
 
     Raises:
-      UserError: no such topology or no compiler for it, the batch does not divide among the chips, or
+      UserError: the topology or its compiler does not exist, the batch does not divide among the chips, or
         the config does not fit into their memory.
     """
     devices, chip = _devices(topology)
     num_chips = len(devices)
     check_batch(config, num_chips)
-    batch = config.train.batch_size // num_chips
-    num = -(-config.sampling.num // num_chips)
-    num_steps = config.sampling.steps or config.schedule.num_steps
-
-    def measure(lower, turns, steps=1):
-        return _measure(topology, lower, chip, num_chips, turns, steps)
+    batch, num = config.train.batch_size // num_chips, -(-config.sampling.num // num_chips)
+    num_steps, num_calls = parts.num_sampling_steps(config), -(-SAMPLES // (num * num_chips))
 
     def measure_train(batch):
-        return measure(lambda: lower_train_step(config, devices, batch), config.train.accumulate)
+        lowered = lower_train_step(config, devices, batch)
+        return _measure(topology, lowered, chip, num_chips, config.train.accumulate, 1)
 
-    _say(f"{topology}: the train step …")
+    _print_progress(f"{topology}: compiling the train step …")
     try:
         train = measure_train(batch)
     except DoesNotFit as error:
         raise does_not_fit(config, f"chip of {topology}", programs.shortage(error)) from None
-    _say(f"{topology}: the sampling chain …")
+    _print_progress(f"{topology}: compiling the sampling chain …")
     try:
-        chain = measure(lambda: lower_chain(config, devices, num), num_steps, num_steps)
+        chain = _measure(topology, lower_chain(config, devices, num), chip, num_chips, num_steps, num_steps)
     except DoesNotFit as error:
         raise UserError(
             f"config.sampling.num={config.sampling.num} ({num} a chip) does not fit into a chip of {topology} "
             f"({programs.shortage(error)}): lower it"
         ) from None
-    calls = -(-SAMPLES // (num * num_chips))
     report = {
         "topology": topology,
         "device": devices[0].device_kind,
@@ -105,16 +102,16 @@ def plan(config: ConfigDict, topology: str, out: str | None = None, search: bool
         "chip": chip._asdict() if chip else None,
         "dtype": config.model.dtype,
         "parameters": parts.num_parameters(config),
-        "train": train | _whole(train, batch, num_chips, 1, config.train.num_steps),
-        "sampling": chain | _whole(chain, num, num_chips, num_steps, num_steps * calls),
-        "largest_batch_per_chip": {"estimate": _room(train["memory"], batch, chip) if chip else None},
+        "train": train | _totals(train, batch, num_chips, 1, config.train.num_steps),
+        "sampling": chain | _totals(chain, num, num_chips, num_steps, num_steps * num_calls),
+        "largest_batch_per_chip": {"estimate": _estimate_batch(train["memory"], batch, chip) if chip else None},
     }
     _write(report, out)
     print(table(report), flush=True)
-    if search and chip:  # which may take long, and be broken off
-        found = _search(measure_train, batch)
-        report["largest_batch_per_chip"] |= found
-        print(_found(found, num_chips))
+    if search and chip:  # last, because it may take long and be interrupted
+        largest = _search(measure_train, batch)
+        report["largest_batch_per_chip"] |= largest
+        print(_largest_line(largest, num_chips))
         _write(report, out)
     return report
 
@@ -124,11 +121,15 @@ def _write(report, out):
         files.write_text(out, json.dumps(report, indent=2) + "\n")
 
 
+def _print_progress(line):
+    print(line, file=sys.stderr, flush=True)
+
+
 # ---------------------------------------------------------------------------- the chips
 
 
 def _devices(topology):
-    """(devices, Chip or None) of a topology."""
+    """Returns (devices, Chip or None) of a topology."""
     name, _, shape = topology.partition(":")
     if topology in ("cpu", "gpu"):
         return _local_devices(topology), None
@@ -142,13 +143,13 @@ def _devices(topology):
     added = {key: value for key, value in _LIBTPU.items() if key not in os.environ}
     os.environ.update(added)
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **_EXTRA.get(name, {})).devices
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **_EXTRA.get(name, {})).devices
     except (jax.errors.JaxRuntimeError, RuntimeError) as error:
         raise _no_compiler(topology, one_line(error, 300)) from None
     finally:
         for key in added:
             del os.environ[key]
-    return found, CHIPS[name]
+    return devices, CHIPS[name]
 
 
 def _local_devices(platform):
@@ -157,17 +158,17 @@ def _local_devices(platform):
     try:
         return jax.devices(platform)
     except RuntimeError as error:
-        line = one_line(error, 200)
-        raise UserError(f"--topology={platform}: this machine has none ({line}): give {_EXAMPLES}") from None
+        reason = one_line(error, 200)
+        raise UserError(f"--topology={platform}: this machine has none ({reason}): give {_EXAMPLES}") from None
 
 
-def _no_compiler(topology, line):
-    if "lockfile" in line or "already in use" in line:
+def _no_compiler(topology, reason):
+    if "lockfile" in reason or "already in use" in reason:
         return UserError(
-            f"--topology={topology}: another process uses libtpu ({line}): wait for its end, or set "
+            f"--topology={topology}: another process uses libtpu ({reason}): wait for its end, or set "
             "ALLOW_MULTIPLE_LIBTPU_LOAD=1"
         )
-    return UserError(f"--topology={topology}: libtpu has no such topology ({line}): give {_EXAMPLES}")
+    return UserError(f"--topology={topology}: libtpu has no such topology ({reason}): give {_EXAMPLES}")
 
 
 # ---------------------------------------------------------------------------- the programs
@@ -198,7 +199,7 @@ def lower_chain(config: ConfigDict, devices: Sequence[jax.Device], num_per_chip:
     return _lower(run.indexed_sample_fn(), devices, args, specs, _SPLIT)
 
 
-def _lower(fn, devices, args, in_specs, out_specs, **how):
+def _lower(fn, devices, args, in_specs, out_specs, **options):
     mesh = Mesh(np.array(devices), (AXIS,))
 
     def place(spec, arg):
@@ -206,34 +207,34 @@ def _lower(fn, devices, args, in_specs, out_specs, **how):
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arg)
 
     mapped = jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-    return jax.jit(mapped, **how).lower(*map(place, in_specs, args))
+    return jax.jit(mapped, **options).lower(*map(place, in_specs, args))
 
 
-def _measure(topology, lower: Callable, chip, num_chips: int, turns: int, steps: int) -> dict:
-    """`programs.needs` of a program, and the "compile_seconds" it took; kept in COMPILED for the next time.
+def _measure(topology, lowered, chip, num_chips, loop_iterations, steps):
+    """Returns `programs.needs` of a program and its "compile_seconds", from COMPILED if they are there.
 
     Raises:
-      DoesNotFit: the compiler says so.
+      DoesNotFit: the program needs more memory than the chip has.
     """
-    lowered = lower()
-    parts = (topology, _version("jaxlib"), _version("libtpu"), programs.COUNTING, lowered.as_text())
-    digest = hashlib.sha256("\0".join(map(str, (*parts, chip, turns, steps))).encode()).hexdigest()[:32]
-    kept = COMPILED.expanduser() / f"{digest}.json"
-    if not kept.exists():
-        began = time.monotonic()
+    versions = (_version("jaxlib"), _version("libtpu"), programs.COUNTING)
+    key = (topology, *versions, lowered.as_text(), chip, loop_iterations, steps)
+    digest = hashlib.sha256("\0".join(map(str, key)).encode()).hexdigest()[:32]
+    file = COMPILED.expanduser() / f"{digest}.json"
+    if file.exists():
+        needs = json.loads(file.read_text())
+    else:
+        start = time.monotonic()
         try:
             program = programs.compiled(lowered)
-            found = programs.needs(program, chip, num_chips, turns, steps)
-            found |= {"compile_seconds": time.monotonic() - began}
+            needs = programs.needs(program, chip, num_chips, loop_iterations, steps)
+            needs["compile_seconds"] = time.monotonic() - start
         except DoesNotFit as error:
-            found = {"does_not_fit": str(error)}
-        with contextlib.suppress(OSError):  # without a home it compiles again
-            files.write_text(kept, json.dumps(found))
-    else:
-        found = json.loads(kept.read_text())
-    if "does_not_fit" in found:
-        raise DoesNotFit(found["does_not_fit"])
-    return found
+            needs = {"does_not_fit": str(error)}
+        with contextlib.suppress(OSError):  # without a writable home the next plan compiles again
+            files.write_text(file, json.dumps(needs))
+    if "does_not_fit" in needs:
+        raise DoesNotFit(needs["does_not_fit"])
+    return needs
 
 
 def _version(package):
@@ -243,67 +244,68 @@ def _version(package):
         return None
 
 
-# ---------------------------------------------------------------------------- of a whole run
-
-
-def _whole(program, per_chip, num_chips, steps_per_image, num_steps):
-    """What follows for `num_steps` steps in all, of `per_chip` images a chip."""
-    line = program["roofline"]
-    hours = line["seconds"] * num_steps / 3600 if line else None
+def _totals(program, per_chip, num_chips, steps_per_image, num_steps):
+    """Returns the needs of `num_steps` steps in all, each of `per_chip` images on a chip."""
+    roofline = program["roofline"]
+    hours = roofline["seconds"] * num_steps / 3600 if roofline else None
     return {
         "images_per_chip": per_chip,
         "steps_per_image": steps_per_image,
         "flops_per_image": program["per_chip"]["flops"] * steps_per_image / per_chip,
         "num_steps": num_steps,
         "hours": hours,
-        "chip_hours": hours * num_chips if line else None,
+        "chip_hours": hours * num_chips if roofline else None,
     }
 
 
 # ---------------------------------------------------------------------------- the largest batch
 
 
-def _room(memory, batch, chip):
-    """Images that a chip may hold, if all memory but arguments and code grows with the batch: a low estimate."""
+def _estimate_batch(memory, batch, chip):
+    """Returns a low estimate of the images that fit into a chip: all memory but arguments and code grows with them."""
     fixed = memory["arguments"] + memory["code"]
     return int((chip.hbm - fixed) * batch / max(memory["peak"] - fixed, 1))
 
 
-def _search(compile_with: Callable, batch: int) -> dict:
-    """`largest_power_of_2` of what compiles, as it goes told on stderr; a batch of `batch` does."""
+def _search(compile_with, batch):
+    """Returns `largest_power_of_2` of the batches that compile, and prints each try. `batch` itself fits."""
 
     def fits(n):
-        began = time.monotonic()
+        start, verb = time.monotonic(), "fit"
         try:
             compile_with(n)
         except DoesNotFit:
-            _say(f"{n} images a chip do not fit ({time.monotonic() - began:.0f} s)")
-            return False
-        _say(f"{n} images a chip fit ({time.monotonic() - began:.0f} s)")
-        return True
+            verb = "do not fit"
+        _print_progress(f"{n} images a chip {verb} ({time.monotonic() - start:.0f} s)")
+        return verb == "fit"
 
-    _say("looking for the largest batch that fits; a compilation may take many minutes …")
+    _print_progress("searching for the largest batch that fits; a compilation may take many minutes …")
     deadline = time.monotonic() + PATIENCE
     return largest_power_of_2(fits, 2 ** int(math.log2(batch)), LARGEST, lambda: time.monotonic() > deadline)
 
 
-def largest_power_of_2(fits: Callable, start: int, limit: int, tired: Callable = lambda: False) -> dict:
-    """Doubles `start`, a power of two that fits, up to `limit`: {"fits": the largest, "fails": twice that, or None}.
+def largest_power_of_2(
+    fits: Callable[[int], bool], start: int, limit: int, should_stop: Callable[[], bool] = lambda: False
+) -> dict[str, int | None]:
+    """Doubles `start`, a power of two that fits, up to `limit`.
 
     Args:
-      fits: number -> whether it does.
-      tired: asked before each try; if true, the search ends.
+      fits: n -> True if n fits.
+      should_stop: True ends the search; called before each try.
+
+    Returns:
+      {"fits": the largest number that fits, "fails": twice that, or None if it was not tried}.
     """
     n = start
-    while 2 * n <= limit and not tired():
+    while 2 * n <= limit and not should_stop():
         if not fits(2 * n):
             return {"fits": n, "fails": 2 * n}
         n *= 2
     return {"fits": n, "fails": None}
 
 
-def _found(found, num_chips):
-    n, fails = found["fits"], found["fails"]
+def _largest_line(largest, num_chips):
+    n, fails = largest["fits"], largest["fails"]
     end = f"{fails:,} do not" if fails else f"{2 * n:,} were not tried"
     return (
         f"Largest power of two found to fit, images per chip and train step: {n:,} (config.train.batch_size="
@@ -311,45 +313,42 @@ def _found(found, num_chips):
     )
 
 
-def _say(line):
-    print(line, file=sys.stderr, flush=True)
-
-
 # ---------------------------------------------------------------------------- the table
 
 
-def table(report: dict) -> str:
-    """A plan as it is printed, Markdown."""
-    train, chain, num = report["train"], report["sampling"], report["chips"]
-    head_row = ("", "train step", f"sampling chain, {chain['steps_per_image']:,} steps")
-    lines = markdown_table(head_row, [(name, fn(train), fn(chain)) for name, fn in _rows(report)])
+def table(report: dict[str, Any]) -> str:
+    """Returns a plan as Markdown."""
+    train, chain = report["train"], report["sampling"]
     head = [
-        f"{report['topology']}: {num:,} × {report['device']}, {report['parameters']:,} parameters, {report['dtype']}"
+        f"{report['topology']}: {report['chips']:,} × {report['device']}, {report['parameters']:,} parameters, "
+        f"{report['dtype']}"
     ]
     if chip := report["chip"]:
         head.append(
-            f"a chip: {chip['flops'] / 1e12:g} TFLOP/s in bfloat16, {_bytes(chip['hbm'])} HBM at "
+            f"per chip: {chip['flops'] / 1e12:g} TFLOP/s in bfloat16, {_bytes(chip['hbm'])} HBM at "
             f"{chip['bandwidth'] / 1e9:g} GB/s, links of {chip['links'] / 1e9:g} GB/s"
         )
+    columns = ("", "train step", f"sampling chain, {chain['steps_per_image']:,} steps")
+    lines = markdown_table(columns, [(name, text(train), text(chain)) for name, text in _rows(report)])
     return "\n".join([*head, "", *lines, "", *_notes(report)])
 
 
 def _rows(report):
-    """[(name, program -> text)]."""
-    num = report["chips"]
+    """Returns [(name, program -> text)]."""
+    num, chip = report["chips"], report["chip"]
     rows = [
         ("images: all chips (one)", lambda p: f"{p['images_per_chip'] * num:,} ({p['images_per_chip']:,})"),
-        ("FLOPs per image", lambda p: f"{_si(p['flops_per_image'])}FLOP"),
-        ("FLOPs per chip and step", lambda p: f"{_si(p['per_chip']['flops'])}FLOP"),
+        ("FLOPs per image", lambda p: _flops(p["flops_per_image"])),
+        ("FLOPs per chip and step", lambda p: _flops(p["per_chip"]["flops"])),
         ("HBM bytes per chip and step", lambda p: _bytes(p["per_chip"]["hbm_bytes"])),
         *((f"memory per chip: {key}", lambda p, key=key: _bytes(p["memory"][key])) for key in _MEMORY),
-        ("memory per chip: peak", lambda p: _peak(p["memory"]["peak"], report["chip"])),
+        ("memory per chip: peak", lambda p: _peak(p["memory"]["peak"], chip)),
         ("collectives per step", lambda p: _collectives(p["collectives"])),
         ("compile time, measured here", lambda p: f"{p['compile_seconds']:.0f} s"),
     ]
     if any(report[name]["optimal_seconds"] for name in ("train", "sampling")):
         rows.append(("the compiler's own estimate", lambda p: _time(p["optimal_seconds"])))
-    if not report["chip"]:
+    if not chip:
         return rows
     return [
         *rows,
@@ -364,32 +363,26 @@ def _rows(report):
     ]
 
 
-_MEMORY = ("arguments", "outputs", "aliased", "temporaries", "code")
-
-
 def _notes(report):
     notes = [
-        f"Sampling: {SAMPLES:,} images in all; compiled is the whole chain.",
-        "Aliased: outputs that take the place of arguments.",
+        f"Sampling: {SAMPLES:,} images in all; the program is the whole chain.",
+        "Aliased: outputs that take the memory of arguments.",
     ]
-    if report["chip"]:
-        notes.append(
-            "Estimates are max(FLOPs / bf16 peak, bytes / HBM bandwidth) + bytes sent / links. They are not measured: "
-            "float32 has a lower peak, and input and output of data are left out."
-        )
-        room = report["largest_batch_per_chip"]["estimate"]
-        notes.append(
-            f"Estimate: about {room:,} images a chip and train step fit, or more: if memory grows with them evenly."
-        )
-    else:
-        notes.append("No times: there is no roofline for this device.")
-    return notes
+    if not report["chip"]:
+        return [*notes, "No times: there is no roofline for this device."]
+    return [
+        *notes,
+        "Estimates are max(FLOPs / bf16 peak, bytes / HBM bandwidth) + bytes sent / links. They are not measured: "
+        "float32 has a lower peak, and input and output of data are not counted.",
+        f"Estimate: about {report['largest_batch_per_chip']['estimate']:,} images a chip and train step fit, or more, "
+        "if memory grows evenly with them.",
+    ]
 
 
-def _si(value):
-    """1.23e12 as "1.23 T"."""
+def _flops(value):
+    """Returns e.g. "1.23 TFLOP" for 1.23e12."""
     power = min(max(int(math.log10(value)) // 3, 0), 6) if value >= 1 else 0
-    return f"{value / 1000**power:.3g} {['', 'k', 'M', 'G', 'T', 'P', 'E'][power]}"
+    return f"{value / 1000**power:.3g} {['', 'k', 'M', 'G', 'T', 'P', 'E'][power]}FLOP"
 
 
 def _bytes(value):
@@ -411,5 +404,5 @@ def _peak(value, chip):
     return _bytes(value) + (f", {value / chip['hbm']:.1%} of the HBM" if chip else "")
 
 
-def _collectives(found):
-    return ", ".join(f"{entry['count']} {name} of {_bytes(entry['bytes'])}" for name, entry in found.items()) or "none"
+def _collectives(totals):
+    return ", ".join(f"{entry['count']} {name} of {_bytes(entry['bytes'])}" for name, entry in totals.items()) or "none"

@@ -11,14 +11,14 @@ from conftest import assert_same
 from PIL import Image
 
 from diffusion_jax.data import cache, pipeline
-from diffusion_jax.data.sources import Source
+from diffusion_jax.data.source import Source
 from diffusion_jax.errors import UserError
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (150, 12, 10, 3), np.uint8)
 
 
 def source(pictures=PICTURES, damaged=(), label=lambda i: i % 7, version="1"):
-    """A source of arrays, of which some cannot be read."""
+    """Returns a source of arrays, some of which cannot be read."""
 
     def read(i):
         if i in damaged:
@@ -37,16 +37,16 @@ def images(tmp_path):
     return open_images
 
 
-def test_centre_crop(images):
+def test_centre_crop_keeps_the_pixels(images):
     np.testing.assert_array_equal(images(source())[:], PICTURES[:, 1:11])  # the centre 10×10, untouched
 
 
-def test_crop_then_resize(images):
+def test_crop_comes_before_the_resize(images):
     expected = [Image.fromarray(picture[4:8, 3:7]).resize((2, 2), Image.Resampling.BICUBIC) for picture in PICTURES]
     np.testing.assert_array_equal(images(source(), image_size=2, crop=4)[:], np.stack(expected))
 
 
-def test_grey_from_colour_and_colour_from_grey(images):
+def test_channels_are_converted(images):
     grey = [np.asarray(Image.fromarray(picture).convert("L"))[1:11, :, None] for picture in PICTURES]
     np.testing.assert_array_equal(images(source(), channels=1)[:], np.stack(grey))
     np.testing.assert_array_equal(images(source(PICTURES[..., :1], version="2"))[:], PICTURES[:, 1:11, :, [0, 0, 0]])
@@ -59,7 +59,7 @@ def caches(tmp_path):
     return sorted((tmp_path / "cache").iterdir())
 
 
-def test_decoded_once(images, tmp_path, monkeypatch):
+def test_images_are_decoded_once(images, tmp_path, monkeypatch):
     first = images(source())
     monkeypatch.setattr(cache, "_fit", None)
     second = images(source())
@@ -67,13 +67,20 @@ def test_decoded_once(images, tmp_path, monkeypatch):
     np.testing.assert_array_equal(second.labels, np.arange(150) % 7)
     (folder,) = caches(tmp_path)
     manifest = json.loads((folder / "manifest.json").read_text())
-    wanted = {"source": "/some/where/set.zip", "crop": 0, "image_size": 10, "channels": 3, "count": 150, "skipped": []}
-    assert wanted.items() <= manifest.items()
+    expected = {
+        "source": "/some/where/set.zip",
+        "crop": 0,
+        "image_size": 10,
+        "channels": 3,
+        "count": 150,
+        "skipped": [],
+    }
+    assert expected.items() <= manifest.items()
     assert len(manifest["names_sha256"]) == 64
     np.testing.assert_array_equal(np.load(folder / "images.npy"), first[:])  # a file that NumPy reads
 
 
-def test_indexed_like_an_array(images):
+def test_images_are_indexed_like_an_array(images):
     cached, array = images(source()), PICTURES[:, 1:11]
     for index in (0, -1, slice(140, None), np.array([3, 3, 149]), np.array([[5], [2]])):
         np.testing.assert_array_equal(cached[index], array[index])
@@ -81,7 +88,7 @@ def test_indexed_like_an_array(images):
         cached[150]
 
 
-def test_other_files_or_settings_are_another_cache(images, tmp_path):
+def test_other_files_or_settings_have_another_cache(images, tmp_path):
     images(source())
     other = PICTURES[::-1]
     np.testing.assert_array_equal(images(source(other, version="2"))[:], other[:, 1:11])
@@ -113,23 +120,23 @@ def damage(name):
         ),
     ],
 )
-def test_a_spoilt_cache_is_made_again(images, tmp_path, capsys, spoil):
+def test_damaged_cache_is_rebuilt(images, tmp_path, capsys, spoil):
     images(source())
     spoil(caches(tmp_path)[0])
     np.testing.assert_array_equal(images(source())[:], PICTURES[:, 1:11])
-    assert "not whole" in capsys.readouterr().out
+    assert "is damaged" in capsys.readouterr().out
     assert len(caches(tmp_path)) == 1
     images(source())
-    assert "not whole" not in capsys.readouterr().out
+    assert "is damaged" not in capsys.readouterr().out
 
 
-def test_a_stopped_decoding_leaves_no_cache(images, tmp_path):
+def test_interrupted_decoding_leaves_no_cache(images, tmp_path):
     with pytest.raises(UserError):
         images(source(damaged=[140]))
     assert caches(tmp_path) == []
 
 
-def test_leftovers_of_a_kill_are_removed(images, tmp_path):
+def test_old_leftovers_of_killed_processes_are_removed(images, tmp_path):
     images(source())
     name = caches(tmp_path)[0].name
     for pid, age in ((1, 0), (2, 7200)):
@@ -139,11 +146,14 @@ def test_leftovers_of_a_kill_are_removed(images, tmp_path):
         os.utime(leftover / "images.npy", (time.time() - age,) * 2)
     (tmp_path / "cache" / name / "manifest.json").unlink()
     images(source())
-    assert [folder.name for folder in caches(tmp_path)] == [name, f"{name}.1.partial"]  # somebody may be writing it
+    assert [folder.name for folder in caches(tmp_path)] == [
+        name,
+        f"{name}.1.partial",
+    ]  # a process may still write there
 
 
-def test_another_process_may_be_first(images, monkeypatch):
-    """Two processes make the same cache: the second finds it in place, and uses it."""
+def test_cache_of_another_process_is_used(images, monkeypatch):
+    """Two processes make the same cache at once: the slower one takes that of the faster one."""
     write, made = cache._write_images, []
 
     def slow_write(*args):
@@ -157,27 +167,26 @@ def test_another_process_may_be_first(images, monkeypatch):
     np.testing.assert_array_equal(images(source())[:], made[1])
 
 
-def test_a_corrupt_image_is_named_and_skipped_only_on_request(images, capsys, tmp_path):
+def test_damaged_images_are_named_and_skipped_only_on_request(images, capsys, tmp_path):
     with pytest.raises(UserError, match=r"140\.png: image file is truncated.*skip_corrupt=True"):
         images(source(damaged=[140]))
-    found = images(source(damaged=[2, 140]), skip_corrupt=True)
+    readable = images(source(damaged=[2, 140]), skip_corrupt=True)
     kept = np.delete(np.arange(150), [2, 140])
-    np.testing.assert_array_equal(found[:], PICTURES[kept, 1:11])
-    np.testing.assert_array_equal(found.labels, kept % 7)
-    assert (
-        "left out 2 of 150 images that cannot be read, first 2.png: image file is truncated" in capsys.readouterr().out
-    )
+    np.testing.assert_array_equal(readable[:], PICTURES[kept, 1:11])
+    np.testing.assert_array_equal(readable.labels, kept % 7)
+    printed = capsys.readouterr().out
+    assert "skipped 2 of 150 images that cannot be read; the first is 2.png: image file is truncated" in printed
     assert len(json.loads((caches(tmp_path)[0] / "manifest.json").read_text())["skipped"]) == 2
     with pytest.raises(UserError, match=r"no image of /some/where/set\.zip can be read"):
         images(source(damaged=range(150), version="2"), skip_corrupt=True)
 
 
-def test_an_image_smaller_than_the_crop(images):
+def test_image_smaller_than_the_crop_is_refused(images):
     with pytest.raises(UserError, match=r"0\.png: 10x12 is smaller than the crop of 11"):
         images(source(), crop=11)
 
 
-def test_no_room_and_no_right(images, tmp_path, monkeypatch):
+def test_unwritable_folder_and_full_disk_are_refused(images, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cache_dir: .*cannot be written"):
         images(source(), cache_dir=str(tmp_path / "file"))
@@ -189,9 +198,9 @@ def test_no_room_and_no_right(images, tmp_path, monkeypatch):
 # ---------------------------------------------------------------- on the fly
 
 
-def test_on_the_fly_is_the_same(images, tmp_path, capsys):
+def test_images_on_the_fly_equal_those_of_the_cache(images, tmp_path, capsys):
     cached, decoded = images(source()), images(source(), cache_limit=1000)
-    assert "decoded on the fly, the cache would take 0.0 GB" in capsys.readouterr().out
+    assert "is decoded on the fly: the cache would take 0.0 GB" in capsys.readouterr().out
     assert len(caches(tmp_path)) == 1
     assert decoded.shape == cached.shape
     for index in (3, slice(5), np.array([149, 0])):
@@ -202,7 +211,7 @@ def test_on_the_fly_is_the_same(images, tmp_path, capsys):
         assert_same(next(ahead), pipeline.batches(cached, **options)[step])
 
 
-def test_corrupt_on_the_fly(images):
+def test_damaged_images_on_the_fly_raise_or_are_replaced(images):
     with pytest.raises(UserError, match=r"2\.png: image file is truncated"):
         images(source(damaged=[2]), cache_limit=0)[np.array([1, 2])]
     readable = images(source(damaged=[2, 3]), cache_limit=0, skip_corrupt=True)
@@ -216,7 +225,7 @@ def test_corrupt_on_the_fly(images):
 
 
 def test_memory_stays_flat(images):
-    """Three epochs of a data set of 60 MB leave the process as large as it was."""
+    """Three epochs of a data set of 60 MB do not enlarge the process."""
     large = np.random.default_rng(0).integers(0, 256, (5000, 64, 64, 3), np.uint8)
     cached = images(source(large), image_size=64)
     del large

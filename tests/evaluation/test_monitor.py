@@ -1,4 +1,4 @@
-"""What training looks at every so often."""
+"""The measurements that training makes at intervals."""
 
 import jax
 import numpy as np
@@ -11,16 +11,14 @@ from diffusion_jax.data import pixels
 from diffusion_jax.evaluation import metrics, monitor, quality
 
 
-def test_samples_are_compared_with_held_out_images_and_searched_for_among_training_images(tmp_path):
+def test_distances_of_samples_to_held_out_and_training_images(tmp_path):
     config = tiny_config(data__split="train[:100]", data__test_split="train[100:130]")
-    train = parts.images(config)
-    look, params = monitor.Monitor(config, train), parts.build(config).init_state().ema_params
-    found = look(params, 3, epath.Path(tmp_path), True)
-    x = quality.pixels(pixels.to_uint8(look._sample(params, jax.random.key(config.seed))))
-    config.data.split = config.data.test_split
-    y = quality.pixels(train[:])
+    run, train, held_out = parts.build(config), parts.images(config), parts.images(config, config.data.test_split)
+    measure, params = monitor.Monitor(run, train, held_out), run.init_state().ema_params
+    values = measure(params, 3, epath.Path(tmp_path))
+    x = quality.pixels(pixels.to_uint8(measure._sample(params, jax.random.key(config.seed))))
+    y, held_out = quality.pixels(train[:]), quality.pixels(held_out[:])
     assert len(x) == monitor.SAMPLES
-    held_out = quality.pixels(parts.images(config)[:])
-    assert found["frechet_pixels"] == pytest.approx(metrics.frechet_of_features(x, held_out), rel=1e-6)
+    assert values["frechet_pixels"] == pytest.approx(metrics.frechet_of_features(x, held_out), rel=1e-6)
     nearest = [np.linalg.norm(y - row, axis=1).min() for row in x]
-    assert found["nearest_training_image"] == pytest.approx(np.median(nearest), rel=1e-5)
+    assert values["nearest_training_image"] == pytest.approx(np.median(nearest), rel=1e-5)

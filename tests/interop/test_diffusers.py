@@ -56,13 +56,13 @@ def save(folder, tensors):
 
 
 def update(file, **keys):
-    """Keys of a JSON file; ... for one to be left out."""
+    """Sets keys of a JSON file; the value ... removes a key."""
     content = json.loads(file.read_text()) | keys
     file.write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
 
 
 def without_dropout():
-    """As the fixture was written: dropout is the reference's."""
+    """Returns the reference of the fixture, whose dropout was 0."""
     config = default.get_config()
     config.model.dropout = 0.0
     return config
@@ -87,7 +87,7 @@ def imported(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def untrained(tmp_path_factory):
-    """A checkpoint of configs/tiny.py, drawn in no time."""
+    """Writes a run of configs/tiny.py with a random checkpoint."""
     workdir = tmp_path_factory.mktemp("untrained")
     config, rng = tiny_config(train__num_steps=2), np.random.default_rng(0)
     workdirs.write_config(workdir, config)
@@ -105,7 +105,7 @@ def restore(workdir, config):
 
 @pytest.fixture
 def source(tmp_path):
-    """A copy to be changed."""
+    """Copies the fixture, for changes."""
     return shutil.copytree(FOLDER, tmp_path / "source")
 
 
@@ -114,7 +114,7 @@ def to_params(imported, source):
 
 
 def error(source, tmp_path, reference=None):
-    """Of the import, which is to leave no run behind."""
+    """Returns the message of the import's error, and asserts that no run is left behind."""
     workdir = tmp_path / "refused"
     with pytest.raises(UserError) as raised:
         diffusers.import_diffusers(str(source), str(workdir), reference or default.get_config())
@@ -126,7 +126,7 @@ def error(source, tmp_path, reference=None):
 
 
 @pytest.mark.parametrize("outputs, scale, atol", [("unit", 1, 1e-5), ("low", pretrained_fixture.LOW_CONTRAST, 1e-4)])
-def test_the_network_is_that_of_diffusers(imported, outputs, scale, atol):
+def test_network_equals_diffusers(imported, outputs, scale, atol):
     apply_fn, params, _ = diffusion_jax.load_network(imported)
     with np.load(FOLDER / "outputs.npz") as file:
         x, t, expected = file["x"], file["t"], file[outputs]
@@ -135,7 +135,7 @@ def test_the_network_is_that_of_diffusers(imported, outputs, scale, atol):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=atol)
 
 
-def test_tensors_stay_bit_for_bit(imported, tmp_path):
+def test_tensors_are_bitwise_equal_after_export_and_import(imported, tmp_path):
     diffusers.export_diffusers(str(imported), str(tmp_path / "out"))
     assert_same(load(tmp_path / "out"), load(FOLDER))
     diffusers.import_diffusers(str(tmp_path / "out"), str(tmp_path / "again"), without_dropout())
@@ -147,7 +147,7 @@ def test_tensors_stay_bit_for_bit(imported, tmp_path):
     assert workdirs.read_config(tmp_path / "again") == workdirs.read_config(imported)
 
 
-def test_exported_configs_are_those_that_diffusers_has_written(imported, tmp_path):
+def test_exported_configs_equal_those_of_diffusers(imported, tmp_path):
     diffusers.export_diffusers(str(imported), str(tmp_path))
     for name in ("model_index.json", "unet/config.json", SCHEDULER):
         ours, theirs = (json.loads((folder / name).read_text()) for folder in (tmp_path, FOLDER))
@@ -155,14 +155,14 @@ def test_exported_configs_are_those_that_diffusers_has_written(imported, tmp_pat
         assert all(theirs[key] in (None, "0.42.1") for key in theirs.keys() - ours.keys() if "scheduler" not in name)
 
 
-def test_the_old_names_of_attention(imported, source):
-    """The hub's own files have them; a dense weight may be a 1×1 convolution."""
+def test_old_names_of_attention_are_read(imported, source):
+    """Files on the hub have these names; a dense weight may be a 1×1 convolution."""
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     renamed = {}
     for name, tensor in load(source).items():
-        for new, before in old.items():
+        for new, old_name in old.items():
             if f".{new}." in name:
-                name = name.replace(new, before)
+                name = name.replace(new, old_name)
                 tensor = tensor[..., None, None] if tensor.ndim == 2 and new == "to_k" else tensor
         renamed[name] = np.ascontiguousarray(tensor)
     assert sum(".proj_attn." in name for name in renamed) == 2 * 4
@@ -178,7 +178,7 @@ def test_half_precision_becomes_float32(imported, source):
 # ---------------------------------------------------------------- the workdir
 
 
-def test_the_imported_run_samples(imported):
+def test_imported_run_samples(imported):
     sample_fn, params = diffusion_jax.load(imported, num=1)
     x = sample_fn(params, jax.random.key(0))
     assert x.shape == (1, 8, 8, 3) and np.isfinite(x).all() and x.std() > 0.01
@@ -186,7 +186,7 @@ def test_the_imported_run_samples(imported):
 
 @pytest.mark.slow
 def test_an_imported_run_trains_on(untrained, tmp_path):
-    """A run of our own, there and back: grey, no attention but in the middle, another schedule."""
+    """Exports and imports a run that is grey, has attention only in the middle, and another schedule."""
     diffusers.export_diffusers(str(untrained), str(tmp_path / "out"))
     diffusers.import_diffusers(str(tmp_path / "out"), str(tmp_path / "run"), tiny_config(train__num_steps=2))
     config = workdirs.read_config(untrained)
@@ -197,11 +197,11 @@ def test_an_imported_run_trains_on(untrained, tmp_path):
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(before.opt_state))
     after = train.train(config, str(tmp_path / "run"))
     assert before.step == 0 and after.step == 2
-    moved = jax.tree.map(lambda new, old: abs(new - old).max(), after.params, before.params)
-    assert 0 < max(jax.tree.leaves(moved)) < 0.1
+    changes = jax.tree.map(lambda new, old: abs(new - old).max(), after.params, before.params)
+    assert 0 < max(jax.tree.leaves(changes)) < 0.1
 
 
-def test_the_config_of_the_published_network(tmp_path):
+def test_config_of_the_published_network(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CIFAR10))
     config = default.get_config()
     diffusers._read_unet(config, tmp_path / "config.json")
@@ -225,7 +225,7 @@ def test_a_run_is_not_overwritten(imported):
 # ---------------------------------------------------------------- sources
 
 
-def test_folder_file_or_bare_model(source):
+def test_source_is_a_folder_a_file_or_a_bare_model(source):
     weights, scheduler = source / "unet" / WEIGHTS, source / SCHEDULER
     assert diffusers._find(str(source)) == diffusers._find(str(weights)) == (weights, scheduler)
     flat = shutil.copytree(source / "unet", source / "flat")
@@ -234,7 +234,7 @@ def test_folder_file_or_bare_model(source):
     assert diffusers._find(str(flat / WEIGHTS)) == (flat / WEIGHTS, epath.Path(beside))
 
 
-def test_without_a_scheduler_the_chain_is_the_references(source, tmp_path):
+def test_chain_is_that_of_the_reference_without_a_scheduler(source, tmp_path):
     (source / SCHEDULER).unlink()
     reference = tiny_config(data__channels=3, sampling__sigma="posterior", sampling__steps=0)
     diffusers.import_diffusers(str(source), str(tmp_path / "run"), reference)
@@ -246,13 +246,13 @@ def test_without_a_scheduler_the_chain_is_the_references(source, tmp_path):
 
 def test_a_repository_is_fetched(tmp_path, monkeypatch):
     calls = []
-    fake = types.SimpleNamespace(snapshot_download=lambda name, **how: calls.append((name, how)) or str(FOLDER))
+    fake = types.SimpleNamespace(snapshot_download=lambda name, **options: calls.append((name, options)) or str(FOLDER))
     monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
     assert diffusers._find("google/ddpm-cifar10-32")[0] == epath.Path(FOLDER) / "unet" / WEIGHTS
-    ((name, how),) = calls
+    ((name, options),) = calls
     assert name == "google/ddpm-cifar10-32"
-    assert {f"unet/{WEIGHTS}", "config.json", SCHEDULER, "scheduler_config.json"} <= {*how["allow_patterns"]}
-    fake.snapshot_download = lambda name, **how: (_ for _ in ()).throw(OSError("no\nnetwork"))
+    assert {f"unet/{WEIGHTS}", "config.json", SCHEDULER, "scheduler_config.json"} <= {*options["allow_patterns"]}
+    fake.snapshot_download = lambda name, **_: (_ for _ in ()).throw(OSError("no\nnetwork"))
     assert "cannot be fetched from the hub (no network)" in error("google/ddpm-cifar10-32", tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert "pip install huggingface_hub" in error("google/ddpm-cifar10-32", tmp_path)
@@ -262,22 +262,22 @@ def test_a_repository_is_fetched(tmp_path, monkeypatch):
 def test_pickles_are_not_read(source, tmp_path, name):
     pickle = source / "unet" / name
     (source / "unet" / WEIGHTS).rename(pickle)
-    for given in (pickle, source):
-        message = error(given, tmp_path)
-        assert str(given) in message and "pickles, which can run code" in message and "safe_serialization" in message
+    for path in (pickle, source):
+        message = error(path, tmp_path)
+        assert str(path) in message and "pickles, which can run code" in message and "safe_serialization" in message
 
 
-def test_sources_that_are_none(source, tmp_path):
+def test_missing_source_or_config_is_refused(source, tmp_path):
     assert "does not exist" in error("/nowhere/at/all", tmp_path)
     (source / "unet/config.json").write_text("{")
-    assert "unet/config.json is no config of diffusers" in error(source, tmp_path)
+    assert "unet/config.json is not a config of diffusers" in error(source, tmp_path)
     (source / "unet/config.json").write_text("[1]")
-    assert "unet/config.json is no config of diffusers" in error(source, tmp_path)
+    assert "unet/config.json is not a config of diffusers" in error(source, tmp_path)
     (source / "unet/config.json").unlink()
-    assert "unet/config.json is no config of diffusers" in error(source, tmp_path)
+    assert "unet/config.json is not a config of diffusers" in error(source, tmp_path)
 
 
-# ---------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------- refused settings
 
 
 @pytest.mark.parametrize(
@@ -335,7 +335,7 @@ def test_another_network_is_refused(source, tmp_path, key, value):
     assert value is ... or f"{key}={value!r}" in message
 
 
-def test_the_same_network_in_other_words(imported, source):
+def test_equivalent_settings_are_accepted(imported, source):
     """8 channels in the two places with attention are one head of 8."""
     update(source / "unet/config.json", attention_head_dim=8, sample_size=[8, 8], time_embedding_dim=16, act_fn="swish")
     config = without_dropout()
@@ -344,7 +344,7 @@ def test_the_same_network_in_other_words(imported, source):
     assert {key: value for key, value in configs.flatten(config).items() if expected[key] != value} == {}
 
 
-def test_an_image_that_cannot_be_halved(source, tmp_path):
+def test_size_that_cannot_be_halved_is_refused(source, tmp_path):
     update(source / "unet/config.json", sample_size=6)
     assert "config.data.image_size=6" in error(source, tmp_path)
 
@@ -373,12 +373,12 @@ def test_another_chain_is_refused(source, tmp_path, key, value):
     update(source / SCHEDULER, **{key: value})
     message = error(source, tmp_path)
     if key == "beta_end":
-        assert "beta_schedule='linear', which of 1000 steps from 0.0001 to 0.01 is none of" in message
+        assert "beta_schedule='linear', which with 1000 steps from 0.0001 to 0.01 is none of" in message
     else:
         assert f"{SCHEDULER} has {key}={value!r}" in message
 
 
-def test_tensors_that_do_not_fit_are_named(source, tmp_path):
+def test_tensors_that_do_not_match_are_named(source, tmp_path):
     tensors = load(source)
     name = "up_blocks.1.resnets.0.conv_shortcut.weight"
 
@@ -398,7 +398,7 @@ def test_tensors_that_do_not_fit_are_named(source, tmp_path):
     )
 
 
-def test_damaged_weights(source, tmp_path):
+def test_damaged_or_unknown_weights_are_refused(source, tmp_path):
     file = source / "unet" / WEIGHTS
     content = file.read_bytes()
     file.write_bytes(content[:-100])
@@ -417,7 +417,7 @@ def test_damaged_weights(source, tmp_path):
     "variance, sigma", [("fixed_small", "posterior"), ("fixed_small_log", "posterior"), ("fixed_large", "beta")]
 )
 @pytest.mark.parametrize("prediction, ours", [("epsilon", "eps_bar"), ("sample", "x_0"), ("v_prediction", "velocity")])
-def test_scheduler_to_config(source, variance, sigma, prediction, ours):
+def test_config_of_a_scheduler(source, variance, sigma, prediction, ours):
     update(
         source / SCHEDULER, variance_type=variance, prediction_type=prediction, clip_sample=False, clip_sample_range=9.0
     )
@@ -440,7 +440,7 @@ def test_scheduler_to_config(source, variance, sigma, prediction, ours):
         ({"trained_betas": np.linspace(1e-4, 0.02, 1000, dtype=np.float32).tolist()}, "ho_linear", 1000),
     ],
 )
-def test_schedules_are_known_by_their_numbers(source, keys, name, num_steps):
+def test_schedules_are_recognised_by_their_numbers(source, keys, name, num_steps):
     update(source / SCHEDULER, **keys)
     config = default.get_config()
     diffusers._read_scheduler(config, source / SCHEDULER)
@@ -449,28 +449,28 @@ def test_schedules_are_known_by_their_numbers(source, keys, name, num_steps):
 
 @pytest.mark.parametrize("name", ["ho_linear", "su_linear", "cosine"])
 @pytest.mark.parametrize("sigma, prediction, clip", [("beta", "velocity", False), ("posterior", "x_0", True)])
-def test_the_chain_there_and_back(tmp_path, name, sigma, prediction, clip):
+def test_chain_is_the_same_after_export_and_import(tmp_path, name, sigma, prediction, clip):
     changes = {"sampling__sigma": sigma, "sampling__clip": clip, "model__prediction": prediction}
     config = tiny_config(schedule__name=name, schedule__num_steps=25, **changes)
-    given = diffusers._scheduler_config(config)
-    (tmp_path / "scheduler.json").write_text(json.dumps(given))
+    exported = diffusers._scheduler_config(config)
+    (tmp_path / "scheduler.json").write_text(json.dumps(exported))
     back = default.get_config()
     diffusers._read_scheduler(back, tmp_path / "scheduler.json")
     for key in ("schedule.name", "schedule.num_steps", "sampling.sigma", "sampling.clip", "model.prediction"):
         assert configs.flatten(back)[key] == configs.flatten(config)[key]
-    betas = given["trained_betas"]
+    betas = exported["trained_betas"]
     if name == "ho_linear":
-        assert betas is None and (given["beta_start"], given["beta_end"]) == (1e-4, 0.02)
+        assert betas is None and (exported["beta_start"], exported["beta_end"]) == (1e-4, 0.02)
     else:
         alpha_bar = np.sqrt(np.cumprod(1 - np.array(betas)))
         np.testing.assert_allclose(alpha_bar, parts.schedule(config).alpha_bar[1:], rtol=1e-4)
         assert len(betas) == 25
 
 
-# ---------------------------------------------------------------- what cannot be exported
+# ---------------------------------------------------------------- exports
 
 
-def test_the_averaged_parameters_are_exported(untrained, tmp_path):
+def test_averaged_parameters_are_exported(untrained, tmp_path):
     diffusers.export_diffusers(str(untrained), str(tmp_path))
     start = restore(untrained, workdirs.read_config(untrained))
     kernel = load(tmp_path)["mid_block.attentions.0.to_q.weight"].T
@@ -482,7 +482,7 @@ def test_the_averaged_parameters_are_exported(untrained, tmp_path):
     "key, value",
     [("sampling.sigma", "zero"), ("model.multipliers", (2, 2)), ("model.num_groups", 6)],
 )
-def test_runs_that_diffusers_cannot_hold(untrained, tmp_path, key, value):
+def test_runs_without_a_diffusers_counterpart_are_refused(untrained, tmp_path, key, value):
     shutil.copytree(untrained, tmp_path / "run")
     changes = {"model__multipliers": (1, 3), key.replace(".", "__"): value}
     config = tiny_config(**changes)
@@ -492,24 +492,24 @@ def test_runs_that_diffusers_cannot_hold(untrained, tmp_path, key, value):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_number_of_steps_is_told_where_it_is_not_the_pipelines(untrained, imported, tmp_path, capsys):
+def test_number_of_steps_is_printed_unless_it_is_the_pipelines(untrained, imported, tmp_path, capsys):
     diffusers.export_diffusers(str(untrained), str(tmp_path / "20"))
     assert "call it with num_inference_steps=20\n" in capsys.readouterr().out
     diffusers.export_diffusers(str(imported), str(tmp_path / "1000"))
     assert "num_inference_steps" not in capsys.readouterr().out
 
 
-def test_groups_that_divide_all_channels_alike(tmp_path):
-    """32 groups asked for, 16 in every layer of a network of 16 and 48 channels."""
+def test_groups_that_all_layers_share_are_exported():
+    """Every layer of 16 and 48 channels has 16 groups; every layer of 16 and 32 channels has 8 of 24 groups."""
     config = tiny_config(model__channels=16, model__multipliers=(1, 3), model__num_groups=16)
     assert diffusers._unet_config(config)["norm_num_groups"] == 16
-    config.model.update({"multipliers": (1,), "num_groups": 24})  # of 16 and 32 channels
+    config.model.update({"multipliers": (1,), "num_groups": 24})  # 16 channels, and 32 where a skip joins
     assert diffusers._unet_config(config)["norm_num_groups"] == 8
 
 
-def test_places_that_cannot_be_written(untrained, tmp_path):
+def test_unusable_folders_are_refused(untrained, tmp_path):
     (tmp_path / "file").write_text("")
-    for out, message in (("", "is there already"), ("file", "is there already"), ("file/out", "cannot be written")):
+    for out, message in (("", "already exists"), ("file", "already exists"), ("file/out", "cannot be written")):
         with pytest.raises(UserError, match=message):
             diffusers.export_diffusers(str(untrained), str(tmp_path / out))
     with pytest.raises(UserError, match="cannot be written"):

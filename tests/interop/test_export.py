@@ -26,13 +26,13 @@ def run(tmp_path_factory):
     return workdir
 
 
-def on_one_device(workdir, num, **how):
+def on_one_device(workdir, num, **settings):
     params = sample.load(workdir)[1]
-    live = parts.build(configs.with_sampling(workdirs.read_config(workdir), **how)).indexed_sample_fn()
+    live = parts.build(configs.with_sampling(workdirs.read_config(workdir), **settings)).indexed_sample_fn()
     return np.asarray(jax.jit(live)(params, RNG, np.arange(num, dtype=np.int32)))
 
 
-def test_the_same_images_bit_for_bit(run):
+def test_images_are_bitwise_equal_to_the_runs(run):
     sample_fn, params = diffusion_jax.load_exported(run / "sampler.npz")
     np.testing.assert_array_equal(sample_fn(params, RNG, 5), on_one_device(run, 5))
     pmapped, live_params = sample.load(run, num=4)
@@ -47,14 +47,14 @@ def test_image_i_is_the_same_for_any_number(run):
     np.testing.assert_allclose(sample_fn(params, RNG, 2, first=3), many[3:5], atol=1e-4)
 
 
-@pytest.mark.parametrize("how", [{"sampler": "ddim", "eta": 0.5}, {"sampler": "dpmpp_2m"}], ids=str)
-def test_another_sampler(run, how):
-    export.export_sampler(run, str(run / "other.npz"), steps=5, **how)
+@pytest.mark.parametrize("settings", [{"sampler": "ddim", "eta": 0.5}, {"sampler": "dpmpp_2m"}], ids=str)
+def test_other_samplers_are_exported(run, settings):
+    export.export_sampler(run, str(run / "other.npz"), steps=5, **settings)
     sample_fn, params = diffusion_jax.load_exported(run / "other.npz")
-    np.testing.assert_array_equal(sample_fn(params, RNG, 3), on_one_device(run, 3, steps=5, **how))
+    np.testing.assert_array_equal(sample_fn(params, RNG, 3), on_one_device(run, 3, steps=5, **settings))
 
 
-def test_parameters_are_beside_the_program(run):
+def test_parameters_are_arguments_of_the_program(run):
     sample_fn, params = diffusion_jax.load_exported(run / "sampler.npz")
     live = sample.load(run)[1]
     assert jax.tree.structure(params) == jax.tree.structure(live)
@@ -63,7 +63,7 @@ def test_parameters_are_beside_the_program(run):
     assert not np.allclose(sample_fn(params, RNG, 2), sample_fn(other, RNG, 2))
 
 
-def test_what_the_file_says_of_itself(run):
+def test_file_describes_itself(run):
     with np.load(run / "sampler.npz", allow_pickle=False) as content:
         assert {"program", "about", "checksum"} < set(content.files)
         assert '"platforms": ["cpu", "cuda", "tpu"]' in str(content["about"])
@@ -71,9 +71,8 @@ def test_what_the_file_says_of_itself(run):
         assert len(str(content["checksum"])) == hashlib.sha256().digest_size * 2
 
 
-def test_the_lines_of_the_readme(run, monkeypatch, capsys):
-    """They need this package as little as they say."""
-    text = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+def test_lines_of_the_readme_do_not_need_this_package(run, monkeypatch, capsys):
+    text = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
     (code,) = re.findall(r"```python\n(import json[^`]*sampler\.npz[^`]*)```", text)
     assert "diffusion_jax" not in code
     monkeypatch.chdir(run)
@@ -82,15 +81,15 @@ def test_the_lines_of_the_readme(run, monkeypatch, capsys):
     np.testing.assert_array_equal(names["x"], on_one_device(run, len(names["x"])))
 
 
-def test_what_cannot_be_opened(run, tmp_path):
+def test_missing_damaged_or_newer_file_is_refused(run, tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         export.load_exported(tmp_path / "nothing.npz")
     raw = bytearray((run / "sampler.npz").read_bytes())
     (tmp_path / "cut.npz").write_bytes(raw[: len(raw) // 2])
-    (tmp_path / "text.npz").write_text("nothing of the kind")
+    (tmp_path / "text.npz").write_text("not an .npz")
     np.savez(tmp_path / "other.npz", a=np.zeros(3))
     for name in ("cut", "text", "other"):
-        with pytest.raises(UserError, match=rf"{name}\.npz is no exported sampler, or is damaged"):
+        with pytest.raises(UserError, match=rf"{name}\.npz is not an exported sampler, or is damaged"):
             export.load_exported(tmp_path / f"{name}.npz")
     with np.load(run / "sampler.npz") as content:
         arrays = {name: content[name] for name in content.files}
@@ -105,15 +104,15 @@ def test_what_cannot_be_opened(run, tmp_path):
         export.load_exported(tmp_path / "newer.npz")
 
 
-def test_what_cannot_be_written(run):
+def test_unusable_out_is_refused(run):
     with pytest.raises(UserError, match=r"--out=x\.bin must end in \.npz"):
         export.export_sampler(run, "x.bin")
     with pytest.raises(UserError, match=r"cannot be written"):
         export.export_sampler(run, str(run / "config.json" / "x.npz"))
 
 
-def test_the_schedule_is_in_the_program(run):
-    """Whatever the number of steps: the parameters are the file's only large part."""
+def test_size_hardly_depends_on_the_number_of_steps(run):
+    """The schedule is the only part of the program that grows."""
     sizes = []
     for num_steps in (20, 400):
         config = tiny_config(schedule__num_steps=num_steps)

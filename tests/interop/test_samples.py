@@ -1,4 +1,4 @@
-"""What --mode=sample writes, and what it says of it."""
+"""The files of --mode=sample and their protocol."""
 
 import json
 
@@ -17,7 +17,7 @@ from diffusion_jax.running import workdir as workdirs
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """A run that was never trained."""
+    """Writes a run with a random checkpoint."""
     workdir = tmp_path_factory.mktemp("run")
     config, rng = tiny_config(), np.random.default_rng(0)
     workdirs.write_config(workdir, config)
@@ -47,8 +47,8 @@ def test_fewer_images_than_the_shards_hold_are_refused(workdir, shards):
     assert content(shards) == before
 
 
-def test_the_last_shard_grows(workdir, shards):
-    """And a shorter one that a kill has left beside it goes."""
+def test_last_shard_grows(workdir, shards):
+    """A shorter shard that a killed process left beside it is deleted."""
     write_samples(workdir, 5, 1, f"{shards}/")
     (shards / "00000003-00000003.npz").write_bytes(b"of an earlier, smaller --num")
     (shards / "notes-of-mine.npz").write_bytes(b"")
@@ -58,7 +58,7 @@ def test_the_last_shard_grows(workdir, shards):
 
 
 def set_keys(workdir, **keys):
-    """Of the run's config.json, as its owner may."""
+    """Changes keys of the run's config.json."""
     config = workdirs.read_config(workdir).unlock()
     config.update_from_flattened_dict({key.replace("__", "."): value for key, value in keys.items()})
     workdirs.write_config(workdir, config)
@@ -75,7 +75,7 @@ def set_keys(workdir, **keys):
     ],
 )
 def test_shards_of_another_chain_are_refused(workdir, shards, key, value):
-    """The flags are the same, what they leave to the config is not."""
+    """The flags are the same, and the config has changed."""
     write_samples(workdir, 2, 1, f"{shards}/")
     before = (workdir / "config.json").read_text()
     try:
@@ -86,8 +86,8 @@ def test_shards_of_another_chain_are_refused(workdir, shards, key, value):
         (workdir / "config.json").write_text(before)
 
 
-def test_the_same_chain_in_other_words(workdir, shards):
-    """What the config has anyway need not be said, and what the sampler does not use is none of its business."""
+def test_shards_of_the_same_chain_are_continued(workdir, shards):
+    """Flags that repeat the config, and keys that the sampler does not use, do not change the chain."""
     write_samples(workdir, 2, 1, f"{shards}/", sampler="ddim", steps=20)
     before = (workdir / "config.json").read_text()
     try:
@@ -97,7 +97,7 @@ def test_the_same_chain_in_other_words(workdir, shards):
         (workdir / "config.json").write_text(before)
 
 
-def test_samples_say_what_made_them(workdir, tmp_path):
+def test_samples_state_their_origin(workdir, tmp_path):
     write_samples(workdir, 5, 1, str(tmp_path / "samples.npz"), sampler="ddim", steps=4, eta=1)
     with np.load(tmp_path / "samples.npz", allow_pickle=False) as file:
         assert set(file) == {"arr_0", "about"} and file["arr_0"].shape == (5, 8, 8, 1)
@@ -112,7 +112,7 @@ def test_samples_say_what_made_them(workdir, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "given, message",
+    "settings, message",
     [
         ({"num": 0}, "num=0 must be at least 1"),
         ({"num": -1}, "num=-1 must be at least 1"),
@@ -128,10 +128,10 @@ def test_samples_say_what_made_them(workdir, tmp_path):
         ({"eta": 1, "sampler": "dpmpp_2m"}, "eta=1 is ddim's, and the sampler is dpmpp_2m"),
     ],
 )
-def test_arguments_that_cannot_be_used(workdir, given, message):
+def test_unusable_arguments_are_refused(workdir, settings, message):
     with pytest.raises(UserError, match=f"^{message}"):
-        sample.load(workdir, **given)
+        sample.load(workdir, **settings)
 
 
-def test_numbers_of_numpy_are_numbers(workdir):
+def test_numbers_of_numpy_are_accepted(workdir):
     sample.load(workdir, num=np.int64(2), sampler="ddim", steps=np.int32(3), eta=np.float32(0.5), clip=False)

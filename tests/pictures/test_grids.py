@@ -6,8 +6,8 @@ from diffusion_jax.pictures import grids
 
 
 def test_to_uint8_is_the_inverse_of_the_normalisation():
-    pixels = np.arange(256, dtype=np.uint8)
-    np.testing.assert_array_equal(pixels.to_uint8(pixels.astype(np.float32) / 127.5 - 1), pixels)
+    levels = np.arange(256, dtype=np.uint8)
+    np.testing.assert_array_equal(pixels.to_uint8(levels.astype(np.float32) / 127.5 - 1), levels)
 
 
 def test_to_uint8_clips():

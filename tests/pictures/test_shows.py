@@ -1,4 +1,4 @@
-"""The pictures of `--show` are written, and show what they say."""
+"""The pictures of `--show` have the sizes and the contents that they state."""
 
 import jax
 import numpy as np
@@ -25,7 +25,7 @@ SIZES = {"interpolation": (13, 4), "progressive": (11, 4), "variations": (5, 4),
 
 
 @pytest.mark.parametrize("name, size", SIZES.items(), ids=SIZES)
-def test_the_pictures(run, tmp_path, capsys, name, size):
+def test_pictures_have_labelled_rows_and_depend_on_the_seed(run, tmp_path, capsys, name, size):
     out = tmp_path / "new" / f"{name}.png"
     shows.show(run, name, seed=0, out=str(out), num=4)
     assert f"{name} of step 1: {out}" in capsys.readouterr().out
@@ -34,25 +34,26 @@ def test_the_pictures(run, tmp_path, capsys, name, size):
         width, height = columns * TILE + 4, rows * TILE + 4
         assert picture.height == height + 2 * grids.LABEL
         assert width < picture.width < width + 150
-        again = np.asarray(picture)
+        first = np.asarray(picture)
     shows.show(run, name, seed=0, out=str(out), num=4)
-    np.testing.assert_array_equal(np.asarray(Image.open(out)), again)
+    np.testing.assert_array_equal(np.asarray(Image.open(out)), first)
     shows.show(run, name, seed=1, out=str(out), num=4)
-    assert (np.asarray(Image.open(out)) != again).any()
+    assert (np.asarray(Image.open(out)) != first).any()
 
 
 def test_progressive_ends_with_the_samples(run, tmp_path, monkeypatch):
     saved = []
     monkeypatch.setattr(shows, "_save", lambda out, rows, *labels: saved.append((rows, *labels)))
     shows.show(run, "progressive", seed=0, out=str(tmp_path / "x.png"), num=4)
-    (rows, _, columns), of = saved[0], shows._Run(run, 0, "")
+    (rows, _, columns), parts = saved[0], shows._Run(run, 0, "")
     assert columns[0] == "t = 20" and columns[-1] == "t = 0"
-    keys = of.keys(4)
-    np.testing.assert_array_equal(rows[:, -1], of.compiled(shows.sampling.reverse_chain)(of.latents(keys), keys))
+    keys = parts.keys(4)
+    samples = parts.compiled(shows.sampling.reverse_chain)(parts.latents(keys), keys)
+    np.testing.assert_array_equal(rows[:, -1], samples)
 
 
 @pytest.mark.parametrize("ending", ["gif", "webp"])
-def test_the_animation_ends_with_the_samples(run, tmp_path, ending):
+def test_animation_ends_with_the_samples(run, tmp_path, ending):
     out = tmp_path / f"chain.{ending}"
     shows.show(run, "animation", seed=0, out=str(out), num=4)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(jax.random.key(0), 0), np.arange(4))
@@ -66,19 +67,18 @@ def test_the_animation_ends_with_the_samples(run, tmp_path, ending):
     assert abs(last - grids.grid(samples)[..., 0]).max() <= tolerance
 
 
-def test_own_images(run, tmp_path):
-    """Those of --images, in the size of the run's."""
+def test_images_of_another_folder_have_the_size_of_the_runs(run, tmp_path):
     (tmp_path / "own").mkdir()
     for i in range(2):
         Image.new("RGB", (40, 30), "white").save(tmp_path / "own" / f"{i}.png")
     own = shows._Run(run, 0, str(tmp_path / "own"))
-    own.config.data.cache_dir = str(tmp_path / "cache")
+    own._config.data.cache_dir = str(tmp_path / "cache")
     np.testing.assert_array_equal(own.images(2), np.ones((2, 8, 8, 1)))
-    with pytest.raises(UserError, match="3 images are wanted and there are 2"):
+    with pytest.raises(UserError, match="the picture needs 3 images, and the data set has 2"):
         own.images(3)
 
 
-def test_what_cannot_be_shown(run, tmp_path):
+def test_unusable_arguments_are_refused(run, tmp_path):
     with pytest.raises(UserError, match=r"--out=x\.jpg must end in \.png for --show=variations"):
         shows.show(run, "variations", 0, "x.jpg")
     with pytest.raises(UserError, match=r"must end in \.gif or \.webp for --show=animation"):

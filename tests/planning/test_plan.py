@@ -21,13 +21,13 @@ CHIP = programs.Chip(flops=100e12, hbm=16 * 2**30, bandwidth=1e12, links=100e9, 
 
 
 @pytest.fixture(autouse=True)
-def nothing_kept(tmp_path, monkeypatch):
+def empty_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "COMPILED", tmp_path / "plans")
 
 
-def test_room_for_a_batch():
+def test_estimate_of_the_largest_batch():
     memory = {"arguments": 2**29, "code": 2**29, "peak": 2**30 + 16 * 2**20}
-    assert plan._room(memory, 16, CHIP) == 15 * 1024  # 1 MiB an image
+    assert plan._estimate_batch(memory, 16, CHIP) == 15 * 1024  # 1 MiB an image
 
 
 @pytest.mark.parametrize(
@@ -35,18 +35,19 @@ def test_room_for_a_batch():
     [(64, 4096, 64, 128), (100, 4096, 64, 128), (16, 4096, 16, 32), (10**9, 256, 256, None)],
 )
 def test_largest_power_of_2(largest, limit, fits, fails):
-    asked = []
-    found = plan.largest_power_of_2(lambda n: not asked.append(n) and n <= largest, 16, limit)
-    assert found == {"fits": fits, "fails": fails}
-    assert len(set(asked)) == len(asked) and 16 not in asked  # each is a compilation
+    tried = []
+    result = plan.largest_power_of_2(lambda n: not tried.append(n) and n <= largest, 16, limit)
+    assert result == {"fits": fits, "fails": fails}
+    assert len(set(tried)) == len(tried) and 16 not in tried  # each is a compilation
 
 
-def test_the_search_ends_when_it_has_taken_too_long():
+def test_search_ends_at_the_deadline():
     assert plan.largest_power_of_2(lambda n: True, 16, 4096, lambda: True) == {"fits": 16, "fails": None}
-    assert "16 (config.train.batch_size=128); 32 were not tried" in plan._found({"fits": 16, "fails": None}, 8)
+    line = plan._largest_line({"fits": 16, "fails": None}, 8)
+    assert "16 (config.train.batch_size=128); 32 were not tried" in line
 
 
-def test_the_search_tells_what_it_does(capsys):
+def test_search_prints_each_try(capsys):
     def compile_with(n):
         if n > 32:
             raise programs.DoesNotFit
@@ -55,13 +56,13 @@ def test_the_search_tells_what_it_does(capsys):
     assert "64 images a chip do not fit" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------------------- refused plans
 
 
 @pytest.mark.parametrize(
     "topology", ["", "tpu", "v5e", "v5x:2x4", "v5e:2", "v5e:0x4", "v5e:2x4x", "v5e:2x2x2x2", "CPU"]
 )
-def test_names_that_are_no_topology_are_refused(topology):
+def test_unknown_topologies_are_refused(topology):
     with pytest.raises(UserError, match=r"give a TPU and its shape, e\.g\. v5e:2x4"):
         plan.plan(tiny_config(), topology)
 
@@ -71,32 +72,34 @@ def test_more_than_a_pod_is_refused():
         plan.plan(tiny_config(), "v5e:16x32")
 
 
-def test_without_libtpu_it_says_what_to_install(monkeypatch):
+def test_missing_libtpu_is_an_error_that_says_what_to_install(monkeypatch):
     monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install libtpu"):
         plan.plan(tiny_config(), "v5e:2x4")
 
 
-@pytest.mark.parametrize("message, says", [(LOCKED, "another process uses libtpu"), ("Invalid", "no such topology")])
-def test_errors_of_libtpu_are_one_line(monkeypatch, message, says):
+@pytest.mark.parametrize(
+    "message, expected", [(LOCKED, "another process uses libtpu"), ("Invalid", "no such topology")]
+)
+def test_errors_of_libtpu_are_one_line(monkeypatch, message, expected):
     def fail(**_):
         raise jax.errors.JaxRuntimeError(message)
 
     monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(plan.topologies, "get_topology_desc", fail)
-    with pytest.raises(UserError, match=says) as error:
+    with pytest.raises(UserError, match=expected) as error:
         plan.plan(tiny_config(), "v5e:2x4")
     assert "\n" not in str(error.value)
 
 
-def test_a_platform_that_is_not_there_is_refused():
+def test_missing_platform_is_refused():
     if "gpu" in {device.platform for device in jax.devices()}:
         pytest.skip("there is a GPU")
     with pytest.raises(UserError, match="--topology=gpu: this machine has none"):
         plan.plan(tiny_config(), "gpu")
 
 
-def test_a_batch_that_does_not_divide_is_refused():
+def test_batch_that_does_not_divide_is_refused():
     with pytest.raises(UserError, match="batch_size=6 does not divide among 4 devices: make it a multiple of 4"):
         plan.plan(tiny_config(train__batch_size=6), "cpu")
 
@@ -113,19 +116,20 @@ class Overfull:
 
 
 @pytest.mark.parametrize("dtype, hint", [("float32", True), ("bfloat16", False)])
-def test_a_config_that_does_not_fit_is_refused_with_the_mend(monkeypatch, dtype, hint):
+def test_config_that_does_not_fit_is_refused_with_the_remedies(monkeypatch, dtype, hint):
     monkeypatch.setattr(plan, "lower_train_step", lambda *_: Overfull(OUT_OF_MEMORY))
     with pytest.raises(UserError) as error:
         plan.plan(tiny_config(model__dtype=dtype), "cpu")
-    said = str(error.value)
-    assert said.startswith("config.train.batch_size=8 does not fit into a chip of cpu")
-    assert "(the total memory required for HLO temporaries (17.91G) exceeds available HBM (15.75G)): set " in said
-    assert "\n" not in said
-    assert "lower config.train.batch_size" in said and "config.train.remat=True, config.train.accumulate=2" in said
-    assert ("config.model.dtype=bfloat16" in said) == hint
+    message = str(error.value)
+    assert message.startswith("config.train.batch_size=8 does not fit into a chip of cpu")
+    assert "(the total memory required for HLO temporaries (17.91G) exceeds available HBM (15.75G)): set " in message
+    assert "\n" not in message
+    assert "lower config.train.batch_size" in message
+    assert "config.train.remat=True, config.train.accumulate=2" in message
+    assert ("config.model.dtype=bfloat16" in message) == hint
 
 
-def test_samples_that_do_not_fit_are_refused_by_their_own_name(monkeypatch):
+def test_samples_that_do_not_fit_are_refused_with_their_key(monkeypatch):
     monkeypatch.setattr(plan, "lower_train_step", lambda *_: jax.jit(lambda x: x + 1).lower(1.0))
     monkeypatch.setattr(plan, "lower_chain", lambda *_: Overfull(OUT_OF_MEMORY))
     with pytest.raises(UserError, match=r"config.sampling.num=4 \(1 a chip\) does not fit .*: lower it"):
@@ -149,7 +153,7 @@ def test_plan_of_the_cpu(tmp_path, capsys):
         assert part["roofline"] is part["hours"] is part["optimal_seconds"] is None
     assert report["train"]["num_steps"] == 6
     assert report["sampling"]["num_steps"] == 20 * 12_500
-    # The gradient, and the losses beside it; nothing is sent while sampling.
+    # Training sends the gradient and a few losses. Sampling sends nothing.
     assert report["train"]["collectives"]["all-reduce"]["bytes"] == pytest.approx(4 * 10_593, rel=0.02)
     assert report["sampling"]["collectives"] == {}
     assert report["largest_batch_per_chip"] == {"estimate": None}
@@ -157,7 +161,7 @@ def test_plan_of_the_cpu(tmp_path, capsys):
     assert "10,593 parameters" in printed and "No times" in printed and "estimate" not in printed
 
 
-def test_the_table_marks_every_estimate():
+def test_table_marks_every_estimate():
     program = {
         "per_chip": {"flops": 2e12, "hbm_bytes": 10e9, "link_bytes": 1e9},
         "memory": dict.fromkeys(("arguments", "outputs", "aliased", "temporaries", "code", "peak"), 2**30),
@@ -173,8 +177,8 @@ def test_the_table_marks_every_estimate():
         "chip": CHIP._asdict(),
         "dtype": "bfloat16",
         "parameters": 35_746_307,
-        "train": program | plan._whole(program, 16, 8, 1, 800_000),
-        "sampling": program | plan._whole(program, 8, 8, 1000, 782_000),
+        "train": program | plan._totals(program, 16, 8, 1, 800_000),
+        "sampling": program | plan._totals(program, 8, 8, 1000, 782_000),
         "largest_batch_per_chip": {"estimate": 1000},
     }
     assert report["train"]["hours"] == pytest.approx(0.03 * 800_000 / 3600)
@@ -190,32 +194,32 @@ def test_the_table_marks_every_estimate():
     assert len({len(line) for line in lines if line.startswith("|")}) == 1
 
 
-def test_the_planned_step_is_that_of_training():
+def test_planned_step_equals_that_of_training():
     config = tiny_config()
     image = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 1), np.uint8)
     indices = np.arange(8, dtype=np.int32)
-    take = step.pmapped(parts.train_step(config))
-    start = parts.build(config).init_state()
+    train_step = step.pmapped(parts.train_step(config))
+    state = parts.build(config).init_state()
     batch = {"image": image.reshape(4, 2, 8, 8, 1)}
-    want, metrics = take(step.replicate(start), (batch, indices.reshape(4, 2)))
+    expected, metrics = train_step(step.replicate(state), (batch, indices.reshape(4, 2)))
     compiled = plan.lower_train_step(config, jax.devices(), 2).compile()
-    found, planned = compiled(*jax.device_put((start, {"image": image}, indices), compiled.input_shardings[0]))
+    actual, planned = compiled(*jax.device_put((state, {"image": image}, indices), compiled.input_shardings[0]))
     np.testing.assert_allclose(planned["loss"], metrics["loss"][0], rtol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found.params, want.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), actual.params, expected.params)
 
 
-def test_the_planned_chain_is_that_of_sampling():
+def test_planned_chain_equals_that_of_sampling():
     config = tiny_config()
     params = parts.build(config).init_state().params
-    want = parts.build(config).sample_fn()(params, jax.random.key(3))
+    expected = parts.build(config).sample_fn()(params, jax.random.key(3))
     compiled = plan.lower_chain(config, jax.devices(), 1).compile()
     s, sigma = jax.tree.map(jnp.asarray, (parts.schedule(config), parts.sigma(config)))
     args = (params, jax.random.key(3), np.arange(4, dtype=np.int32), s, sigma)
-    found = compiled(*jax.device_put(args, compiled.input_shardings[0]))
-    np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5)
+    actual = compiled(*jax.device_put(args, compiled.input_shardings[0]))
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_chain_is_as_large_for_10_steps_as_for_1000():
+def test_program_of_the_chain_does_not_grow_with_its_steps():
     devices = jax.devices()[:1]
     short, long = (plan.lower_chain(tiny_config(schedule__num_steps=steps), devices, 1) for steps in (10, 1000))
     assert short.as_text().count("\n") == long.as_text().count("\n") > 100
@@ -252,13 +256,13 @@ def test_one_device_is_one_chip(topology, chips):
 
 
 @needs_libtpu
-def test_shapes_that_libtpu_does_not_have_are_refused():
+def test_shapes_unknown_to_libtpu_are_refused():
     with pytest.raises(UserError, match="libtpu has no such topology"):
         plan.plan(tiny_config(), "v5e:3x5")
 
 
 @needs_libtpu
-def test_a_program_too_large_for_the_chip():
+def test_program_too_large_for_the_chip_raises():
     sharding = jax.sharding.SingleDeviceSharding(plan._devices("v5e:1x1")[0][0])
     x = jax.ShapeDtypeStruct((60_000, 60_000), jnp.float32, sharding=sharding)
     with pytest.raises(programs.DoesNotFit, match="exceeds available HBM"):

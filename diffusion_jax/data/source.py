@@ -1,0 +1,29 @@
+"""The type of all sources of images."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Holds images by number: source[i] is uint8 [H, W, 1 or 3] of any H and W, i < len(source).
+
+    Each image is as a viewer shows it: upright, grey or RGB, on white. A damaged image raises the error of its
+    decoder, and an image beyond the limits of `folders` raises ValueError.
+    """
+
+    origin: str  # the file or the data set, for messages
+    version: str  # identifies the names, files and release, for the cache
+    num: int  # images
+    name: Callable[[int], str]  # the name of image i, for messages
+    read: Callable[[int], np.ndarray]  # the pixels of image i
+    label: Callable[[int], int] | None = None  # the class of image i; None without classes
+    classes: Sequence[str] = ()  # the names of the classes; () without names
+
+    def __len__(self) -> int:
+        return self.num
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return self.read(i)
