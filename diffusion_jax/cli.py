@@ -240,9 +240,10 @@ _DEFINE: dict[type, Callable] = {
 }
 
 
-def _define(values: flags.FlagValues) -> None:
-    """Defines every flag in `values`."""
-    config_flags.DEFINE_config_file("config", None, "a config that ships (celeba) or a file", flag_values=values)
+def _define(values: flags.FlagValues, argv: list[str]) -> None:
+    """Defines every flag in `values`; the overrides of the config's keys are read from `argv`."""
+    text = "a config that ships (celeba) or a file"
+    config_flags.DEFINE_config_file("config", None, text, flag_values=values, sys_argv=argv)
     for name, (kind, value, text) in _FLAGS.items():
         if isinstance(kind, tuple):
             flags.DEFINE_enum(name, value, kind, text, flag_values=values)
@@ -260,18 +261,17 @@ def _parse(argv: Sequence[str]) -> flags.FlagValues:
         if arg.lstrip("-").startswith("config."):
             configs.check_key(arg.lstrip("-").removeprefix("config.").split("=")[0])
     given = flags.FlagValues()
-    _define(given)
+    _define(given, argv)
     try:
         rest = given(argv)
+        if given.config is not None:
+            given.config.keys()  # a config file that is not there raises only when it is used
     except flags.Error as error:
         raise UserError(one_line(error)) from error
-    if rest[1:]:
-        raise UserError(f"{rest[1]!r} is no flag: flags start with --")
-    try:
-        if given.config is not None:
-            given.config.keys()  # a config file that cannot be loaded raises only when it is used
     except Exception as error:  # a config file is the user's program and raises anything
         raise UserError(f"--config: {one_line(error)}") from error
+    if rest[1:]:
+        raise UserError(f"{rest[1]!r} is no flag: flags start with --")
     return given
 
 

@@ -36,7 +36,10 @@ def init_state(
     model: UNet, optimizer: optax.GradientTransformation, image_shape: tuple[int, int, int], seed: int
 ) -> TrainState:
     """Returns the state before the first step, NumPy arrays; a function of the seed."""
-    params, opt_state = jax.device_get(jax.jit(lambda: _init(model, optimizer, image_shape, seed))())
+    # LLVM's later passes over the random numbers of every kernel take three times as long as all else, for nothing.
+    quick: dict[str, str | bool] = {"xla_backend_optimization_level": "1"} if jax.default_backend() == "cpu" else {}
+    program = jax.jit(lambda: _init(model, optimizer, image_shape, seed)).lower().compile(compiler_options=quick)
+    params, opt_state = jax.device_get(program())
     # Copies: the step donates its state, and one array cannot be donated twice.
     return TrainState(np.zeros((), np.int32), params, jax.tree.map(np.copy, params), opt_state)
 

@@ -68,7 +68,7 @@ class Cached:
         size = int(np.prod(self.shape[1:]))
         with (self.folder / "images.npy").open("rb") as file:
             for row, i in zip(images.reshape(-1, size), numbers.flat, strict=True):
-                if os.preadv(file.fileno(), [row], self._start + int(i) * size) != size:
+                if os.preadv(file.fileno(), [row.data], self._start + int(i) * size) != size:
                     raise UserError(f"{self.folder}/images.npy has become shorter: run again to rebuild the cache")
         return images
 

@@ -1,4 +1,4 @@
-"""Mistakes of users and the messages that must report them, for `tools.torture`."""
+"""Mistakes of users, and the messages that must report them."""
 
 import gzip
 import pathlib
@@ -9,15 +9,27 @@ import zipfile
 from PIL import Image
 
 
-def cases(folder: pathlib.Path, run: pathlib.Path) -> dict[str, tuple[list[str], str]]:
-    """Returns {name: (arguments of main.py, pattern of the message)}, and writes the files of the cases to `folder`.
+class Cases(dict):
+    """{name: (arguments, pattern of the message)}; the commands that would make a workdir name folder/new."""
+
+    def __init__(self, folder, cases):
+        super().__init__(cases)
+        self.folder = folder
+
+
+def cases(folder: pathlib.Path, run: pathlib.Path) -> Cases:
+    """Returns all cases and writes their files to `folder`.
 
     Args:
       folder: a path that does not exist yet.
       run: the workdir of a finished run of configs/tiny.py.
     """
-    files = _files(folder, run)
-    command, new = "--config=configs/digits.py", f"--workdir={folder / 'new'}"
+    _write_files(folder / "files", run)
+    return Cases(folder, _cases(folder, run))
+
+
+def _cases(folder, run):
+    command, new, files = "--config=configs/digits.py", f"--workdir={folder / 'new'}", folder / "files"
     cache = f"--config.data.cache_dir={folder / 'cache'}"
 
     def config(key, value):
@@ -62,6 +74,9 @@ def _config_cases(config, new, files):
         "infinite rate": (config("train.learning_rate", "inf"), r"learning_rate=inf must be a number > 0"),
         "negative clip": (config("train.grad_clip", -1.0), r"grad_clip=-1\.0 must be"),
         "ema of 1": (config("train.ema_decay", 1.0), r"ema_decay=1\.0 must be in \[0, 1\)"),
+        "negative dropout": (config("model.dropout", -0.1), r"dropout=-0\.1 must be in \[0, 1\)"),
+        "no number as rate": (config("train.learning_rate", "nan"), r"learning_rate=nan must be"),
+        "negative image size": (config("data.image_size", -8), r"image_size=-8 must be an integer >= 1"),
         "dropout of 1": (config("model.dropout", 1.0), r"dropout=1\.0 must be in \[0, 1\)"),
         "odd channels": (config("model.channels", 7), r"model\.channels=7 must be an even number"),
         "no levels": (config("model.multipliers", "()"), r"multipliers=\(\) must be"),
@@ -88,11 +103,13 @@ def _command_line_cases(digits, files):
             [digits[0], f"--workdir={files / 'text.txt' / 'run'}"],
             r"text\.txt/run cannot be written",
         ),
-        "no TPU": ([*digits, "--platform=tpu"], r"--platform=tpu.*jax\[tpu\]"),
-        "no GPU": ([*digits, "--platform=gpu"], r"--platform=gpu.*jax\[cuda12\]"),
         "third of two processes": (
             [*digits, "--coordinator=127.0.0.1:1", "--num_processes=2", "--process_id=2"],
             r"--process_id=2 must be between 0 and 1 for --num_processes=2",
+        ),
+        "charts of an export": (
+            ["--mode=export", "--workdir=run", "--format=svg"],
+            r"--format=svg does not go with --mode=export: give jax or diffusers",
         ),
     }
 
@@ -167,9 +184,8 @@ def _workdir_cases(command, run, files):
     }
 
 
-def _files(folder, run):
-    """Writes the files that the cases need, and returns their folder."""
-    files = folder / "files"
+def _write_files(files, run):
+    """Writes the files that the cases need."""
     for name in ("empty", "cut", "bomb", "small", "cut-config", "no-checkpoint"):
         (files / name).mkdir(parents=True)
     (files / "broken.py").write_text("def get_config(:\n")
@@ -188,4 +204,6 @@ def _files(folder, run):
     shutil.copytree(run, files / "damaged")
     for file in (files / "damaged" / "checkpoints").rglob("manifest.ocdbt"):
         file.write_bytes(b"")
-    return files
+
+
+NAMES = sorted(_cases(pathlib.Path("folder"), pathlib.Path("run")))

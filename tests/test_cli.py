@@ -1,0 +1,288 @@
+"""The command line as a user types it; most commands run in this process, where imports and programs are warm."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import bad_inputs
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import diffusion_jax
+from diffusion_jax import cli
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture
+def command(capsys, monkeypatch):
+    """command(*args) -> (exit code, stdout, stderr), on the 4 devices of the tests."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(cli, "_silence_libraries", lambda: None)  # it would silence later tests too
+    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))  # restored afterwards
+
+    def run(*args):
+        capsys.readouterr()
+        code = cli.main(["diffusion_jax", *map(str, args)])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def done(command):
+    """done(*args) -> stdout of a command that succeeds."""
+
+    def run(*args):
+        code, out, err = command(*args)
+        assert code == 0, err
+        return out
+
+    return run
+
+
+def process(*args, devices=1, **env):
+    """Runs main.py in a process of its own, with the compilation cache of the tests."""
+    env = (
+        os.environ
+        | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        | env
+    )
+    arguments = [sys.executable, str(ROOT / "main.py"), *map(str, args)]
+    return subprocess.run(arguments, capture_output=True, text=True, env=env, cwd=ROOT, check=False, timeout=300)
+
+
+def losses(workdir):
+    return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The workdir of 20 steps of configs/tiny.py on 4 devices."""
+    workdir = tmp_path_factory.mktemp("trained")
+    assert cli.main(["diffusion_jax", "--config=tiny", f"--workdir={workdir}", "--config.train.num_steps=20"]) == 0
+    return workdir
+
+
+def test_training_by_main_py_on_1_device_takes_the_steps_of_4_devices(trained, tmp_path):
+    """The losses of 20 steps agree, dropout, noise, t and data included. The workdir is relative to the checkout."""
+    workdir = os.path.relpath(tmp_path, ROOT)
+    finished = process("--config=configs/tiny.py", f"--workdir={workdir}", "--config.train.num_steps=20")
+    assert finished.returncode == 0, finished.stderr
+    assert "samples: " in finished.stdout
+    assert re.search(r"first step after \d+\.\d s, compiled", finished.stdout)
+    np.testing.assert_allclose(losses(tmp_path), losses(trained), rtol=0, atol=1e-6)
+
+
+def test_sample_writes_a_grid_and_arrays(done, trained, tmp_path):
+    grid, few, many = tmp_path / "grid.png", tmp_path / "few.npz", tmp_path / "many.npz"
+    for out, num in ((grid, 9), (few, 2), (many, 9)):
+        printed = done("--mode=sample", f"--workdir={trained}", f"--num={num}", "--seed=1", f"--out={out}")
+        assert f"{num} samples: {out}" in printed
+    with Image.open(grid) as image:
+        assert image.size == (3 * 68 + 4, 3 * 68 + 4)
+    few, many = np.load(few)["arr_0"], np.load(many)["arr_0"]
+    assert many.shape == (9, 8, 8, 1)
+    assert many.dtype == np.uint8
+    assert abs(few.astype(int) - many[:2]).max() <= 1  # 1e-4 may round to the next grey level
+    assert len(np.unique(many.reshape(9, -1), axis=0)) == 9
+
+
+# ---------------------------------------------------------------- the table of modes
+
+
+@pytest.mark.parametrize("name", cli.MODES)
+def test_help_of_a_mode(name, done):
+    mode = cli.MODES[name]
+    flags = [arg for arg in mode.example.split() if not arg.startswith(("--config", "--workdir"))]
+    printed = done(*flags, "--help")
+    assert mode.purpose in printed and mode.example in printed
+    for flag in (*mode.needs, *mode.takes):
+        assert f"--{flag} " in printed
+
+
+@pytest.mark.parametrize("name", cli.MODES)
+def test_a_mode_refuses_flags_that_it_does_not_take(name, command):
+    mode = cli.MODES[name]
+    example = [arg for arg in mode.example.split() if not arg.startswith("--config.")]
+    values = {"num": "5", "sampler": "ddim", "steps": "5", "eta": "0.5", "topology": "v5e:2x4", "config": "tiny"}
+    values |= dict.fromkeys(("workdir", "out", "images", "splits", "samples", "inception", "reference", "from"), "x")
+    values |= {"seed": "1", "search": "false"}
+    refused = values.keys() - {*mode.needs, *mode.takes}
+    assert refused
+    for flag in refused:
+        code, _, err = command(*example, f"--{flag}={values[flag]}")
+        assert code == 1 and f"error: --{flag} does not go with --mode={name}" in err, err
+
+
+@pytest.mark.parametrize("name", cli.MODES)
+def test_a_mode_names_the_flag_that_it_lacks(name, command):
+    """The flags that choose between the rows of a mode cannot be missing."""
+    mode = cli.MODES[name]
+    example = [arg for arg in mode.example.split() if not arg.startswith("--config.")]
+    for flag in set(mode.needs) - {"show", "format"}:
+        code, _, err = command(*(arg for arg in example if not arg.startswith(f"--{flag}=")))
+        assert code == 1 and f"error: --{flag} is missing: give" in err
+
+
+def test_a_config_is_a_shipped_name_or_a_file(done, command, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from diffusion_jax.configs import tiny\n\ndef get_config():\n    config = tiny.get_config()\n"
+        "    config.train.ema_decay = 0.5\n    return config\n"
+    )
+    assert "| EMA decay                               | 0.5" in done("--mode=audit", f"--config={file}")
+    assert "| EMA decay                               | 0.995" in done("--mode=audit", "--config=tiny")
+    code, _, err = command("--mode=audit", "--config=tinny")
+    assert code == 1 and "--config=tinny does not ship: give one of celeba, celebahq256, cifar10, " in err
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+@pytest.fixture(scope="module")
+def mistakes(trained, tmp_path_factory):
+    return bad_inputs.cases(tmp_path_factory.mktemp("mistakes") / "files", trained)
+
+
+@pytest.mark.parametrize("name", bad_inputs.NAMES)
+def test_a_mistake_is_one_line_with_the_mend(name, mistakes, command, trained):
+    args, message = mistakes[name]
+    before = (trained / "config.json").read_text()
+    code, _, err = command(*args)
+    assert code == 1
+    last = err.splitlines()[-1]  # a bar may stand before it
+    assert last.startswith("error: ") and "Traceback" not in err, err
+    assert re.search(message, last), err
+    assert not (mistakes.folder / "new").exists()
+    assert (trained / "config.json").read_text() == before
+
+
+def test_every_mistake_is_tried(mistakes):
+    assert sorted(mistakes) == sorted(bad_inputs.NAMES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("platform, extra", [("tpu", "tpu"), ("gpu", "cuda12")])
+def test_a_platform_that_is_not_there(platform, extra, tmp_path):
+    finished = process("--config=tiny", f"--workdir={tmp_path / 'new'}", f"--platform={platform}", JAX_PLATFORMS="")
+    assert finished.returncode == 1
+    assert re.search(rf"^error: --platform={platform}.*jax\[{extra}\]", finished.stderr, re.MULTILINE)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorflow") is not None, reason="TFDS would download")
+def test_celeba_without_data_says_what_to_do(command, tmp_path):
+    """The command of the README on a machine that has neither TensorFlow nor the data."""
+    workdir = f"--workdir={tmp_path / 'new'}"
+    (tmp_path / "tfds").mkdir()
+    code, _, err = command("--config=celeba", workdir, f"--config.data.path={tmp_path / 'tfds'}")  # empty: for TFDS
+    assert code == 1
+    assert re.search(r"error: .*tfds:celeb_a.*requirements-prepare\.txt.*folder or a zip.*\n", err)
+
+
+def test_debug_shows_the_traceback(command, tmp_path):
+    with pytest.raises(diffusion_jax.errors.UserError):
+        command("--config=tiny", f"--workdir={tmp_path / 'new'}", "--config.schedule.num_steps=0", "--debug")
+
+
+# ---------------------------------------------------------------- from the first picture to a trained network
+
+
+def test_prepare_makes_the_cache_that_training_uses(done, tmp_path):
+    cache = f"--config.data.cache_dir={tmp_path / 'cache'}"
+    printed = done("--mode=prepare", "--config=digits", cache)
+    assert "1,797 images, 8x8x1, ready in" in printed
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert str(folder) in printed
+    assert np.load(folder / "labels.npy")[:3].tolist() == [0, 1, 2]
+    before = (folder / "manifest.json").stat().st_mtime_ns
+    assert "1,797 images" in done("--mode=prepare", "--config=digits", cache)
+    assert (folder / "manifest.json").stat().st_mtime_ns == before
+
+
+# The network of tests/fixtures/diffusers as a config of its own.
+FIXTURE = (
+    *("--config=default", "--config.data.image_size=8", "--config.model.channels=4"),
+    *("--config.model.multipliers=(1,2,2)", "--config.model.attention_resolutions=(4,)"),
+    *("--config.model.num_groups=2", "--config.model.num_res_blocks=1", "--config.model.dropout=0.2"),
+    *("--config.train.num_steps=2", "--config.train.batch_size=4", "--config.sampling.num=4"),
+    *("--config.sampling.sampler=dpmpp_2m", "--config.sampling.steps=5"),
+)
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faces")
+    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), np.uint8)):
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.mark.slow
+def test_an_imported_run_is_evaluated_and_trained_on(done, command, tmp_path, faces):
+    """With the config that it was imported with."""
+    workdir, file = f"--workdir={tmp_path / 'run'}", tmp_path / "run" / "config.json"
+    config = [*FIXTURE, f"--config.data.path={faces}", f"--config.data.cache_dir={tmp_path / 'cache'}"]
+    done("--mode=import", "--from=tests/fixtures/diffusers", workdir, *config)
+    assert "bits_per_dim" in done("--mode=evaluate", workdir, "--num=2")
+    assert "trained to step 2" in done(workdir, *config)
+    file.write_text(file.read_text().replace(str(faces), "/nowhere"))
+    code, _, err = command("--mode=evaluate", workdir, "--num=2")
+    assert code == 1
+    assert re.search(r"'/nowhere' does not exist.*\(data\.\* of this run are in .*config\.json\)", err)
+
+
+@pytest.mark.slow
+def test_a_run_imported_without_images_takes_those_of_its_training(done, command, tmp_path, faces):
+    workdir, file = f"--workdir={tmp_path / 'run'}", tmp_path / "run" / "config.json"
+    done("--mode=import", "--from=tests/fixtures/diffusers", workdir)
+    for args in (["--mode=evaluate"], ["--mode=sample", "--show=interpolation"]):
+        code, _, err = command(*args, workdir)
+        assert code == 1
+        assert err.strip().endswith(
+            f"{file} names no images (data.path is empty, the run was imported): write data.path there"
+        )
+    config = [*FIXTURE, f"--config.data.path={faces}", f"--config.data.cache_dir={tmp_path / 'cache'}"]
+    _, _, err = command(workdir, *config, "--config.model.num_res_blocks=2")
+    assert "holds another run (config.model.num_res_blocks: 1 there, 2 here)" in err
+    assert "trained to step 2" in done(workdir, *config)
+    content = json.loads(file.read_text())
+    assert content["data"]["path"] == str(faces) and content["model"]["dropout"] == 0.2
+    _, _, err = command(workdir, *config, "--config.data.path=elsewhere")
+    assert f"holds another run (config.data.path: '{faces}' there, 'elsewhere' here)" in err
+
+
+# ---------------------------------------------------------------- the package
+
+
+def test_importing_touches_no_device_and_the_mathematics_needs_no_flax():
+    """JAX takes another number of devices only before it has touched one."""
+    code = (
+        "import sys, jax; from diffusion_jax import losses, sampling; "
+        "assert not {'flax', 'orbax'} & sys.modules.keys(); "
+        "import diffusion_jax; diffusion_jax.load, diffusion_jax.load_network, diffusion_jax.load_exported; "
+        "jax.config.update('jax_num_cpu_devices', 3); assert jax.device_count() == 3"
+    )
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    finished = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_the_package_shows_what_it_offers():
+    assert {"load", "load_network", "load_exported", "__version__"} <= set(dir(diffusion_jax))
+    assert re.fullmatch(r"\d+\.\d+\.\d+", diffusion_jax.__version__)
+    with pytest.raises(AttributeError, match="no attribute 'lode'"):
+        diffusion_jax.lode  # noqa: B018
