@@ -289,6 +289,7 @@ def test_a_chain_cut_to_stop_early_continues_bit_for_bit(name):
     np.testing.assert_array_equal(chain(x_8, 8, 0, window), chain(X, 20))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clip", [None, (-1.0, 1.0)])
 def test_a_window_changes_no_bit_of_a_real_network(clip):
     """XLA may round convolutions, attention and constants differently in a different program."""

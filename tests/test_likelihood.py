@@ -167,6 +167,7 @@ def test_float32_is_enough(sigma):
 # ---------------------------------------------------------------- data whose bound is known
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "s, sigma, bits",
     [

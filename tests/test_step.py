@@ -269,6 +269,7 @@ def test_a_data_set_on_the_device_gives_the_batches_of_the_pipeline():
             np.testing.assert_array_equal(batches["label"][:, i].reshape(8), wanted[start + i]["label"])
 
 
+@pytest.mark.slow
 def test_remat_is_the_same_network():
     """The same parameters by name, gradients to rounding, with the same dropout; less of it is kept."""
     config = tiny_config(model__dropout=0.3)

@@ -98,6 +98,7 @@ def test_tensorboard_has_the_same_numbers(uninterrupted):
             assert values[name, line["step"]] == pytest.approx(line[name], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_metrics_are_means_over_the_interval(uninterrupted, tmp_path):
     run(tmp_path, train__log_every=3)
     single, averaged = lines(uninterrupted[0]), lines(tmp_path)
@@ -113,6 +114,7 @@ def test_a_schedule_that_leaves_signal_is_warned_of(tmp_path, capsys):
     assert "alpha_bar_T" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_another_seed_is_another_run(uninterrupted, tmp_path):
     run(tmp_path, seed=1, train__num_steps=1)
     assert lines(tmp_path)[0]["loss"] != lines(uninterrupted[0])[0]["loss"]
@@ -146,6 +148,7 @@ def test_every_loss_teaches_to_predict_the_noise(tmp_path, loss):
     assert error(params) < (0.7 if "vlb" in loss else 0.6)  # the bound cares for small t
 
 
+@pytest.mark.slow
 def test_what_training_looks_at_every_so_often(tmp_path):
     """Held-out loss, samples and copies, in lines of their own; the run is the same as without."""
     split = {"data__split": "train[:200]", "data__test_split": "train[200:230]"}
@@ -190,6 +193,7 @@ def nan_now_and_then(config):
     return bad_loss
 
 
+@pytest.mark.slow
 def test_bad_steps_are_left_out_on_request(tmp_path, monkeypatch):
     bad_loss = nan_now_and_then(tiny_config())  # of 4 devices: any of them spoils the step
     monkeypatch.setattr(parts, "loss", lambda config: bad_loss)
@@ -215,12 +219,14 @@ def test_initial_state():
 # ---------------------------------------------------------------- the levers
 
 
+@pytest.mark.slow
 def test_a_data_set_on_the_device_changes_no_bit(uninterrupted, tmp_path):
     workdir, whole = uninterrupted
     assert_same(run(tmp_path, data__on_device=True), whole)
     assert without_speed(lines(tmp_path)) == without_speed(lines(workdir))
 
 
+@pytest.mark.slow
 def test_several_steps_a_dispatch(uninterrupted, tmp_path):
     """The same run but for what XLA rounds otherwise in a loop; of either data, resumed anywhere, the same bits."""
     workdir, whole = uninterrupted
@@ -244,6 +250,7 @@ def test_dispatches_end_where_something_is_due():
     assert list(train._dispatches(config.train, 13)) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("levers", [{"train__remat": True}, {"train__accumulate": 2}])
 def test_levers_that_round(uninterrupted, tmp_path, levers):
     workdir, whole = uninterrupted

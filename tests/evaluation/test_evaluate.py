@@ -15,6 +15,8 @@ from diffusion_jax.evaluation import bound, evaluate, quality
 from diffusion_jax.interop.samples import write_samples
 from diffusion_jax.running import workdir as workdirs
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):

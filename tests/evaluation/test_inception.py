@@ -11,6 +11,8 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import inception
 from tools import convert_inception, inception_fixture
 
+pytestmark = pytest.mark.slow
+
 NAME = "Mixed_7c.branch3x3dbl_3b.conv.weight"
 NOT_OURS = {"fc.weight": np.zeros((1008, 2048), np.float32), "fc.bias": np.zeros(1008, np.float32)}
 

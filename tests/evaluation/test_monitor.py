@@ -10,6 +10,8 @@ from diffusion_jax import parts
 from diffusion_jax.data import pixels
 from diffusion_jax.evaluation import metrics, monitor, quality
 
+pytestmark = pytest.mark.slow
+
 
 def test_distances_of_samples_to_held_out_and_training_images(tmp_path):
     config = tiny_config(data__split="train[:100]", data__test_split="train[100:130]")

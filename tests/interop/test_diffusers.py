@@ -135,6 +135,7 @@ def test_network_equals_diffusers(imported, outputs, scale, atol):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=atol)
 
 
+@pytest.mark.slow
 def test_tensors_are_bitwise_equal_after_export_and_import(imported, tmp_path):
     diffusers.export_diffusers(str(imported), str(tmp_path / "out"))
     assert_same(load(tmp_path / "out"), load(FOLDER))
@@ -147,6 +148,7 @@ def test_tensors_are_bitwise_equal_after_export_and_import(imported, tmp_path):
     assert workdirs.read_config(tmp_path / "again") == workdirs.read_config(imported)
 
 
+@pytest.mark.slow
 def test_exported_configs_equal_those_of_diffusers(imported, tmp_path):
     diffusers.export_diffusers(str(imported), str(tmp_path))
     for name in ("model_index.json", "unet/config.json", SCHEDULER):
@@ -155,6 +157,7 @@ def test_exported_configs_equal_those_of_diffusers(imported, tmp_path):
         assert all(theirs[key] in (None, "0.42.1") for key in theirs.keys() - ours.keys() if "scheduler" not in name)
 
 
+@pytest.mark.slow
 def test_old_names_of_attention_are_read(imported, source):
     """Files on the hub have these names; a dense weight may be a 1×1 convolution."""
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -170,6 +173,7 @@ def test_old_names_of_attention_are_read(imported, source):
     assert_same_params(to_params(imported, source), sample.load_network(imported)[1])
 
 
+@pytest.mark.slow
 def test_half_precision_becomes_float32(imported, source):
     save(source, {name: tensor.astype(np.float16) for name, tensor in load(source).items()})
     assert {leaf.dtype for leaf in jax.tree.leaves(to_params(imported, source))} == {np.dtype(np.float32)}
@@ -178,6 +182,7 @@ def test_half_precision_becomes_float32(imported, source):
 # ---------------------------------------------------------------- the workdir
 
 
+@pytest.mark.slow
 def test_imported_run_samples(imported):
     sample_fn, params = diffusion_jax.load(imported, num=1)
     x = sample_fn(params, jax.random.key(0))
@@ -378,6 +383,7 @@ def test_another_chain_is_refused(source, tmp_path, key, value):
         assert f"{SCHEDULER} has {key}={value!r}" in message
 
 
+@pytest.mark.slow
 def test_tensors_that_do_not_match_are_named(source, tmp_path):
     tensors = load(source)
     name = "up_blocks.1.resnets.0.conv_shortcut.weight"
@@ -470,6 +476,7 @@ def test_chain_is_the_same_after_export_and_import(tmp_path, name, sigma, predic
 # ---------------------------------------------------------------- exports
 
 
+@pytest.mark.slow
 def test_averaged_parameters_are_exported(untrained, tmp_path):
     diffusers.export_diffusers(str(untrained), str(tmp_path))
     start = restore(untrained, workdirs.read_config(untrained))
@@ -492,6 +499,7 @@ def test_runs_without_a_diffusers_counterpart_are_refused(untrained, tmp_path, k
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_number_of_steps_is_printed_unless_it_is_the_pipelines(untrained, imported, tmp_path, capsys):
     diffusers.export_diffusers(str(untrained), str(tmp_path / "20"))
     assert "call it with num_inference_steps=20\n" in capsys.readouterr().out
@@ -507,6 +515,7 @@ def test_groups_that_all_layers_share_are_exported():
     assert diffusers._unet_config(config)["norm_num_groups"] == 8
 
 
+@pytest.mark.slow
 def test_unusable_folders_are_refused(untrained, tmp_path):
     (tmp_path / "file").write_text("")
     for out, message in (("", "already exists"), ("file", "already exists"), ("file/out", "cannot be written")):

@@ -39,6 +39,7 @@ def test_images_are_bitwise_equal_to_the_runs(run):
     np.testing.assert_allclose(sample_fn(params, RNG, 4), pmapped(live_params, RNG), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_image_i_is_the_same_for_any_number(run):
     sample_fn, params = diffusion_jax.load_exported(run / "sampler.npz")
     many = sample_fn(params, RNG, 6)
@@ -47,6 +48,7 @@ def test_image_i_is_the_same_for_any_number(run):
     np.testing.assert_allclose(sample_fn(params, RNG, 2, first=3), many[3:5], atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"sampler": "ddim", "eta": 0.5}, {"sampler": "dpmpp_2m"}], ids=str)
 def test_other_samplers_are_exported(run, settings):
     export.export_sampler(run, str(run / "other.npz"), steps=5, **settings)
@@ -54,6 +56,7 @@ def test_other_samplers_are_exported(run, settings):
     np.testing.assert_array_equal(sample_fn(params, RNG, 3), on_one_device(run, 3, steps=5, **settings))
 
 
+@pytest.mark.slow
 def test_parameters_are_arguments_of_the_program(run):
     sample_fn, params = diffusion_jax.load_exported(run / "sampler.npz")
     live = sample.load(run)[1]
@@ -111,6 +114,7 @@ def test_unusable_out_is_refused(run):
         export.export_sampler(run, str(run / "config.json" / "x.npz"))
 
 
+@pytest.mark.slow
 def test_size_hardly_depends_on_the_number_of_steps(run):
     """The schedule is the only part of the program that grows."""
     sizes = []

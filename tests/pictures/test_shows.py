@@ -11,6 +11,8 @@ from diffusion_jax.data import pixels
 from diffusion_jax.errors import UserError
 from diffusion_jax.pictures import grids, shows
 
+pytestmark = pytest.mark.slow
+
 TILE = 64 + 4
 
 

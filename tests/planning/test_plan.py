@@ -139,6 +139,7 @@ def test_samples_that_do_not_fit_are_refused_with_their_key(monkeypatch):
 # ---------------------------------------------------------------------------- the programs, on CPU
 
 
+@pytest.mark.slow
 def test_plan_of_the_cpu(tmp_path, capsys):
     config = tiny_config()
     report = plan.plan(config, "cpu", str(tmp_path / "plan.json"))
@@ -194,6 +195,7 @@ def test_table_marks_every_estimate():
     assert len({len(line) for line in lines if line.startswith("|")}) == 1
 
 
+@pytest.mark.slow
 def test_planned_step_equals_that_of_training():
     config = tiny_config()
     image = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 1), np.uint8)
@@ -208,6 +210,7 @@ def test_planned_step_equals_that_of_training():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), actual.params, expected.params)
 
 
+@pytest.mark.slow
 def test_planned_chain_equals_that_of_sampling():
     config = tiny_config()
     params = parts.build(config).init_state().params
@@ -219,6 +222,7 @@ def test_planned_chain_equals_that_of_sampling():
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_program_of_the_chain_does_not_grow_with_its_steps():
     devices = jax.devices()[:1]
     short, long = (plan.lower_chain(tiny_config(schedule__num_steps=steps), devices, 1) for steps in (10, 1000))
@@ -229,6 +233,7 @@ def test_program_of_the_chain_does_not_grow_with_its_steps():
 
 
 @needs_libtpu
+@pytest.mark.slow
 def test_plan_of_a_tpu(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(plan, "LARGEST", 4)
     report = plan.plan(tiny_config(model__dtype="bfloat16"), "v5e:2x4", str(tmp_path / "plan.json"))
@@ -247,6 +252,7 @@ def test_plan_of_a_tpu(tmp_path, capsys, monkeypatch):
 
 
 @needs_libtpu
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "topology, chips",
     [("v4:2x2x1", 4), ("v5e:1x1", 1), ("v5e:16x16", 256), ("v5p:4x4x4", 64), ("v6e:2x4", 8)],
@@ -256,12 +262,14 @@ def test_one_device_is_one_chip(topology, chips):
 
 
 @needs_libtpu
+@pytest.mark.slow
 def test_shapes_unknown_to_libtpu_are_refused():
     with pytest.raises(UserError, match="libtpu has no such topology"):
         plan.plan(tiny_config(), "v5e:3x5")
 
 
 @needs_libtpu
+@pytest.mark.slow
 def test_program_too_large_for_the_chip_raises():
     sharding = jax.sharding.SingleDeviceSharding(plan._devices("v5e:1x1")[0][0])
     x = jax.ShapeDtypeStruct((60_000, 60_000), jnp.float32, sharding=sharding)
