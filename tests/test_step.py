@@ -9,25 +9,37 @@ from diffusion_jax import losses, parts, schedule, step
 from diffusion_jax.data import pipeline
 
 
-def make_step(config, loss_fn=None, **how):
+def make_step(config, loss_fn=None, apply_fn=None, **options):
     return step.make_step(
-        parts.model(config).apply,
+        apply_fn or parts.model(config).apply,
         loss_fn or parts.loss(config),
         parts.schedule(config),
         parts.optimizer(config),
         config.train.ema_decay,
         config.seed,
-        **how,
+        **options,
     )
-
-
-def make_train_step(config, loss_fn=None, **how):
-    return step.pmapped(make_step(config, loss_fn, **how))
 
 
 def batch(devices=4, per_device=2):
     image = np.random.default_rng(0).integers(0, 256, (devices, per_device, 8, 8, 1), np.uint8)
     return {"image": image}, np.arange(devices * per_device).reshape(devices, per_device)
+
+
+def linear(variables, x, t, train, dropout_keys):
+    """A network that compiles quickly: a weight and a bias for each pixel, and dropout."""
+
+    def one(x, key):
+        return x * variables["params"]["w"] * jax.random.bernoulli(key, 0.7, x.shape) + variables["params"]["b"]
+
+    return jax.vmap(one)(x, dropout_keys)
+
+
+def linear_state(optimizer, number=0):
+    """Returns the state of `linear` before step `number`, NumPy arrays."""
+    params = {"w": np.full((8, 8, 1), 0.5, np.float32), "b": np.zeros((8, 8, 1), np.float32)}
+    opt_state = jax.device_get(optimizer.init(params))
+    return step.TrainState(np.int32(number), params, jax.tree.map(np.copy, params), opt_state)
 
 
 def test_one_step_against_its_parts():
@@ -43,7 +55,7 @@ def test_one_step_against_its_parts():
         return losses.simple_loss(eps_bar_fn, s, x_0, t, eps_bar)
 
     start = parts.build(config).init_state()
-    after, metrics = make_train_step(config, spy)(step.replicate(start), batch())
+    after, metrics = step.pmapped(make_step(config, spy))(step.replicate(start), batch())
     jax.effects_barrier()
     x_0, t, eps_bar = (np.concatenate([seen[i][k] for i in range(4)]) for k in range(3))
     np.testing.assert_allclose(x_0, batch()[0]["image"].reshape(8, 8, 8, 1) / 127.5 - 1, atol=1e-6)
@@ -80,11 +92,11 @@ def test_randomness_is_of_seed_step_and_index():
         jax.debug.callback(lambda *values: streams.append(np.column_stack(values)), t, jax.random.key_data(keys))
         return losses.mean_square(x_0)
 
-    steps = {seed: make_train_step(tiny_config(seed=seed), spy) for seed in (0, 1)}
+    steps = {seed: step.pmapped(make_step(tiny_config(seed=seed), spy, linear)) for seed in (0, 1)}
 
     def of(seed, number, indices):
         streams.clear()
-        state = parts.build(config).init_state()._replace(step=np.int32(number))
+        state = linear_state(parts.optimizer(config), number)
         steps[seed](step.replicate(state), (batch()[0], indices))
         jax.effects_barrier()
         return sorted(map(tuple, np.concatenate(streams).tolist()))
@@ -104,8 +116,8 @@ def test_the_step_compiles_once():
         traces.append(x_0.shape)
         return parts.loss(config)(eps_bar_fn, s, x_0, t, keys)
 
-    take = make_train_step(config, counted)
-    state = step.replicate(parts.build(config).init_state())
+    take = step.pmapped(make_step(config, counted, linear))
+    state = step.replicate(linear_state(parts.optimizer(config)))
     for _ in range(3):
         state, _ = take(state, batch())
     assert int(state.step) == 3
@@ -114,8 +126,9 @@ def test_the_step_compiles_once():
 
 def test_the_state_is_given_away():
     """Donation: the memory of the old state is the new one's."""
-    state = step.replicate(parts.build(tiny_config()).init_state())
-    make_train_step(tiny_config())(state, batch())
+    config = tiny_config()
+    state = step.replicate(linear_state(parts.optimizer(config)))
+    step.pmapped(make_step(config, apply_fn=linear))(state, batch())
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.ema_params, state.opt_state)))
 
 
@@ -156,10 +169,12 @@ def test_t_is_drawn_as_often_as_told():
 
 def test_a_bad_step_leaves_everything_but_the_step():
     config = tiny_config()
-    before = parts.build(config).init_state()
-    take = make_train_step(
-        config, lambda eps_bar_fn, s, x_0, t, keys: jnp.full(t.shape, jnp.inf) * eps_bar_fn(x_0, t).mean()
-    )
+    before = linear_state(parts.optimizer(config))
+
+    def infinite(eps_bar_fn, s, x_0, t, keys):
+        return jnp.full(t.shape, jnp.inf) * eps_bar_fn(x_0, t).mean()
+
+    take = step.pmapped(make_step(config, infinite, linear))
     after, metrics = take(step.replicate(before), batch())
     assert_same(jax.device_get(after), before._replace(step=np.int32(1)))
     assert metrics["skipped"][0] == 1
@@ -175,8 +190,8 @@ def test_flips_are_a_coin_per_example_and_step():
         return x_0[:, 0, 0, 0]
 
     def share_of_bright(number, **how):
-        take = make_train_step(tiny_config(), left, **how)
-        state = parts.build(tiny_config()).init_state()._replace(step=np.int32(number))
+        take = step.pmapped(make_step(tiny_config(), left, linear, **how))
+        state = linear_state(parts.optimizer(tiny_config()), number)
         return (1 + float(take(step.replicate(state), ({"image": pixels}, indices))[1]["loss"][0])) / 2
 
     assert share_of_bright(0) == pytest.approx(0, abs=1e-6)
@@ -198,23 +213,14 @@ def test_flips_are_a_coin_per_example_and_step():
 def test_accumulated_gradients_are_those_of_the_batch(accumulate):
     """To 1e-6, for every leaf: plain gradient descent of rate 1 shows them."""
 
+    config, descent = tiny_config(), optax.sgd(1.0)
+
     def gradient(accumulate):
-        config = tiny_config(model__dropout=0.3)
-        take = step.pmapped(
-            step.make_step(
-                parts.model(config).apply,
-                parts.loss(config),
-                parts.schedule(config),
-                optax.sgd(1.0),
-                0.5,
-                0,
-                accumulate=accumulate,
-            )
-        )
-        params = parts.build(config).init_state().params
-        state = step.TrainState(np.int32(0), params, jax.tree.map(np.copy, params), optax.sgd(1.0).init(params))
+        loss, s = parts.loss(config), parts.schedule(config)
+        take = step.pmapped(step.make_step(linear, loss, s, descent, 0.5, 0, accumulate=accumulate))
+        state = linear_state(descent)
         after, metrics = take(step.replicate(state), batch(per_device=4))
-        return jax.tree.map(np.subtract, params, jax.device_get(after.params)), jax.device_get(metrics)
+        return jax.tree.map(np.subtract, state.params, jax.device_get(after.params)), jax.device_get(metrics)
 
     (whole, metrics), (added, others) = gradient(1), gradient(accumulate)
     assert max(abs(leaf).max() for leaf in jax.tree.leaves(whole)) > 0.01
@@ -224,22 +230,16 @@ def test_accumulated_gradients_are_those_of_the_batch(accumulate):
 
 
 def test_several_steps_are_so_many_single_ones():
-    """Bit for bit: of a linear network, as convolutions round otherwise in a loop on the CPU."""
-
-    def apply_fn(variables, x, t, train, dropout_keys):
-        return jax.vmap(lambda x: x * variables["params"]["w"] + variables["params"]["b"])(x)
-
+    """The steps of a linear network agree bit for bit; in a loop the CPU rounds convolutions differently."""
     config = tiny_config(train__warmup_steps=0)
     optimizer = parts.optimizer(config)
-    one = step.make_step(apply_fn, parts.loss(config), parts.schedule(config), optimizer, 0.5, 0, flip=True)
+    one = step.make_step(linear, parts.loss(config), parts.schedule(config), optimizer, 0.5, 0, flip=True)
     images = np.random.default_rng(1).integers(0, 256, (4, 3, 2, 8, 8, 1), np.uint8)
     indices = np.arange(8).reshape(4, 2)
     take, metrics = step.pmapped(step.several(one)), []
 
     def start():
-        params = {"w": np.full((8, 8, 1), 0.5, np.float32), "b": np.zeros((8, 8, 1), np.float32)}
-        state = step.TrainState(np.int32(0), params, jax.tree.map(np.copy, params), optimizer.init(params))
-        return step.replicate(state)
+        return step.replicate(linear_state(optimizer))
 
     state = start()
     for i in range(3):
@@ -278,7 +278,7 @@ def test_remat_is_the_same_network():
     assert_same(parts.build(again).init_state(), start)
     found = {}
     for name, one in (("kept", config), ("again", again)):
-        take = make_train_step(one)
+        take = step.pmapped(make_step(one))
         lowered = take.lower(step.replicate(start), batch())
         found[name] = jax.device_get(take(step.replicate(start), batch())[1]), lowered.as_text()
     for name, value in found["kept"][0].items():

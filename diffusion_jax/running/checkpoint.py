@@ -137,7 +137,10 @@ def _probe(folder):
     """
     base = f"{folder}/" if "://" in str(folder) else {"driver": "file", "path": f"{folder}/"}
     database = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
-    for key in database.list().result():
+    keys = database.list().result()
+    if not keys:
+        raise ValueError("it holds no arrays")
+    for key in keys:
         database.read(key).result()
 
 

@@ -15,6 +15,8 @@ from diffusion_jax.interop import export
 from diffusion_jax.running import config as configs
 from diffusion_jax.running import workdir as workdirs
 
+pytestmark = pytest.mark.slow
+
 RNG = jax.random.key(3)
 
 

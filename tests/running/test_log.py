@@ -16,7 +16,7 @@ def test_evaluations_keep_the_loss_curve_correct(tmp_path):
             if step in (3, 4, 6):
                 log.add_evaluation(step, {"held_out_loss": 1.0}, 0.0)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    steps, loss = report._series(lines, "loss")
+    steps, loss = report._read_curves(tmp_path / "metrics.jsonl")[0]["loss"]
     assert [*zip(steps.tolist(), loss.tolist(), strict=True)] == [(3, 20), (4, 25), (4, 25), (6, 55), (8, 65)]
     assert [line["step"] for line in lines if "held_out_loss" in line] == [3, 4, 6]
 
