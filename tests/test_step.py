@@ -1,9 +1,11 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import Examples, assert_same, tiny_config
+from conftest import Examples, assert_same, quick_jit, tiny_config
 
 from diffusion_jax import losses, parts, schedule, step
 from diffusion_jax.data import pipeline
@@ -26,13 +28,12 @@ def batch(devices=4, per_device=2):
     return {"image": image}, np.arange(devices * per_device).reshape(devices, per_device)
 
 
-def linear(variables, x, t, train, dropout_keys):
-    """A network that compiles quickly: a weight and a bias for each pixel, and dropout."""
-
-    def one(x, key):
-        return x * variables["params"]["w"] * jax.random.bernoulli(key, 0.7, x.shape) + variables["params"]["b"]
-
-    return jax.vmap(one)(x, dropout_keys)
+def linear(variables, x, t, train=False, dropout_keys=None, keep=0.7):
+    """A network that compiles quickly: a weight and a bias for each pixel, and dropout in training."""
+    w, b = variables["params"]["w"], variables["params"]["b"]
+    if train:
+        x = x * jax.vmap(lambda key: jax.random.bernoulli(key, keep, x.shape[1:]))(dropout_keys)
+    return jax.vmap(lambda x: x * w + b)(x)
 
 
 def linear_state(optimizer, number=0):
@@ -42,7 +43,8 @@ def linear_state(optimizer, number=0):
     return step.TrainState(np.int32(number), params, jax.tree.map(np.copy, params), opt_state)
 
 
-def test_one_step_against_its_parts():
+@pytest.mark.parametrize("network", ["linear", pytest.param("unet", marks=pytest.mark.slow)])
+def test_one_step_against_its_parts(network):
     """The gradient of the mean loss over the whole batch, clipping, Adam, EMA, in plain NumPy and optax."""
     config = tiny_config(train__warmup_steps=0, model__dropout=0.0, train__ema_decay=0.75)
     s, seen = parts.schedule(config), {}
@@ -54,8 +56,11 @@ def test_one_step_against_its_parts():
         )
         return losses.simple_loss(eps_bar_fn, s, x_0, t, eps_bar)
 
-    start = parts.build(config).init_state()
-    after, metrics = step.pmapped(make_step(config, spy))(step.replicate(start), batch())
+    if network == "unet":
+        apply_fn, start = parts.model(config).apply, parts.build(config).init_state()
+    else:
+        apply_fn, start = functools.partial(linear, keep=1.0), linear_state(parts.optimizer(config))
+    after, metrics = step.pmapped(make_step(config, spy, apply_fn))(step.replicate(start), batch())
     jax.effects_barrier()
     x_0, t, eps_bar = (np.concatenate([seen[i][k] for i in range(4)]) for k in range(3))
     np.testing.assert_allclose(x_0, batch()[0]["image"].reshape(8, 8, 8, 1) / 127.5 - 1, atol=1e-6)
@@ -64,11 +69,11 @@ def test_one_step_against_its_parts():
 
     def loss(params):
         def eps_bar_fn(x, t):
-            return parts.model(config).apply({"params": params}, x, t)
+            return apply_fn({"params": params}, x, t)
 
         return losses.simple_loss(eps_bar_fn, s, x_0, t, eps_bar).mean()
 
-    value, grads = jax.jit(jax.value_and_grad(loss))(start.params)
+    value, grads = quick_jit(jax.value_and_grad(loss))(start.params)
     norm = optax.tree.norm(grads)
     scale = min(1.0, 1.0 / float(norm))
     expected = jax.tree.map(lambda p, g: p - 2e-3 * scale * g / (abs(scale * g) + 1e-8), start.params, grads)
