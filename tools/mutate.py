@@ -169,8 +169,10 @@ def run(mutant) -> bool:
         # The tests of its own module come first: most mutants go no further.
         own = [name for name in TESTS if mutant and f"test_{mutant[0].split('/')[-1]}.py" in name]
         others = [name for name in TESTS if name not in own]
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-m", "", "-p", "no:cacheprovider"]
-        for tests in filter(None, (own, others)):
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-p", "no:cacheprovider", "-m"]
+        for tests in (["not slow", *own], ["not slow", *others], ["slow", *TESTS]):
+            if len(tests) == 1:
+                continue
             code = subprocess.run([*command, *tests], cwd=copy, capture_output=True, check=False).returncode
             if code not in (0, 1, 2):  # 1: a test failed, 2: the mutant cannot be imported
                 raise RuntimeError(f"pytest ended with {code} for {mutant}: the machine, not the mutant, stopped it")
