@@ -251,7 +251,7 @@ def test_a_run_imported_without_images_takes_those_of_its_training(done, command
         code, _, err = command(*args, workdir)
         assert code == 1
         assert err.strip().endswith(
-            f"{file} names no images (data.path is empty, the run was imported): write data.path there"
+            f"{file} names no images (data.path is empty, the run was imported): set data.path there"
         )
     config = [*FIXTURE, f"--config.data.path={faces}", f"--config.data.cache_dir={tmp_path / 'cache'}"]
     _, _, err = command(workdir, *config, "--config.model.num_res_blocks=2")
