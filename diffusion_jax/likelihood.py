@@ -208,10 +208,10 @@ def vlb(
 def rate_distortion(
     prior: float, terms: ArrayLike | Sequence[float], squared_errors: ArrayLike | Sequence[float]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the rate-distortion curve of progressive coding from means over examples, Ho et al. (2020), figure 5 and table 4.
+    """Returns the rate-distortion curve of progressive coding, Ho et al. (2020), figure 5 and table 4.
 
     Args:
-      prior: [] bits/dim.
+      prior: [] bits/dim, like the others a mean over examples.
       terms: [T] bits/dim, see `vlb_by_step`.
       squared_errors: [T] mean squared errors of the predicted x_0, see `vlb_by_step`.
 

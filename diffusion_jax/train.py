@@ -164,7 +164,7 @@ def _dispatches(train, start):
 
 
 def _program(config, run, images, start, ks, shape):
-    """Returns (k -> the program of k steps on all devices, an iterator over the batches of dispatches of `ks` steps)."""
+    """Returns (k -> the program of k steps on all devices, an iterator over the batches of the dispatches)."""
     batch_size = config.train.batch_size
     if config.data.on_device:
         several = functools.cache(

@@ -113,7 +113,7 @@ class ResnetBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, temb: jax.Array, dropout_keys: jax.Array | None = None) -> jax.Array:
-        """Applies the block to x [B, H, W, C] and temb [B, E], with dropout if keys [B] are given. -> [B, H, W, features]"""
+        """Applies the block to x [B, H, W, C] and temb [B, E]; keys [B] turn dropout on. -> [B, H, W, features]"""
         norm = functools.partial(GroupNorm, self.num_groups, self.dtype)
         h = nn.silu(norm(name="norm1")(x))
         h = conv(self.features, self.dtype, name="conv1")(h)

@@ -145,7 +145,7 @@ def test_a_config_is_a_shipped_name_or_a_file(done, command, tmp_path):
     assert "| EMA decay                               | 0.5" in done("--mode=audit", f"--config={file}")
     assert "| EMA decay                               | 0.995" in done("--mode=audit", "--config=tiny")
     code, _, err = command("--mode=audit", "--config=tinny")
-    assert code == 1 and "--config=tinny does not ship: give one of celeba, celebahq256, cifar10, " in err
+    assert code == 1 and "--config=tinny is not a shipped config: give one of celeba, celebahq256, cifar10, " in err
 
 
 # ---------------------------------------------------------------- mistakes
