@@ -192,7 +192,7 @@ def kernel_distance(
 
 
 class PrecisionRecall(NamedTuple):
-    """The result of `precision_recall`: numbers in [0, 1], except the density, whose mean for equal distributions is 1."""
+    """The result of `precision_recall`: in [0, 1], except the density, whose mean for equal distributions is 1."""
 
     precision: float
     recall: float

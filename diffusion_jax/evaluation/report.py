@@ -113,7 +113,7 @@ def _contents(workdir, config):
         "date": _date(datetime.datetime.now().timestamp()),
         "step": step,
         "facts": _facts(workdir, flat, step, checkpoints, parts.num_parameters(config), curves),
-        "charts": _charts(curves, group, flat.get("schedule.num_steps")),
+        "charts": _charts(curves, group, flat["schedule.num_steps"]),
         "group": group,
         "num_damaged": num_damaged,
         "grids": [_picture(grids[i][1], f"step {grids[i][0]:,}") for i in indices],
@@ -182,16 +182,15 @@ def _by_group(flat):
 
 def _facts(workdir, flat, step, checkpoints, num_parameters, curves):
     """Returns the rows of the first table; a row without data is None."""
-    batch_size = flat.get("train.batch_size")
-    source = [str(flat[key]) for key in ("data.source", "data.path") if flat.get(key)]
-    shape = [str(flat.get(f"data.{key}")) for key in ("image_size", "image_size", "channels")]
+    source = " ".join(filter(None, (flat["data.source"], flat["data.path"])))
+    shape = [str(flat[f"data.{key}"]) for key in ("image_size", "image_size", "channels")]
     loss, speed = (_finite(curves, name)[1] for name in ("loss", "images_per_second"))
     return {
-        "step": f"{_cell(step)} of {_cell(flat.get('train.num_steps'))}",
+        "step": f"{_cell(step)} of {_cell(flat['train.num_steps'])}",
         "checkpoints": checkpoints or None,
         "parameters": num_parameters,
-        "data": [" ".join(source), " × ".join(shape)] if source else None,
-        "images seen": step * batch_size if _is_number(batch_size) else None,
+        "data": [source, " × ".join(shape)] if source else None,
+        "images seen": step * flat["train.batch_size"],
         "loss": f"{_cell(loss[-1])}, least {_cell(loss.min())}" if len(loss) else None,
         "images per second": float(np.median(speed[-RECENT:])) if len(speed) else None,
         **_times(workdir, *_finite(curves, "steps_per_second")),
@@ -234,7 +233,7 @@ def _charts(curves, group, num_steps):
 def _label(name, num_steps):
     """Returns the range of t for the loss of a quarter, loss_t1 … loss_t4, and any other name unchanged."""
     quarter = re.fullmatch(r"loss_t([1-4])", name)
-    if not (quarter and _is_number(num_steps)):
+    if not quarter:
         return name
     first, last = (-(-i * num_steps // 4) for i in (int(quarter[1]) - 1, int(quarter[1])))
     return f"t = {first + 1:,} … {last:,}"
