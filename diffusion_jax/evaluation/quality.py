@@ -54,10 +54,11 @@ def extract(images: Any, features: Features) -> np.ndarray:
     return np.concatenate(list(_batches(images, features)))
 
 
-def _batches(images, features):
-    """Yields the float32 features of each batch of images, without those of the padding."""
-    for first in range(0, len(images), _BATCH):
-        batch = np.asarray(images[first : first + _BATCH])
+def _batches(images, features, indices=None):
+    """Yields the float32 features of each batch of images (those at `indices`), without those of the padding."""
+    indices = np.arange(len(images)) if indices is None else indices
+    for first in range(0, len(indices), _BATCH):
+        batch = np.asarray(images[indices[first : first + _BATCH]])
         padded = np.concatenate([batch, np.repeat(batch[:1], _BATCH - len(batch), axis=0)])
         yield np.asarray(features(padded), np.float32)[: len(batch)]
 
@@ -65,7 +66,7 @@ def _batches(images, features):
 def moments(images: Any, features: Features) -> metrics.Moments:
     """Returns the moments of the features of all images, in every process; each process reads its share."""
     share = np.array_split(np.arange(len(images)), jax.process_count())[jax.process_index()]
-    batches = _batches(_Subset(images, share), features)
+    batches = _batches(images, features, share)
     total = metrics.Moments.of(next(batches))
     for batch in batches:
         total = total.add(batch)
@@ -77,19 +78,6 @@ def moments(images: Any, features: Features) -> metrics.Moments:
     d = len(total.mean)
     totals = [metrics.Moments(int(p[0]), p[1 : d + 1], p[d + 1 :].reshape(d, d)) for p in parts]
     return sum(totals[1:], totals[0])
-
-
-class _Subset:
-    """Holds the images at `indices`, and reads them only when they are indexed."""
-
-    def __init__(self, images, indices):
-        self._images, self._indices = images, indices
-
-    def __len__(self):
-        return len(self._indices)
-
-    def __getitem__(self, index):
-        return self._images[self._indices[index]]
 
 
 def save_statistics(path: epath.PathLike, statistics: metrics.Moments, protocol: dict[str, Any]) -> None:
