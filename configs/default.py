@@ -13,10 +13,10 @@ def get_config() -> ConfigDict:
 
     config.data = data = ConfigDict()
     data.source = "files"  # digits (ships with scikit-learn), tfds:<name>, or files (at data.path)
-    data.path = ""  # own images, which precede any source: a folder, a zip or an idx file; or the folder of TFDS
+    data.path = ""  # own images, in place of data.source: a folder, a zip or an idx file; or the folder of TFDS
     data.split = "train"  # a split of TFDS, e.g. train, test, train+test; or the folder of that name within data.path
-    data.test_split = ""  # held-out split, which --mode=evaluate adds to data.split; "": none
-    data.manual_dir = ""  # files that TFDS does not download when it prepares a data set
+    data.test_split = ""  # held-out split; --mode=evaluate measures it too; "": none
+    data.manual_dir = ""  # folder of files that TFDS cannot download itself
     data.image_size = 32  # height and width in pixels
     data.channels = 3  # 1 (grey) or 3 (RGB)
     data.crop = 0  # side of the centre crop in pixels of the file; 0: the largest square
@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
     data.cache_dir = ""  # folder of the decoded images; "": ~/.cache/diffusion_jax
     data.cache_limit_gb = 64.0  # largest cache in GB (1e9 bytes); more images are decoded on the fly
 
-    data.on_device = False  # keep the data set in each device's memory: the same batches, without the host
+    data.on_device = False  # keep the data set in each device's memory: the same batches, no transfers from the host
 
     config.schedule = schedule = ConfigDict()
     schedule.name = "ho_linear"  # su_linear, ho_linear or cosine
@@ -44,17 +44,17 @@ def get_config() -> ConfigDict:
 
     config.train = train = ConfigDict()
     train.loss = "simple"  # simple (15), step (11), weighted_step (9) or vlb (the bound on the likelihood)
-    train.t_sampling = "uniform"  # or importance, for vlb: t of large terms more often, at less weight
+    train.t_sampling = "uniform"  # or importance, for vlb: draws t with large terms more often, and weights them less
     train.num_steps = 800_000  # optimizer steps in total
     train.batch_size = 128  # images per step over all devices
-    train.accumulate = 1  # parts of a per-device batch, one after another: less memory, the same step
+    train.accumulate = 1  # parts of a per-device batch, computed one after another: less memory, the same step
     train.remat = False  # recompute activations in the backward pass: less memory, more time
     train.steps_per_dispatch = 1  # steps in one program, for small networks on accelerators; slow on the CPU
     train.learning_rate = 2e-4  # Adam's learning rate after the warm-up
     train.warmup_steps = 5000  # steps of linear warm-up from 0; 0: none
     train.grad_clip = 1.0  # largest norm of the gradient
     train.ema_decay = 0.9999  # decay per step of the parameters' average
-    train.max_bad_steps = 0  # consecutive steps with a non-finite loss or gradient that are skipped; one more stops
+    train.max_bad_steps = 0  # consecutive non-finite steps to skip; one more stops the run
     train.log_every = 100  # steps between lines of metrics.jsonl
     train.checkpoint_every = 5000  # steps between checkpoints
     train.keep_checkpoints = 3  # number of the latest checkpoints to keep
@@ -63,10 +63,10 @@ def get_config() -> ConfigDict:
 
     config.sampling = sampling = ConfigDict()
     sampling.sampler = "ancestral"  # ancestral (sigma, all steps), ddim (eta) or dpmpp_2m
-    sampling.steps = 0  # steps of ddim, evenly spaced, or of dpmpp_2m, evenly in log-SNR; 0: all
+    sampling.steps = 0  # steps of ddim (uniform in t) or dpmpp_2m (uniform in log-SNR); 0: all
     sampling.eta = 0.0  # scale of ddim's noise, from 0 (none) to 1 (that of the posterior)
     sampling.sigma = "beta"  # zero (greedy), beta ("fixed large") or posterior ("fixed small")
     sampling.clip = True  # bound the predicted x_0 to [-1, 1] inside the chain
-    sampling.num = 64  # images per call, and in the grids of the training
+    sampling.num = 64  # images per call, and per grid during training
 
     return config

@@ -1,4 +1,4 @@
-"""The exception for input that cannot be used, and the messages of libraries on one line."""
+"""The exception for unusable input, and a helper that puts an error message on one line."""
 
 
 class UserError(ValueError):

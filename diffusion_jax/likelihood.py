@@ -20,7 +20,7 @@ from diffusion_jax.process import Network
 from diffusion_jax.schedule import Schedule, sigma_posterior
 
 _HALF_BIN = 1 / 255  # half the distance between two of the 256 levels in [−1, 1]
-_FLOOR = 1e-12  # smallest probability in Ho et al.'s code
+_FLOOR = 1e-12  # Ho et al.'s code clips probabilities here
 
 
 def decoder_log_likelihood(x_0: jax.Array, mean: jax.Array, log_std: jax.Array, exact: bool = True) -> jax.Array:
@@ -103,10 +103,10 @@ def vlb_term(
     decoder_std: ArrayLike | None = None,
     exact: bool = True,
 ) -> jax.Array:
-    """Returns the term t of the bound at x_t of (6) for each example: [B] bits/dim.
+    """Returns term t of the bound for each example, at the x_t of (6): [B] bits/dim.
 
-    The term t = 1 is the decoder, −log p(x_0 | x_1), with the standard deviation `decoder_std` in place of
-    σ_1. The other terms are `step_kl`. The bound is the mean of `prior_kl` plus the sum of the terms 1..T.
+    Term 1 is the decoder, −log p(x_0 | x_1), with the standard deviation `decoder_std` in place of
+    σ_1. The other terms are `step_kl`. The bound is the mean of `prior_kl` plus the sum of terms 1..T.
 
     Args:
       sigma: [T + 1], > 0 from t = 2 on, see `sampling.reverse_chain`.
@@ -121,7 +121,7 @@ def vlb_term(
 
 
 def _term(eps_bar_fn, s, sigma, x_0, t, eps_bar, clip, decoder_std, exact):
-    """Returns (`vlb_term`, mean square error of the predicted x_0, `losses.simple_loss`): [B] each."""
+    """Returns (`vlb_term`, mean squared error of the predicted x_0, `losses.simple_loss`): [B] each."""
     decoder_std = default_decoder_std(s) if decoder_std is None else decoder_std
     s, sigma = jax.tree.map(jnp.asarray, (s, sigma))
     x_t = jax.vmap(lambda *args: process.forward(s, *args))(x_0, t, eps_bar)
@@ -158,7 +158,7 @@ def vlb_by_step(
 
     Returns:
       (terms, squared_error, loss), float32 [T, B] each, step t in row t − 1. `terms` are `vlb_term` in bits/dim,
-      `squared_error` is the mean square error of the predicted x_0 in units of [−1, 1], `loss` is
+      `squared_error` is the mean squared error of the predicted x_0 on the scale [−1, 1], `loss` is
       (15), `losses.simple_loss`.
     """
 
@@ -208,12 +208,12 @@ def vlb(
 def rate_distortion(
     prior: float, terms: ArrayLike | Sequence[float], squared_errors: ArrayLike | Sequence[float]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the curve of progressive coding from means over examples, Ho et al. (2020), figure 5 and table 4.
+    """Returns the rate-distortion curve of progressive coding, Ho et al. (2020), figure 5 and table 4.
 
     Args:
-      prior: [] bits/dim.
+      prior: [] bits/dim, like the others a mean over examples.
       terms: [T] bits/dim, see `vlb_by_step`.
-      squared_errors: [T] mean square errors of the predicted x_0, see `vlb_by_step`.
+      squared_errors: [T] mean squared errors of the predicted x_0, see `vlb_by_step`.
 
     Returns:
       (rate, distortion), float64 [T] each, step t in entry t − 1. `rate` is the bits/dim that transmit x_t.

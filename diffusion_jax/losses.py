@@ -68,7 +68,7 @@ def velocity_loss(velocity_fn: Network, s: Schedule, x_0: jax.Array, t: jax.Arra
 def vlb_loss(
     eps_bar_fn: Network, s: Schedule, sigma: jax.Array, x_0: jax.Array, t: jax.Array, eps_bar: jax.Array
 ) -> jax.Array:
-    """T times the term t of the variational bound, Ho et al.'s L (table 2): [B] bits/dim.
+    """T times term t of the variational bound, Ho et al.'s L (table 2): [B] bits/dim.
 
     Its mean over t uniform in 1..T is the bound without the prior term, which does not depend on the network.
 
@@ -82,8 +82,8 @@ def importance(s: Schedule, sigma: ArrayLike, deviation: float = 0.5) -> np.ndar
     """Returns the probabilities of t for importance sampling of `vlb_loss`: float64 [T + 1] with sum 1.
 
     With t drawn from p_t, `vlb_loss` divided by T p_t varies less than `vlb_loss` with uniform t. p_t is proportional
-    to the term t of the optimal network on data N(0, deviation²), which has a closed form. It depends on t
-    alone, unlike Nichol & Dhariwal's (2021) averages of past losses. Entry 0 is 0.
+    to term t of the optimal network on data N(0, deviation²), which has a closed form. Nichol & Dhariwal (2021)
+    use averages of past losses instead. Entry 0 is 0.
     """
     alpha_bar, beta, beta_bar, sigma = (np.asarray(x, np.float64) for x in (s.alpha_bar, s.beta, s.beta_bar, sigma))
     error = deviation**2 * beta_bar**2 / (alpha_bar**2 * deviation**2 + beta_bar**2)  # E[(x_0 − E[x_0 | x_t])²]

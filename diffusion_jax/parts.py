@@ -1,4 +1,4 @@
-"""From a config to the objects of a run, built once; below this module nothing knows a config.
+"""Builds the objects of a run from its config. The modules that compute never see a config.
 
 Each builder takes the whole config, whose keys `configs/default.py` explains. `build` calls them all.
 """
@@ -25,7 +25,7 @@ _SCHEDULES: dict[str, Callable[[int], schedules.Schedule]] = {
 }
 _SIGMAS = {"zero": schedules.sigma_zero, "beta": schedules.sigma_beta, "posterior": schedules.sigma_posterior}
 _STEP_LOSSES = {"step": losses.step_loss, "weighted_step": losses.weighted_step_loss}
-# model.prediction: ε̄ as formula(s, x_t, t, output) of the network's output, and equation (15) for that output.
+# model.prediction: (the formula (s, x_t, t, output) -> ε̄ for the network's output, (15) for that output).
 _PREDICTIONS = {
     "eps_bar": (lambda s, x_t, t, output: output, losses.simple_loss),
     "x_0": (process.predict_eps_bar, losses.x_0_loss),
@@ -40,12 +40,12 @@ class Parts:
     """The objects of a run.
 
     Attributes:
-      seed: the seed of initial weights, order of the data, t, noise and dropout.
+      seed: seed of initial weights, order of the data, t, noise and dropout.
       schedule: α_t, β_t, ᾱ_t, β̄_t.
       sigma: [T + 1] standard deviations of the reverse steps.
       image_shape: (H, W, C).
       model: the Flax network, which predicts model.prediction.
-      network: apply_fn({"params": params}, x, t) -> ε̄, from whatever the model predicts.
+      network: apply_fn({"params": params}, x, t) -> ε̄, for every model.prediction.
       optimizer: clipping and Adam.
       learning_rate: step -> learning rate.
       train_step: (state, (batch, indices)) -> (state, metrics), see `step.make_step`.
@@ -83,7 +83,7 @@ class Parts:
         )
 
     def init_state(self) -> step.TrainState:
-        """Returns the state before the first step, NumPy arrays; a function of the seed."""
+        """Returns the state before the first step as NumPy arrays; it depends on the seed alone."""
         return step.init_state(self.model, self.optimizer, self.image_shape, self.seed)
 
     def abstract_state(self) -> step.TrainState:
@@ -92,7 +92,7 @@ class Parts:
 
 
 def build(config: ConfigDict) -> Parts:
-    """Builds everything that a checked config describes but the data set, see `images`."""
+    """Builds everything that a checked config describes, except the data set (see `images`)."""
     return Parts(
         seed=config.seed,
         schedule=schedule(config),
@@ -141,7 +141,7 @@ def model(config: ConfigDict) -> unet.UNet:
 
 
 def network(config: ConfigDict) -> Callable:
-    """Builds the network as samplers see it: apply_fn({"params": params}, x, t) -> ε̄, for every model.prediction."""
+    """Builds apply_fn({"params": params}, x, t) -> ε̄, the network as samplers take it, for every model.prediction."""
     apply, s = model(config).apply, schedule(config)
 
     def apply_fn(variables, x, t):
@@ -151,6 +151,7 @@ def network(config: ConfigDict) -> Callable:
 
 
 def _eps_bar_fn(config, output_fn, s):
+    """Returns (x, t) -> ε̄ for `output_fn`, whose output is model.prediction."""
     to_eps_bar, _ = _PREDICTIONS[config.model.prediction]
     return lambda x, t: jax.vmap(lambda x, t, output: to_eps_bar(s, x, t, output))(x, t, output_fn(x, t))
 
@@ -158,7 +159,7 @@ def _eps_bar_fn(config, output_fn, s):
 def loss(config: ConfigDict) -> Callable:
     """Builds the training loss, train.loss: (output_fn, s, x_0, t, keys [B]) -> [B], see `losses.with_noise`.
 
-    `output_fn(x, t)` is the network as it stands, which predicts model.prediction.
+    `output_fn(x, t)` is the raw output of the network, model.prediction.
     """
     _, simple = _PREDICTIONS[config.model.prediction]
     if config.train.loss == "simple":
@@ -172,7 +173,7 @@ def loss(config: ConfigDict) -> Callable:
 
 
 def t_probabilities(config: ConfigDict) -> np.ndarray | None:
-    """Builds the probability of each t in training, float64 [T + 1], train.t_sampling; None: uniform in 1..T."""
+    """Builds the probability of each t in training, float64 [T + 1], train.t_sampling; None means uniform in 1..T."""
     if config.train.t_sampling == "uniform":
         return None
     return losses.importance(schedule(config), sigma(config))
@@ -191,7 +192,7 @@ def optimizer(config: ConfigDict) -> optax.GradientTransformation:
 
 
 def train_step(config: ConfigDict) -> Callable:
-    """Builds the step on one device, see `step.make_step`."""
+    """Builds the step of one device, see `step.make_step`."""
     return step.make_step(
         model(config).apply,
         loss(config),
@@ -226,7 +227,7 @@ def num_sampling_steps(config: ConfigDict) -> int:
 
 
 def chain(config: ConfigDict) -> Callable:
-    """Builds the sampler, sampling.sampler over sampling.steps, for the `chain` of `sampling.make_sample_fn`."""
+    """Builds the chain of `sampling.make_sample_fn` from sampling.sampler, steps and eta."""
     s, num_steps = schedule(config), num_sampling_steps(config)
     if config.sampling.sampler == "ancestral":
         return sampling.reverse_chain
@@ -250,7 +251,7 @@ def images(config: ConfigDict, split: str | None = None) -> cache.Cached | cache
     """Opens the images of data.*, decoded to one size; the first call makes their cache.
 
     Args:
-      split: in place of data.split.
+      split: replaces data.split.
 
     Raises:
       UserError: see `sources.open_source` and `cache.open_images`.

@@ -30,7 +30,7 @@ def forward(s: Schedule, x_0: jax.Array, t: ArrayLike, eps_bar: jax.Array) -> ja
 
 
 def step_noise(s: Schedule, eps_bar: jax.Array, t: ArrayLike) -> jax.Array:
-    """(12): E[ε_t | ε̄_t] = (β_t / β̄_t) ε̄_t. The network's output as ε̄_t gives Su's ε_θ."""
+    """(12): E[ε_t | ε̄_t] = (β_t / β̄_t) ε̄_t. With the network's output as ε̄_t this is Su's ε_θ."""
     return s.beta[t] / s.beta_bar[t] * eps_bar
 
 
@@ -39,7 +39,7 @@ def reverse_step(s: Schedule, x_t: jax.Array, t: ArrayLike, eps: jax.Array, nois
 
     Args:
       eps: the noise of the single step t, which is `step_noise` of the network's output.
-      noise: is added to the mean as it is, already scaled by σ_t.
+      noise: σ_t z, added to the mean.
     """
     return (x_t - s.beta[t] * eps) / s.alpha[t] + noise
 
@@ -67,7 +67,7 @@ def predict_eps_bar_from_velocity(s: Schedule, x_t: jax.Array, t: ArrayLike, v: 
 def variance_between(s: Schedule, t: ArrayLike, u: ArrayLike) -> jax.Array:
     """1 − (ᾱ_t/ᾱ_u)², the variance that the steps u+1..t add, for 0 <= u < t. It is β_t² for u = t − 1.
 
-    The formula as written loses digits: its relative error in float32 is 6e-4 where β² is 1e-4.
+    Evaluated as written in float32, the formula has a relative error of 6e-4 where β² is 1e-4.
     The code takes the difference of ᾱ² or of β̄², whichever changes faster at t.
     """
     from_alpha = (s.alpha_bar[u] - s.alpha_bar[t]) * (s.alpha_bar[u] + s.alpha_bar[t])

@@ -37,7 +37,7 @@ def load(
 
     The first call compiles. All steps are one XLA program, on all devices of this process.
 
-    Args (None: the value of the run's config):
+    Args (None means the value in the run's config):
       workdir: the workdir of a training run.
       num: images per call. Image i depends on (params, rng, i) alone, so it is the same for any num.
       sampler: "ancestral", Ho et al.'s chain with the config's sigma over all T steps; "ddim";
@@ -46,7 +46,7 @@ def load(
       eta: noise of ddim: from 0 (none; the same latent gives nearly the same image for any number of
         steps) to 1 (as much as the ancestral sampler's posterior).
       clip: True bounds the predicted x_0 to [-1, 1] inside the chain.
-      dtype: dtype of the network's computation, "float32" or "bfloat16".
+      dtype: dtype of the computation, "float32" or "bfloat16".
       progress: True shows a bar of the steps with speed and time left; the images stay the same.
 
     Returns:
@@ -77,12 +77,12 @@ def load_network(workdir: epath.PathLike) -> tuple[Callable, dict, Schedule]:
 
 
 def _progress(steps, num):
-    """Returns a window that draws a bar from inside the program; each call of the sampler restarts it."""
+    """Returns a window that moves a progress bar from inside the program; each call of the sampler restarts it."""
     every = max(1, steps // 100)
     reports = steps // every * len(jax.local_devices()[:num])  # each device reports
     bar = tqdm.tqdm(total=reports, desc="sampling", bar_format="{desc}: {percentage:.0f}%|{bar}| {elapsed}<{remaining}")
 
-    calls = itertools.count()  # the devices report from threads of their own
+    calls = itertools.count()  # thread-safe: each device reports from a thread of its own
 
     def report(_):
         done = next(calls) % reports + 1
@@ -96,21 +96,21 @@ def _progress(steps, num):
     return sampling.Window(report, every)
 
 
-# ---------------------------------------------------------------- what samplers need of a workdir
+# ---------------------------------------------------------------- images and parameters of a run
 
 
 def read_images(config: ConfigDict, workdir: epath.PathLike, split: str | None = None) -> Cached | OnTheFly:
     """Opens the data set of a run.
 
     Args:
-      split: in place of data.split.
+      split: replaces data.split.
 
     Raises:
-      UserError: the data set cannot be opened; the message says where to correct its place.
+      UserError: the data set cannot be opened; the message names the file to correct.
     """
     file = workdirs.absolute(workdir) / "config.json"
     if not configs.has_images(config):
-        raise UserError(f"{file} names no images (data.path is empty, the run was imported): write data.path there")
+        raise UserError(f"{file} names no images (data.path is empty, the run was imported): set data.path there")
     try:
         return parts.images(config, split)
     except UserError as error:

@@ -1,4 +1,4 @@
-"""From noise to data: chains of steps as one `lax.scan` each, the grids of steps, and samplers around the chains."""
+"""From noise to data: chains of reverse steps (one `lax.scan` each), grids of steps, and samplers built on them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -38,7 +38,7 @@ class Window(NamedTuple):
     compose, by `start` and `stop` of `reverse_chain` or by a grid cut in two (`ddim_chain`).
 
     Attributes:
-      report: (t) or (t, looked), a function of the host.
+      report: (t) or (t, what `look` returned), runs on the host.
       every: number of steps from one report to the next, at least 1.
       look: (x_t [B, ...], x_0 [B, ...]) -> a pytree of arrays. It runs on the device.
     """
@@ -71,7 +71,7 @@ def reverse_chain(
       keys: [B] PRNG keys. The noise of example i at step t is drawn from fold_in(keys[i], t)
         alone, so chains compose: T -> k -> 0 equals T -> 0, bit for bit.
       start, stop: Python ints, T >= start >= stop >= 0; start=None is T.
-      clip: (lo, hi) bounds the predicted x_0 inside the chain, as Ho et al. do; None, as Su does, does not.
+      clip: (lo, hi) bounds the predicted x_0 inside the chain, as Ho et al. do; None, as in Su's code, does not.
       window: observes the chain, see `Window`.
 
     Returns:
@@ -133,8 +133,8 @@ def ddim_chain(
 
     Args:
       eps_bar_fn: (x [B, ...], t [B]) -> ε̄ [B, ...], the network.
-      ts: int [n + 1], falling from at most T to at least 0, see `grid_uniform`. Its values may be traced
-        and are then not checked; the samples are the same bit for bit if n >= 2. XLA unrolls a single step,
+      ts: int [n + 1], falling from at most T to at least 0, see `grid_uniform`. Traced values
+        are not checked, and give the same samples, bit for bit, if n >= 2. XLA unrolls a single step
         and may round it differently where its t is a constant.
       x: [B, ...] x_{ts[0]}.
       keys: [B] PRNG keys. The noise of example i at step t is drawn from fold_in(keys[i], t) alone.
@@ -176,8 +176,8 @@ def dpmpp_2m_chain(
     """DPM-Solver++(2M), Lu et al. (2022), algorithm 2, in one `lax.scan`: from x_{ts[0]} to x_{ts[-1]}.
 
     The chain is deterministic and of second order in λ = log(ᾱ/β̄). The first step is of first order. A
-    last step to t = 0, where λ is infinite, is of first order for any number of steps (other code
-    does so below 15 steps) and returns the prediction of x_0.
+    last step to t = 0, where λ is infinite, is of first order for any number of steps (in other code
+    only below 15 steps) and returns the prediction of x_0.
 
     Args:
       ts: int [n + 1], as in `ddim_chain`; `grid_log_snr` suits this chain best.
@@ -292,7 +292,7 @@ def _distinct(s, ts):
 
 
 def _checked_grid(s, ts):
-    """Returns ts as int32 [n + 1]. Raises ValueError if its shape, or its values where they are known, are no grid."""
+    """Returns ts as int32 [n + 1]. Raises ValueError unless it is a falling grid; traced values are not checked."""
     traced = isinstance(ts, jax.core.Tracer)
     ts = ts if traced else np.asarray(ts)
     if ts.ndim != 1 or len(ts) < 2:
@@ -312,10 +312,9 @@ def make_indexed_sample_fn(
     chain: Callable[..., jax.Array] | None = None,
     window: Window | None = None,
 ) -> Callable[..., jax.Array]:
-    """Returns the sampler of one device, which generates the images that `indices` number.
+    """Returns a sampler for one device: sample(params, rng, indices [n], s=s, sigma=sigma) -> float32 [n, H, W, C].
 
-    It is sample(params, rng, indices [n], s=s, sigma=sigma) -> float32 [n, H, W, C], for any n. Image i
-    depends on (params, rng, i) alone.
+    It takes any n. Image i depends on (params, rng, i) alone.
 
     Args:
       image_shape: (H, W, C).
@@ -343,8 +342,8 @@ def make_sample_fn(
     """Returns the sampler of this process: sample_fn(params, rng, first=0) -> float32 [N, H, W, C].
 
     All T steps are one XLA program, pmapped over the local devices. Image i depends on
-    (params, rng, i) alone, not on N or the number of devices. A call returns the images first .. first + N − 1,
-    so several calls can share a large number of images.
+    (params, rng, i) alone, not on N or the number of devices. A call returns images first .. first + N − 1,
+    so a large set can be made in several calls.
 
     Args:
       apply_fn: ({"params": params}, x [B, H, W, C], t [B] in 1..T) -> ε̄, a Flax module's `apply`.

@@ -38,8 +38,8 @@ class Schedule(NamedTuple):
 def from_beta_squared(beta_squared: ArrayLike | Sequence[float]) -> Schedule:
     """Returns the schedule with the squared amplitudes β_t², t = 1..T.
 
-    The arrays are computed in float64 and rounded to float32 once. A product of a thousand
-    float32 factors is wrong by 1.7e-4 of β̄_1, although α² + β² = 1 still holds.
+    The arrays are computed in float64 and rounded to float32 once. Products in float32 would give β̄_1
+    a relative error of 1.7e-4, although α² + β² = 1 would still hold.
 
     Args:
       beta_squared: [T] numbers in [0, 1), Ho et al.'s β_t.
@@ -95,6 +95,6 @@ def sigma_beta(s: Schedule) -> jax.Array:
 def sigma_posterior(s: Schedule) -> jax.Array:
     """σ_t = β_t β̄_{t−1} / β̄_t, the standard deviation of q(x_{t−1} | x_t, x_0). float32 [T + 1].
 
-    This is (7) of Ho et al. (2020), "fixed small" in their code. Entry 0 is 0; no step uses it.
+    This is (7) of Ho et al. (2020), "fixed small" in their code. Entry 0 is 0 and unused.
     """
     return jnp.zeros_like(s.beta).at[1:].set(s.beta[1:] * s.beta_bar[:-1] / s.beta_bar[1:])

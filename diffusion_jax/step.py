@@ -17,8 +17,8 @@ from diffusion_jax.unet import UNet
 AXIS = "batch"  # the axis of the pmapped step
 QUARTERS = 4  # the loss is also reported for each quarter of 1..T
 
-# The streams that training and the initial weights draw from. They are far from the small numbers that
-# sampling folds into a seed, one an image.
+# Training and the initial weights fold these into the seed. They are far from the small image numbers
+# that sampling folds into it.
 _TRAIN = 2**32 - 2
 _INIT = 2**32 - 1
 
@@ -35,8 +35,8 @@ class TrainState(NamedTuple):
 def init_state(
     model: UNet, optimizer: optax.GradientTransformation, image_shape: tuple[int, int, int], seed: int
 ) -> TrainState:
-    """Returns the state before the first step, NumPy arrays; a function of the seed."""
-    # LLVM's later passes over the random numbers of every kernel take three times as long as all else, for nothing.
+    """Returns the state before the first step as NumPy arrays; it depends on the seed alone."""
+    # On the CPU LLVM's later passes take three quarters of the compile time, for a program that runs once.
     quick: dict[str, str | bool] = {"xla_backend_optimization_level": "1"} if jax.default_backend() == "cpu" else {}
     program = jax.jit(lambda: _init(model, optimizer, image_shape, seed)).lower().compile(compiler_options=quick)
     params, opt_state = jax.device_get(program())
@@ -69,25 +69,25 @@ def make_step(
     flip: bool = False,
     accumulate: int = 1,
 ) -> Callable:
-    """Returns the step on one device, to be mapped over AXIS: (state, (batch, indices)) -> (state, metrics).
+    """Returns the step of one device, to be mapped over AXIS: (state, (batch, indices)) -> (state, metrics).
 
-    t, noise, dropout and flip of an example are a function of (seed, state.step, its index in the global
-    batch) alone, so any number of devices takes the same step.
+    An example's t, noise, dropout and flip depend on (seed, state.step, its index in the global batch)
+    alone, so any number of devices takes the same step.
 
     Args:
       apply_fn: the UNet's `apply`.
-      loss_fn: (output_fn, s, x_0, t, keys [B]) -> [B], output_fn(x, t) the network's output.
-      t_probabilities: [T + 1] probability of each t; losses are weighted by 1 / (T p_t), which leaves their
-        mean as it is. None: uniform in 1..T.
-      flip: mirror every second image left to right, at random.
-      accumulate: the device's share is cut into so many parts, whose gradients are added up one after
-        another: less memory, and the same step but for rounding.
+      loss_fn: (output_fn, s, x_0, t, keys [B]) -> [B], where output_fn(x, t) is the network's output.
+      t_probabilities: [T + 1] probability of each t; losses are weighted by 1 / (T p_t), which preserves
+        their mean. None means uniform in 1..T.
+      flip: True mirrors each image left to right with probability 1/2.
+      accumulate: number of parts of the device's batch. Their gradients are summed one after another, which
+        saves memory and changes the step by rounding alone.
 
     The step takes a batch {"image": uint8 [B, H, W, C], …} and indices int [B], the device's share of the
     global batch; the state has no device axis (see `replicate`). Its metrics are the same on all devices:
     loss, grad_norm (before clipping), param_norm, skipped, and loss_t1 … loss_t4 over the quarters of 1..T,
-    NaN where the batch has no such t. If the loss or the gradient is not finite, skipped is 1 and the state
-    stays as it was, but for its step.
+    NaN where the batch has no such t. If the loss or the gradient is not finite, skipped is 1 and only
+    state.step changes.
     """
 
     def mean_loss(params, batch, t, noise_keys, dropout_keys):
@@ -115,8 +115,8 @@ def make_step(
         params = optax.apply_updates(state.params, updates)
         ema_params = optax.incremental_update(params, state.ema_params, 1 - ema_decay)
         new = TrainState(state.step + 1, params, ema_params, opt_state)
-        # One bad number would stay in Adam's moments and the average for ever, so only the step advances.
-        # (The norm of the new parameters would show it too, at the price of another pass over all of them.)
+        # A non-finite number would stay in Adam's moments and in the EMA for ever, so only the step advances.
+        # (The norm of the new parameters would show it too, but costs another pass over all of them.)
         grad_norm = optax.tree.norm(grads)
         is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         new = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), new, state._replace(step=new.step))
@@ -182,9 +182,9 @@ def several(step: Callable) -> Callable:
 
 
 def resident(step: Callable, k: int, seed: int, batch_size: int) -> Callable:
-    """Returns k steps in one program for a data set on the device: (state, (dataset, indices [B])) -> as `several`.
+    """Returns `several` for a data set on the device: (state, (dataset, indices [B])) -> (state, metrics [k]).
 
-    The arrays of `dataset` hold all examples. The batch of a step is the one of `pipeline.batches`.
+    The arrays of `dataset` hold all examples. Each step takes the same batch as from `pipeline.batches`.
     """
 
     def steps(state, dataset_and_indices):
@@ -203,8 +203,8 @@ def resident(step: Callable, k: int, seed: int, batch_size: int) -> Callable:
 def _repeat(step, k, state, batch_of):
     """Takes k steps in a `lax.scan`; step i has the batch `batch_of(state, i)`.
 
-    One step is no loop: inside loops XLA's gradients of convolutions on the CPU take 12 to 50 times as
-    long and are rounded differently (2e-7).
+    A single step runs outside a loop: inside loops XLA's gradients of convolutions on the CPU take 12 to
+    50 times as long and are rounded differently (2e-7).
     """
     if k > 1:
         return lax.scan(lambda state, i: step(state, batch_of(state, i)), state, jnp.arange(k))
@@ -218,13 +218,13 @@ def pmapped(steps: Callable, batch_axis: int | None = 0) -> Callable:
     The state is donated.
 
     Args:
-      batch_axis: None: all devices have the same arrays.
+      batch_axis: None gives all devices the same arrays; batches then have no device axis.
     """
     in_axes, out_axes = (None, (batch_axis, 0)), (None, 0)
     return jax.pmap(steps, axis_name=AXIS, in_axes=in_axes, out_axes=out_axes, donate_argnums=0)
 
 
 def replicate(tree: Any) -> Any:
-    """Copies arrays to every device, laid out as the pmapped step returns its state (else it compiles twice)."""
+    """Copies arrays to every device in the layout of the pmapped step's result; another would compile it twice."""
     mesh = Mesh(np.array(jax.devices()), (AXIS,))
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))

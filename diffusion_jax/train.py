@@ -1,4 +1,4 @@
-"""Training: the loop around the step."""
+"""The training loop."""
 
 import collections
 import contextlib
@@ -26,7 +26,7 @@ from diffusion_jax.running.config import check_batch, check_same_run
 from diffusion_jax.running.log import MetricsLog
 from diffusion_jax.step import AXIS, TrainState
 
-_KINDS = ("sample", "evaluate", "checkpoint")  # of work that is due every so many steps, train.<kind>_every
+_KINDS = ("sample", "evaluate", "checkpoint")  # work that recurs every train.<kind>_every steps
 
 
 def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
@@ -38,7 +38,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
     Raises:
       UserError: the config, the data or the workdir cannot be used.
       FloatingPointError: too many losses or gradients in a row are not finite.
-      hosts.Stopped: a signal stopped the run, which has saved its state.
+      hosts.Stopped: a signal stopped the run after it saved its state.
     """
     began = time.monotonic()
     folder, run = workdirs.absolute(workdir), parts.build(config)
@@ -81,13 +81,13 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
                 if signum:
                     checkpoint.wait(manager)
                     raise hosts.Stopped(
-                        f"stopped by a signal after step {end}, which is saved: the same command goes on", signum
+                        f"stopped by a signal after step {end}, which is saved: run the same command to resume", signum
                     )
                 if due["evaluate"] and monitor:
-                    asked = time.monotonic()
+                    started = time.monotonic()
                     measured = monitor(jax.device_get(state.ema_params), end, folder)
                     if log:
-                        log.add_evaluation(end, measured, time.monotonic() - asked)
+                        log.add_evaluation(end, measured, time.monotonic() - started)
                 if due["sample"]:
                     _draw_grid(sample_fn, state, config.seed, folder)
 
@@ -102,7 +102,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
 
 
 def prepare(config: ConfigDict) -> None:
-    """Opens the data set of a config, which makes its cache, and prints its size and place.
+    """Makes the cache of a config's data set, and prints the size and the place of the images.
 
     Raises:
       UserError: see `sources.open_source` and `cache.open_images`.
@@ -126,14 +126,14 @@ def _begin(config, folder):
     alpha_bar = float(parts.schedule(config).alpha_bar[-1])
     if jax.process_index() == 0 and alpha_bar > 0.05:
         print(
-            f"warning: alpha_bar_T = {alpha_bar:.3f}: x_T still holds that share of the image, sampling starts "
-            "without it; choose another config.schedule.name or a larger config.schedule.num_steps"
+            f"warning: alpha_bar_T = {alpha_bar:.3f}: x_T still holds that share of the image, but sampling starts "
+            "from pure noise; choose another config.schedule.name or a larger config.schedule.num_steps"
         )
     return images
 
 
 def _indices(batch_size):
-    """Returns the numbers of this process's examples in the global batch, int [D, B] for its D devices."""
+    """Returns the indices of this process's examples in the global batch, int [D, B] for its D devices."""
     shape = (jax.local_device_count(), batch_size // jax.device_count())
     return (jax.process_index() + jax.process_count() * np.arange(math.prod(shape))).reshape(shape)
 
@@ -152,9 +152,9 @@ def _monitor(config, run, images):
 
 
 def _dispatches(train, start):
-    """Yields (k, end): k steps in one program, the last of which is `end`.
+    """Yields (k, end) for each dispatch: k steps in one program, the last of which is `end`.
 
-    A dispatch ends where something is due after a step, at the same steps whatever `start` is.
+    A dispatch ends at every step that has work due after it. The ends do not depend on `start`.
     """
     every = [train.steps_per_dispatch, train.checkpoint_every, train.sample_every, train.evaluate_every]
     while start < train.num_steps:
@@ -164,14 +164,14 @@ def _dispatches(train, start):
 
 
 def _program(config, run, images, start, ks, shape):
-    """Returns (k -> the program of k steps on all devices, an iterator over the batches of the dispatches `ks`)."""
+    """Returns (k -> the program of k steps on all devices, an iterator over the batches of the dispatches)."""
     batch_size = config.train.batch_size
     if config.data.on_device:
         several = functools.cache(
             lambda k: step.pmapped(step.resident(run.train_step, k, config.seed, batch_size), batch_axis=None)
         )
         return several, itertools.repeat(step.replicate(images.examples(np.arange(len(images)))))
-    several = step.pmapped(step.several(run.train_step))  # as many as there are batches
+    several = step.pmapped(step.several(run.train_step))  # takes as many steps as it gets batches
     processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     dataset = pipeline.batches(images, seed=config.seed, batch_size=batch_size, **processes)
     return lambda k: several, _to_devices(pipeline.iterate(dataset, start, images.num_threads), ks, shape)
@@ -180,7 +180,7 @@ def _program(config, run, images, start, ks, shape):
 def _to_devices(
     batches: Iterator[dict[str, np.ndarray]], ks: list[int], shape: tuple[int, int]
 ) -> Iterator[dict[str, jax.Array]]:
-    """Yields batches of k steps, arrays [D, k, B, …] on the D local devices; two are on their way ahead of need."""
+    """Yields the batches of each dispatch, arrays [D, k, B, …] on the D local devices; prefetches two dispatches."""
     sharding = NamedSharding(Mesh(np.array(jax.local_devices()), (AXIS,)), PartitionSpec(AXIS))
     ahead: collections.deque[dict[str, jax.Array]] = collections.deque()
 
@@ -199,7 +199,7 @@ def _to_devices(
 
 
 class _Watch:
-    """Reads the metrics of the steps two dispatches late, so that the device never runs dry."""
+    """Reads the metrics of the steps two dispatches late, so that the devices never wait for the host."""
 
     def __init__(self, train, learning_rate, manager, log, bar, began):
         self._train, self._learning_rate = train, learning_rate
@@ -207,9 +207,9 @@ class _Watch:
         self._pending, self._bad_steps = collections.deque(), 0
 
     def add(self, first, k, metrics):
-        """Takes the metrics [D, k] of the k steps from `first`, which may not have run yet."""
+        """Queues the metrics [D, k] of the k steps from `first`, which may not have run yet."""
         self._pending.append((first, k, metrics))
-        if len(self._pending) > 2:  # by now the oldest has run, or nearly
+        if len(self._pending) > 2:  # by now the oldest has run, or almost
             self._read_oldest()
 
     def finish(self):
@@ -266,6 +266,6 @@ def _not_finite(number, metrics, manager):
     name = next(name for name in ("loss", "grad_norm", "param_norm") if not math.isfinite(metrics[name]))
     return (
         f"{name} is {metrics[name]} at step {number}; the last checkpoint is of step {manager.latest_step()}: lower "
-        "config.train.learning_rate, try float32 if config.model.dtype is bfloat16, or leave such steps out with "
+        "config.train.learning_rate, try float32 if config.model.dtype is bfloat16, or skip such steps with "
         "config.train.max_bad_steps"
     )

@@ -14,7 +14,7 @@ from flax import linen as nn
 from jax import lax
 from jax.typing import DTypeLike
 
-_EPSILON = 1e-6  # ε of GroupNorm in Ho's weights; 1e-5 is visible at low contrast
+_EPSILON = 1e-6  # GroupNorm's ε in Ho's weights; 1e-5 visibly changes images of low contrast
 
 # Ho's "init_scale=0": residual branches start close to zero and still receive gradients.
 _NEARLY_ZERO = 1e-10
@@ -51,7 +51,7 @@ class GroupNorm(nn.Module):
 
     Attributes:
       num_groups: largest number of groups.
-      dtype: of the output.
+      dtype: dtype of the output.
     """
 
     num_groups: int
@@ -103,7 +103,7 @@ class ResnetBlock(nn.Module):
       features: channels of the output.
       dropout: dropout rate.
       num_groups: see `GroupNorm`.
-      dtype: of the computation.
+      dtype: dtype of the computation.
     """
 
     features: int
@@ -113,7 +113,7 @@ class ResnetBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, temb: jax.Array, dropout_keys: jax.Array | None = None) -> jax.Array:
-        """Applies the block to x [B, H, W, C] and temb [B, E]; keys [B] switch dropout on. -> [B, H, W, features]"""
+        """Applies the block to x [B, H, W, C] and temb [B, E]; keys [B] turn dropout on. -> [B, H, W, features]"""
         norm = functools.partial(GroupNorm, self.num_groups, self.dtype)
         h = nn.silu(norm(name="norm1")(x))
         h = conv(self.features, self.dtype, name="conv1")(h)
@@ -132,7 +132,7 @@ class AttentionBlock(nn.Module):
 
     Attributes:
       num_groups: see `GroupNorm`.
-      dtype: of the computation.
+      dtype: dtype of the computation.
       attention: see `UNet`.
     """
 
@@ -165,7 +165,7 @@ class UNet(nn.Module):
       attention_resolutions: heights of the levels with self-attention after every block.
       dropout: dropout rate inside the residual blocks when train=True.
       num_groups: see `GroupNorm`.
-      dtype: of the computation, float32 or bfloat16. Parameters, the statistics of
+      dtype: dtype of the computation, float32 or bfloat16. Parameters, the statistics of
         normalisation, the softmax and the output are float32.
       attention: (q, k, v [B, positions, 1, C]) -> [B, positions, 1, C], softmax of q·k / √C in float32.
       remat: True recomputes the activations inside the blocks for the gradient instead of storing them.

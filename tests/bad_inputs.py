@@ -95,7 +95,7 @@ def _config_cases(config, new, files):
 def _command_line_cases(digits, files):
     return {
         "unknown flag": ([*digits, "--wrkdir=x"], r"Unknown command line flag 'wrkdir'.*workdir"),
-        "no dashes": ([*digits, "resume"], r"'resume' is no flag"),
+        "no dashes": ([*digits, "resume"], r"'resume' is not a flag"),
         "unknown mode": ([*digits, "--mode=test"], r"--mode=test"),
         "no workdir": (digits[:1], r"--workdir is missing"),
         "workdir is a file": ([digits[0], f"--workdir={files / 'text.txt'}"], r"text\.txt is a file"),

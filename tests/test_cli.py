@@ -145,7 +145,7 @@ def test_a_config_is_a_shipped_name_or_a_file(done, command, tmp_path):
     assert "| EMA decay                               | 0.5" in done("--mode=audit", f"--config={file}")
     assert "| EMA decay                               | 0.995" in done("--mode=audit", "--config=tiny")
     code, _, err = command("--mode=audit", "--config=tinny")
-    assert code == 1 and "--config=tinny does not ship: give one of celeba, celebahq256, cifar10, " in err
+    assert code == 1 and "--config=tinny is not a shipped config: give one of celeba, celebahq256, cifar10, " in err
 
 
 # ---------------------------------------------------------------- mistakes
@@ -251,7 +251,7 @@ def test_a_run_imported_without_images_takes_those_of_its_training(done, command
         code, _, err = command(*args, workdir)
         assert code == 1
         assert err.strip().endswith(
-            f"{file} names no images (data.path is empty, the run was imported): write data.path there"
+            f"{file} names no images (data.path is empty, the run was imported): set data.path there"
         )
     config = [*FIXTURE, f"--config.data.path={faces}", f"--config.data.cache_dir={tmp_path / 'cache'}"]
     _, _, err = command(workdir, *config, "--config.model.num_res_blocks=2")

@@ -93,7 +93,7 @@ def test_the_bound_needs_a_deviation_at_each_step():
 def test_unknown_missing_and_mistyped_keys():
     config = config_of("digits")
     config.train.lerning_rate = 1e-3
-    with pytest.raises(UserError, match=r"train\.lerning_rate is no key .* nearest is config\.train\.learning_rate"):
+    with pytest.raises(UserError, match=r"train\.lerning_rate is not a key .* nearest is config\.train\.learning_rate"):
         configs.check(config)
     del config.train.lerning_rate
     del config.train.loss

@@ -1,1 +1,1 @@
-"""Images from wherever a user keeps them, decoded once, in an order that is a function of the seed."""
+"""Images from a user's files or a public data set, decoded once, in an order that depends on the seed alone."""

@@ -1,4 +1,4 @@
-"""Images of one size: decoded once into a cache on disk, or on the fly where the cache would be too large.
+"""Images of one size: decoded once into a cache on disk, or on the fly if the cache would be too large.
 
 Images stay uint8 up to the device. A cache is a folder:
 
@@ -29,21 +29,20 @@ from diffusion_jax.data.source import Source
 from diffusion_jax.errors import UserError
 
 _LOCAL = "~/.cache/diffusion_jax"
-_FORMAT = 1  # version of the caches; raise it when the same settings give other pixels
-_CHUNK = 32  # images per task of a decoding thread; with single images, threads wait for each other
+_FORMAT = 1  # version of the caches; increase it when the same settings give other pixels
+_CHUNK = 32  # images per task of a decoding thread; with single images the threads contend
 
 
 # ---------------------------------------------------------------- images
 
 
 class Cached:
-    """Holds the images of a cache: images[i] is uint8 [S, S, C]; images[indices] and images[a:b] are [n, S, S, C].
+    """Reads the images of a cache: images[i] is uint8 [S, S, C]; images[indices] and images[a:b] are [n, S, S, C].
 
-    Images are read from the file, which is not mapped: mapped pages count as memory of the process, which would
-    grow with the data.
+    The file is not memory-mapped: mapped pages count as memory of the process, which would grow with the data.
     """
 
-    num_threads = 1  # threads that read ahead; reads are so short that two threads wait for each other
+    num_threads = 1  # threads that read ahead; reads are so short that two threads contend
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -107,7 +106,7 @@ class OnTheFly:
         for k in range(len(self)):
             number = (i + k) % len(self)
             image = _decode(self._source, number, self._form)
-            if isinstance(image, np.ndarray):  # TFDS keeps the last examples: a label right after its image is free
+            if isinstance(image, np.ndarray):  # the label comes right after its image: `tfds` still has the example
                 return image, self._source.label(number) if self._source.label else None
             if not self._skip_corrupt:
                 raise _unreadable(self._source.name(i), image)
@@ -132,12 +131,12 @@ def open_images(
       channels: 1 (grey) or 3 (RGB).
       crop: side of the centre square that is kept, in pixels of the source; 0 means the largest.
       skip_corrupt: True skips images that cannot be read, and prints their number.
-      cache_dir: the folder of the caches; "" is ~/.cache/diffusion_jax. A bucket, "gs://…", holds copies, so
-        that only one machine has to decode.
+      cache_dir: the folder of the caches; "" is ~/.cache/diffusion_jax. A bucket, "gs://…", stores
+        copies, so that only one machine has to decode.
       cache_limit: largest size of a cache in bytes; images that need more are decoded on the fly.
 
     Raises:
-      UserError: an image cannot be used, or the disk has no room for the cache.
+      UserError: an image cannot be read, or the disk has no room for the cache.
     """
     form = (image_size, channels, crop)
     num_bytes = len(source) * image_size * image_size * channels
@@ -173,7 +172,7 @@ def open_images(
 
 
 def _is_valid(folder, identity):
-    """Returns True if the cache exists and matches its manifest. Reports a cache that does not match."""
+    """Returns True if the cache exists and matches its manifest; prints why if it does not match."""
     if not folder.exists():
         return False
     try:
@@ -191,7 +190,7 @@ def _is_valid(folder, identity):
 
 
 def _make_cache(source, folder, identity, form, skip_corrupt):
-    """Decodes all images into a temporary folder, which is renamed to `folder` when it is complete."""
+    """Decodes all images into a temporary folder, and renames it to `folder` when it is complete."""
     _remove_leftovers(folder)
     partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.partial")
     start = time.monotonic()
@@ -229,7 +228,7 @@ def _copy(source, target):
 
 
 def _remove_leftovers(folder):
-    """Removes what killed processes left of this cache: temporary folders that are an hour old."""
+    """Removes temporary folders of this cache that are an hour old: killed processes left them."""
     for partial in folder.parent.glob(f"{folder.name}.*.partial"):
         newest = max((file.stat().st_mtime for file in partial.iterdir()), default=0)
         if time.time() - newest > 3600:
@@ -237,13 +236,14 @@ def _remove_leftovers(folder):
 
 
 def _put_in_place(partial, folder):
+    """Renames `partial` to `folder`, unless another process has done so with the same cache."""
     if folder.exists():  # damaged, see `_is_valid`
         folder.rename(partial.with_suffix(".stale"))
         shutil.rmtree(partial.with_suffix(".stale"))
     try:
         partial.rename(folder)
     except OSError:
-        if not folder.exists():  # otherwise another process has made the same cache meanwhile
+        if not folder.exists():
             raise
 
 
@@ -251,7 +251,7 @@ def _check_room(folder, num_bytes):
     free = shutil.disk_usage(folder).free
     if num_bytes > free:
         raise UserError(
-            f"config.data.cache_dir: {folder} has {free / 1e9:.1f} GB free, and the cache takes {num_bytes / 1e9:.1f} "
+            f"config.data.cache_dir: {folder} has {free / 1e9:.1f} GB free, but the cache takes {num_bytes / 1e9:.1f} "
             "GB: free some space, give another folder, or lower config.data.cache_limit_gb to decode on the fly"
         )
 
@@ -286,7 +286,7 @@ def _write_images(source, path, form, skip_corrupt):
 
 
 def _npy_header(file, count, form):
-    """Writes the header, whose length is the same for any count: NumPy leaves room for the first axis to grow."""
+    """Writes a header of the same length for any count: NumPy leaves room for the first axis to grow."""
     image_size, channels, _ = form
     header = {"descr": "|u1", "fortran_order": False, "shape": (count, image_size, image_size, channels)}
     np.lib.format.write_array_header_1_0(file, header)
@@ -313,7 +313,7 @@ def _decoded(source, form):
 
 
 def _decode(source, i, form):
-    """Returns image i, or the exception: damaged files make decoders raise nearly any type."""
+    """Returns image i, or the exception of its decoder, which may be of any type."""
     try:
         return _fit(source[i], *form)
     except Exception as error:

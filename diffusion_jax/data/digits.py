@@ -15,7 +15,7 @@ def digits(split: str = "train") -> Source:
       UserError: the split is not "train".
     """
     if split != "train":
-        raise UserError(f"config.data.split={split!r}: the digits have only 'train': give it, or a part of it")
+        raise UserError(f"config.data.split={split!r}: the digits have only 'train': give 'train', or a part of it")
     return Source(
         "digits", "scikit-learn", 1797, "digit {}".format, lambda i: _digits()[0][i], lambda i: _digits()[1][i]
     )

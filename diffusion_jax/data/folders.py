@@ -22,10 +22,10 @@ def files(file: Path, split: str = "train") -> Source:
     """Returns the images of a folder, a zip, an idx file, or a folder with MNIST's idx files.
 
     Folders and zips are searched recursively, and their images sorted by name. If some images are in a folder
-    named `split`, the others are left out. If the images have more than one parent folder, these are the classes.
+    named `split`, only these are used. If the images have more than one parent folder, these are the classes.
 
     Raises:
-      UserError: there is no image, or no folder of that split; or a zip or an idx file is damaged.
+      UserError: there is no image or no folder of that split, or a zip or an idx file is damaged.
     """
     if path := idx_file(file, split):
         return idx(path)
@@ -73,7 +73,7 @@ def archive(file: Path, split: str = "train") -> Source:
 
 
 def _is_image(path):
-    """Returns True for the suffix of an image. Hidden files are not images: macOS leaves ._x.jpg beside x.jpg."""
+    """Returns True if the suffix is that of an image. Skips hidden files: macOS leaves ._x.jpg beside x.jpg."""
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
@@ -102,14 +102,14 @@ def _sha256(value):
 
 
 def pixels(image: Image.Image) -> np.ndarray:
-    """Returns the pixels of an image as a viewer shows it, uint8 [H, W, 1] if it is grey, else [H, W, 3].
+    """Returns the pixels that a viewer shows, uint8 [H, W, 1] if the image is grey, else [H, W, 3].
 
     Applies the orientation of the EXIF data and the palette, lays transparent parts on white, and reduces
     16 bits to 8.
 
     Raises:
       ValueError: the image has more than MAX_PIXELS.
-      Exception: Pillow cannot decode the image; the types are many.
+      Exception: Pillow cannot decode the image, and raises many types.
     """
     if math.prod(image.size) > MAX_PIXELS:
         raise ValueError(f"{image.width}x{image.height} is more than the limit of {MAX_PIXELS} pixels")

@@ -1,4 +1,4 @@
-"""Files in LeCun's idx format, in which MNIST and Fashion-MNIST are published."""
+"""Images in LeCun's idx format, in which MNIST and Fashion-MNIST are published."""
 
 import gzip
 import hashlib

@@ -11,7 +11,7 @@ _ROUNDS = 6  # of the Feistel network; four suffice if the round function is ran
 
 
 def shuffled(position: np.ndarray | jax.Array, num: int, seed: int) -> np.ndarray | jax.Array:
-    """Returns the indices of the examples at `position` of an endless stream of shuffled epochs.
+    """Returns the indices of the examples at `position` in an endless stream of shuffled epochs.
 
     Each epoch is a permutation of its own. A Feistel network permutes the smallest power of four that is at
     least `num`, and cycle walking restricts the permutation to 0..num-1 (Black & Rogaway 2002). The cost of
@@ -30,7 +30,7 @@ def shuffled(position: np.ndarray | jax.Array, num: int, seed: int) -> np.ndarra
     half = max(1, -(-(num - 1).bit_length() // 2))  # bits
     mask = np.uint32(2**half - 1)
     keys = [_mix(epoch ^ _mix(_word(seed, i))) for i in range(_ROUNDS)]
-    where: Callable[..., Any]  # of NumPy or of JAX, as `position`
+    where: Callable[..., Any]  # NumPy's or JAX's, to match `position`
 
     def permuted(x):
         left, right = x >> half, x & mask

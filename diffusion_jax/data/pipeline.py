@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-import grain  # noqa: TID251 (the room of Grain)
+import grain  # noqa: TID251 (the only importer of Grain)
 import numpy as np
 
 from diffusion_jax.data import order
@@ -15,13 +15,13 @@ def batches(
     """Returns a data set whose entry k is this process's share of the batch of step k.
 
     A batch is {"image": uint8 [B, H, W, C]}, and "label" int32 [B] where the source has classes, with
-    B = batch_size / process_count. It is a pure function of (seed, k): example j of process p is number
-    j · process_count + p of the global batch, which is the same for every process_count and holds the
-    images at positions k · batch_size, … of `order.shuffled`. Batches run across the end of an epoch.
+    B = batch_size / process_count. It is a pure function of (seed, k). The global batch has the images at
+    positions k · batch_size, … of `order.shuffled`, for every process_count; example j of process p is its
+    number j · process_count + p. Batches continue across the end of an epoch.
     """
     share = np.arange(process_index, batch_size, process_count)
 
-    # A whole batch at a time: far cheaper than one image at a time through Grain.
+    # One element is a whole batch: passing single images through Grain is far slower.
     def fetch(step):
         return images.examples(order.shuffled(step * batch_size + share, len(images), seed))
 

@@ -8,9 +8,9 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Holds images by number: source[i] is uint8 [H, W, 1 or 3] of any H and W, i < len(source).
+    """A sequence of images: source[i] is uint8 [H, W, 1 or 3] of any H and W, i < len(source).
 
-    Each image is as a viewer shows it: upright, grey or RGB, on white. A damaged image raises the error of its
+    Pixels are those that a viewer shows: upright, grey or RGB, on white. A damaged image raises the error of its
     decoder, and an image beyond the limits of `folders` raises ValueError.
     """
 

@@ -1,4 +1,4 @@
-"""The choice between the kinds of sources, and of a part of a split."""
+"""Opens the source that a config names, or a part of it."""
 
 import dataclasses
 import re
@@ -51,7 +51,7 @@ def _parse_split(split):
 
 
 def _part(source, bounds):
-    """Returns the images of a source from start to stop, which are numbers or percentages as in TFDS."""
+    """Returns the images from start to stop of a source; bounds are numbers or percentages as in TFDS."""
     if bounds is None:
         return source
 
@@ -77,5 +77,5 @@ def _part(source, bounds):
 
 
 def _is_tfds_folder(path, name):
-    """Returns True for a folder that TFDS may use: it has a folder of the data set, or is empty."""
+    """Returns True for a folder that TFDS may use: an empty one, or one that contains the data set."""
     return path.is_dir() and ((path / name.split("/")[0].split(":")[0]).is_dir() or not any(path.iterdir()))

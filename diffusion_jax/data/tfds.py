@@ -16,12 +16,12 @@ from diffusion_jax.errors import UserError, one_line
 def tfds(name: str, *, data_dir: str = "", manual_dir: str = "", split: str = "train") -> Source:
     """Returns a TFDS data set, stored as array_record.
 
-    Reading a prepared data set does not need TensorFlow. Preparing one does, and happens here if necessary.
+    Reading a prepared data set does not need TensorFlow. An unprepared one is prepared here, which does.
 
     Args:
       name: e.g. "celeb_a" or "lsun/church_outdoor".
       data_dir: the folder of TFDS's data sets; "" is ~/tensorflow_datasets.
-      manual_dir: a folder of files that TFDS then does not download, under the names that it expects.
+      manual_dir: a folder of files that TFDS uses instead of downloading them, under the names that it expects.
       split: in the notation of TFDS, e.g. "train", "test", "train+validation" or "train[:90%]".
 
     Raises:
@@ -31,7 +31,7 @@ def tfds(name: str, *, data_dir: str = "", manual_dir: str = "", split: str = "t
 
     try:
         builder = tensorflow_datasets.builder(name, data_dir=_folder_or_none(data_dir), file_format="array_record")
-    except Exception as error:  # of many types; the message lists the names of all data sets
+    except Exception as error:  # many types; the message goes on to list all data sets
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"config.data.source='tfds:{name}' is not a TFDS data set ({line}): see tensorflow.org/datasets"
@@ -59,14 +59,14 @@ def tfds(name: str, *, data_dir: str = "", manual_dir: str = "", split: str = "t
 
 
 def _from_array(image):
-    """Returns uint8 [H, W, 1 or 3] unchanged, and any other image as `pixels` does."""
+    """Returns uint8 [H, W, 1 or 3] unchanged, and converts any other image by `pixels`."""
     if image.dtype == np.uint8 and image.shape[-1] in (1, 3):
         return image
     return pixels(Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image))
 
 
 def _examples(builder, name, split, manual_dir):
-    """Returns TFDS's random-access source of the split, and prepares the data set if it is necessary and possible."""
+    """Returns TFDS's random-access source of the split; prepares the data set if necessary."""
     try:
         return builder.as_data_source(split)
     except NotImplementedError:
@@ -74,7 +74,7 @@ def _examples(builder, name, split, manual_dir):
             f"config.data.source='tfds:{name}': {builder.data_path} is stored as {builder.info.file_format.value}, "
             "which has no random access: prepare it as array_record in another folder (config.data.path)"
         ) from None
-    except Exception as error:  # KeyError, ValueError or AttributeError, which depends on the version of TFDS
+    except Exception as error:  # KeyError, ValueError or AttributeError, depending on the version of TFDS
         if builder.is_prepared():
             splits = ", ".join(builder.info.splits)
             raise UserError(
@@ -89,8 +89,8 @@ def _prepare(builder, name, manual_dir):
     own_files = "give the images as a folder or a zip, --config.data.path=…"
     if importlib.util.find_spec("tensorflow") is None:
         raise UserError(
-            f"config.data.source='tfds:{name}' is not prepared in {builder.data_path}, and there is no "
-            "TensorFlow to prepare it: pip install -r requirements-prepare.txt (best in another environment), or "
+            f"config.data.source='tfds:{name}' is not prepared in {builder.data_path}, and TensorFlow, "
+            "which prepares it, is missing: pip install -r requirements-prepare.txt (best in another environment), or "
             f"{own_files}"
         )
     from tensorflow_datasets import download  # noqa: TID251 (the import is slow)

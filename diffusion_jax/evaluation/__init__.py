@@ -1,1 +1,1 @@
-"""Likelihood bound, sample quality, and the report of a run."""
+"""The likelihood bound, the quality of samples, and the report of a run."""

@@ -1,4 +1,4 @@
-"""The bound on the likelihood of a data set, image by image, and simple coders to compare it with."""
+"""The likelihood bound of each image of a data set, and simple coders for comparison."""
 
 import functools
 import io
@@ -19,7 +19,7 @@ from diffusion_jax.parts import Parts
 from diffusion_jax.pictures import grids
 from diffusion_jax.running import files
 
-MANY = 10_000  # largest number of images that the coders code
+MANY = 10_000  # largest number of images for the coders
 
 
 def evaluate_split(
@@ -33,18 +33,18 @@ def evaluate_split(
     partial: epath.Path,
     identity: str,
 ) -> dict:
-    """Measures the images numbered `chosen` of one split of the data.
+    """Measures the images at the indices `chosen` of one split.
 
     Args:
       sigma: [T + 1] deviations of the reverse steps in the bound.
       chosen: int [n], sorted.
       batch_size: images at a time over all devices.
-      partial: a file that keeps what is done; a second call with the same `identity` continues there.
+      partial: a file of intermediate results; a second call with the same `identity` resumes from it.
       identity: a digest of everything that the numbers depend on.
 
     Returns:
       Means over the images: bits_per_dim with its standard_error, prior, decoder, rate (bits/dim), distortion
-      (root mean square error, scale 0..255), loss (15), the loss and the progressive code by t, and the
+      (root mean square error, scale 0..255), loss (15), the loss and the rate-distortion curve by t, and the
       bits/dim of two simple coders.
     """
     each, sums = _bound(run, sigma, params, dataset, chosen, seed, batch_size, partial, identity)
@@ -120,7 +120,7 @@ def _bound_fn(run: Parts, sigma: jax.Array) -> Callable:
 
 
 def _read_partial(path, identity, num_steps):
-    """Returns what the file holds; empty arrays if it belongs to another measurement."""
+    """Returns the content of the file, or empty arrays if it is missing or has another identity."""
     if path.exists():
         with path.open("rb") as file, np.load(file) as content:
             if str(content["identity"]) == identity:
@@ -137,9 +137,9 @@ def _write_partial(path, each, sums, identity):
 
 
 def histogram_bits(images: np.ndarray) -> float:
-    """Returns bits/dim of uint8 [n, H, W, C] when the past values at each position predict the next one.
+    """Returns bits/dim of uint8 [n, H, W, C] if past values at each position predict the next one.
 
-    This adaptive code of Krichevsky & Trofimov (1981) sends nothing but the images. Each level starts with
+    The adaptive code of Krichevsky & Trofimov (1981) transmits the images alone. Each level starts with
     a count of 1/2, 1/16 or 1/256, whichever codes best.
     """
     flat = images.reshape(len(images), -1)
@@ -154,7 +154,7 @@ def histogram_bits(images: np.ndarray) -> float:
 
 
 def png_bits(images: np.ndarray) -> float:
-    """Returns bits/dim of uint8 [n, H, W, C] as PNG. A file holds up to 1,000 images, so that its head costs little."""
+    """Returns bits/dim of uint8 [n, H, W, C] as PNG. Up to 1,000 images share a file, so the header costs little."""
     num_bytes = 0
     for first in range(0, len(images), 1000):
         some = images[first : first + 1000]

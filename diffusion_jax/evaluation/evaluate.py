@@ -43,10 +43,10 @@ def evaluate(
 
     Args:
       seed: the seed of the noise and of the choice of images.
-      num: images of each split, drawn without repetition; None means all.
+      num: number of images from each split, drawn without replacement; None means all.
       splits: splits of the data set; () means config.data.split and config.data.test_split.
       samples: a file or folder that --mode=sample wrote, to compare with the first split; "" leaves samples out.
-      inception_path: weights of Inception v3, see `inception`; "" means that the features are pixels.
+      inception_path: weights of Inception v3, see `inception`; "" uses pixels as features.
       reference: statistics that another evaluation saved, to compare with in place of a split.
 
     Returns:
@@ -91,7 +91,7 @@ def evaluate(
 
 
 def _earlier_samples(folder):
-    """Returns the results for samples of earlier evaluations of the step, which new ones replace section by section."""
+    """Returns the sample sections of an earlier evaluation of the step, to be replaced one by one."""
     try:
         earlier = json.loads((folder / "evaluation.json").read_text())
         return {name: earlier[name] for name in _SECTIONS if name in earlier}
@@ -110,7 +110,7 @@ def _identity(config, params, split, chosen, seed):
 
 
 def _deviations(config, run):
-    """Returns name and sigma [T + 1] of the reverse variance in the bound, which a greedy chain lacks."""
+    """Returns (name, sigma [T + 1]) for the bound; sigma zero has no bound, and the posterior sigma replaces it."""
     if config.sampling.sigma == "zero":
         return "posterior", schedule.sigma_posterior(run.schedule)
     return config.sampling.sigma, run.sigma
@@ -134,7 +134,7 @@ def _protocol(run, sigma_name, seed):
 
 
 def _extractor(path):
-    """Returns (name, checksum, features) of pixels, or of Inception v3 if a path is given."""
+    """Returns (name, checksum, features) of Inception v3 at `path`, or of pixels if it is ""."""
     if not path:
         return "pixels", "", quality.pixels
     features, checksum = inception.load_features(path)
@@ -142,7 +142,7 @@ def _extractor(path):
 
 
 def _evaluate_samples(config, generated, path, datasets, extractor, saved, seed, folder):
-    """Returns the quality of samples against the first split and their nearest training images, or against `saved`."""
+    """Compares the samples with `saved` statistics, or else with the first split and its nearest images."""
     name, checksum, features = extractor
     split, dataset = next(iter(datasets.items()))
     resize = f"bicubic, antialiased, centre crop {config.data.crop or 'of the largest square'}"
@@ -150,8 +150,8 @@ def _evaluate_samples(config, generated, path, datasets, extractor, saved, seed,
     protocol = describe(generated, origin=path) | {"made_by": quality.read_about(path)}
     if generated.shape[1:] != dataset.shape[1:]:
         raise UserError(
-            f"--samples={path} holds images of {generated.shape[1:]}, the run's are {dataset.shape[1:]}: give samples "
-            "of this run"
+            f"--samples={path} holds images of {generated.shape[1:]}, but the run's are {dataset.shape[1:]}: give "
+            "samples of this run"
         )
     if saved is not None:
         return quality.frechet_to_statistics(generated, features, protocol, *saved, seed)
@@ -168,7 +168,7 @@ def _evaluate_samples(config, generated, path, datasets, extractor, saved, seed,
 
 
 def _nearest(generated, datasets, folder):
-    """Returns (distances to the nearest training images, of samples and of held-out images to compare, settings)."""
+    """Returns (distances of samples and of held-out images to their nearest training images, settings)."""
     train, *others = datasets.values()
     distance, index = metrics.nearest(quality.pixels(generated), _Pixels(train))
     result = {"median": float(np.median(distance)), "least": float(distance.min())}
@@ -184,7 +184,7 @@ def _nearest(generated, datasets, folder):
 
 @dataclasses.dataclass(frozen=True)
 class _Pixels:
-    """Holds the rows of `quality.pixels` of a data set, computed at each access."""
+    """A view of a data set as the rows of `quality.pixels`, computed at each access."""
 
     images: Any
 

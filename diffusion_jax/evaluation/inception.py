@@ -18,7 +18,7 @@ from flax import linen as nn
 from diffusion_jax.errors import UserError, one_line
 
 _SIZE = 299
-# Flax's names of the arrays: the state dict's.
+# Flax's names of the arrays: names in the state dict.
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 
 
@@ -181,11 +181,11 @@ class InceptionV3(nn.Module):
 
 
 def load_features(path: epath.PathLike) -> tuple[Callable[..., jax.Array], str]:
-    """Returns the network as a feature extractor, with weights that `tools.convert_inception` has written.
+    """Returns the network as a feature extractor, with weights that `tools.convert_inception` wrote.
 
     Returns:
       (features, checksum). features(images uint8 [B, H, W, 1 or 3]) -> float32 [B, 2048] is compiled once for
-      each shape, and repeats grey as three equal channels. checksum is the hex SHA-256 of the weights' names,
+      each shape, and repeats a grey channel three times. checksum is the hex SHA-256 of the weights' names,
       shapes and values.
 
     Raises:
@@ -231,10 +231,10 @@ def _to_flax(array):
 
 
 def _read(path):
-    """Returns {name: array} of a weights file, with torch's names and layout, after checking it."""
+    """Reads and checks a weights file: returns {name: array} with torch's names and layout."""
     remedy = "convert the weights again with tools.convert_inception"
     if not path.exists():
-        raise UserError(f"{path} does not exist: give a file that tools.convert_inception has written")
+        raise UserError(f"{path} does not exist: give a file that tools.convert_inception wrote")
     expected = shapes()
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
@@ -251,7 +251,7 @@ def _read(path):
 
 
 def _checksum(arrays):
-    """Returns the hex SHA-256 of the names, shapes and values, independent of the order."""
+    """Returns the hex SHA-256 of the names, shapes and values, in any order of the arrays."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
         digest.update(f"{name} {arrays[name].shape}".encode())

@@ -26,7 +26,7 @@ class Moments:
         for features in batches:
             moments = moments.add(features)
 
-    The sums are of deviations and not of products (Chan et al. 1983), so a mean far from 0 costs no digits.
+    Deviations are summed, not products (Chan et al. 1983), so a mean far from 0 costs no precision.
     """
 
     count: int
@@ -111,8 +111,8 @@ def frechet_interval(
 ) -> tuple[float, float]:
     """Returns a bootstrap interval (low, high) for the mean of `frechet_of_features` over new sets x and y.
 
-    The mean is that of sets of the same sizes n and m, so intervals compare sets of one size. For infinitely
-    many rows see `frechet_extrapolated`. The bootstrap draws the rows of both sets with replacement, `num`
+    The new sets have the same sizes n and m, so compare intervals only between sets of equal size. For
+    infinitely many rows see `frechet_extrapolated`. The bootstrap draws the rows of both sets with replacement, `num`
     times. A resampled set is biased against its original by about as much as a finite set against an infinite
     one, so the interval uses only the deviations from the mean of the draws (Davison & Hinkley 1997, 5.2).
 
@@ -125,7 +125,7 @@ def frechet_interval(
     """
     if num < 2 or not 0 < level < 1:
         raise ValueError(f"need num >= 2 and level in (0, 1), not {num} and {level}")
-    distance: Callable[..., float]  # of one set to the moments, or of two sets
+    distance: Callable[..., float]  # from one set to the moments, or between two sets
     if isinstance(y, Moments):
         distance, sets = _frechet_to(y), [_rows_like(y, x, 2)]
     else:
@@ -192,7 +192,7 @@ def kernel_distance(
 
 
 class PrecisionRecall(NamedTuple):
-    """The result of `precision_recall`, in [0, 1], but for the density: its mean is 1 for sets of one distribution."""
+    """The result of `precision_recall`: in [0, 1], except the density, whose mean for equal distributions is 1."""
 
     precision: float
     recall: float
@@ -203,7 +203,7 @@ class PrecisionRecall(NamedTuple):
 def precision_recall(real: ArrayLike, fake: ArrayLike, k: int = 3, k_density: int = 5) -> PrecisionRecall:
     """Returns precision and recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020).
 
-    The ball of an example reaches to its k-th nearest neighbour in its own set, the example itself not counted.
+    The ball of an example reaches to its k-th nearest neighbour in its own set, not counting the example itself.
     Precision is the share of fake examples in a ball of real, and recall the share of real examples in a ball of
     fake, both with k. Density is the mean number of balls of real that contain a fake example, over k, and
     coverage the share of balls of real that contain any fake example, both with k_density. A ball contains its
@@ -221,7 +221,7 @@ def precision_recall(real: ArrayLike, fake: ArrayLike, k: int = 3, k_density: in
     real_rows, fake_rows = _pair(real, fake, k_max + 1, k + 1, names=("real", "fake"))
     centre = real_rows.mean(axis=0)
     real_rows, fake_rows = real_rows - centre, fake_rows - centre
-    # Squared radii. Rounding decides about an example of fake that is also in real, so the balls are a little wider.
+    # Squared radii, widened by a slack: rounding must not decide about an example that is in both sets.
     slack = 1e-12 * max(np.max(np.sum(a**2, axis=1)) for a in (real_rows, fake_rows))
     radii_real = NearestNeighbors(n_neighbors=k_max).fit(real_rows).kneighbors()[0] ** 2 + slack
     radii_fake = NearestNeighbors(n_neighbors=k).fit(fake_rows).kneighbors()[0] ** 2 + slack
@@ -271,8 +271,8 @@ def nearest(samples: ArrayLike, train: Any) -> tuple[np.ndarray, np.ndarray]:
 
     Args:
       samples: [n, d].
-      train: [m, d]. It is read in blocks, train[a:b], and need not be in memory: a memory map, or any other
-        object with a shape and slices.
+      train: [m, d]. It is read in blocks, train[a:b], so a memory map or any other object with a
+        shape and slices will do.
 
     Returns:
       (distances [n], indices [n]).

@@ -1,4 +1,4 @@
-"""Measurements during training: the loss on held-out images, a cheap distance of samples, copies."""
+"""Measurements during training: held-out loss, a cheap distance of samples, and copies of training images."""
 
 from collections.abc import Callable
 
@@ -27,8 +27,8 @@ class Monitor:
 
     Args:
       run: the parts of the run.
-      train_images: the images that it trains on.
-      held_out: images that it does not train on, or None.
+      train_images: the training images.
+      held_out: held-out images, or None.
     """
 
     def __init__(self, run: Parts, train_images: Cached | OnTheFly, held_out: Cached | OnTheFly | None = None) -> None:
@@ -52,8 +52,8 @@ class Monitor:
         Returns:
           held_out_loss, (15) at steps t spread evenly over 1..T, and held_out_loss_t1 … t4 by quarter of t, if
           there are held-out images; frechet_pixels, the distance of SAMPLES samples of a fast sampler to the
-          held-out images (else to the training images), which so few samples bias upwards by the same amount
-          each time; nearest_training_image, the median distance in pixels of samples to their nearest training
+          held-out (else the training) images, biased upwards by so few samples, by the same amount each time;
+          nearest_training_image, the median distance in pixels of samples to their nearest training
           image. Process 0 draws the nearest pairs in samples/nearest-<step>.png.
         """
         values: dict[str, float] = {}
@@ -72,7 +72,7 @@ class Monitor:
 
     def _loss_by_quarter(self, params):
         devices, n = jax.local_device_count(), min(HELD_OUT, len(self._held_out))
-        numbers = np.arange(-(-n // devices) * devices)  # padded; the surplus is dropped
+        numbers = np.arange(-(-n // devices) * devices)  # padded; the padding is dropped below
         t = 1 + numbers % n * self._num_steps // n
         shaped = [x.reshape(devices, -1, *x.shape[1:]) for x in (self._held_out[numbers % n], t, numbers)]
         each = np.asarray(self._loss(params, self._key, *shaped)).reshape(-1)[:n]
@@ -87,8 +87,8 @@ def nearest_pairs(generated: np.ndarray, train: np.ndarray, index: np.ndarray, d
     Args:
       generated: uint8 [n, H, W, C].
       train: the training images.
-      index: int [n], the number of the training image nearest to each sample.
-      distance: [n], its distance.
+      index: int [n], index of the training image nearest to each sample.
+      distance: [n], distance to that image.
     """
     closest = np.argsort(distance)[:SHOWN]
     pairs = np.concatenate([generated[closest], train[index[closest]]])

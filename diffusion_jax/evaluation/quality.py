@@ -1,4 +1,4 @@
-"""The quality of samples: `metrics` of image features, with the protocol under which two numbers are comparable.
+"""The quality of samples: `metrics` of image features, with the protocol that makes two numbers comparable.
 
 A feature extractor is any function features(images uint8 [n, H, W, C]) -> float [n, d], for example `pixels`.
 Images are uint8 [n, H, W, C]: an array, or an object with its shape, length and indexing.
@@ -13,51 +13,52 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+from diffusion_jax.data.pixels import from_uint8
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import metrics
+from diffusion_jax.running import files
 
-MAX_FEATURES = 4096  # features of the largest covariance, 134 MB
-MAX_NEIGHBOURS = 10_000  # rows whose neighbours are searched, the usual number; these are 10^8 pairs already
-K, K_DENSITY = 3, 5  # neighbours for precision and recall, and for density and coverage: those of the papers
-SUBSETS = 100  # of the kernel distance
-DIRECTIONS = 512  # of the sliced Wasserstein distance
+MAX_FEATURES = 4096  # number of features in the largest covariance, 134 MB
+MAX_NEIGHBOURS = 10_000  # rows whose neighbours are searched, as is usual: 10^8 pairs
+K, K_DENSITY = 3, 5  # neighbours for precision and recall, and for density and coverage, as in the papers
+SUBSETS = 100  # in the kernel distance
+DIRECTIONS = 512  # in the sliced Wasserstein distance
 _BATCH = 256  # images in a call of the feature extractor
-_COMPARABLE = ("features", "checksum", "image_size", "channels", "resize")  # the keys in which protocols must agree
+_COMPARABLE = ("features", "checksum", "image_size", "channels", "resize")  # keys that must be equal in both protocols
 
 Features = Callable[[np.ndarray], Any]  # a feature extractor
 
 
 def pixels(images: np.ndarray) -> np.ndarray:
     """Returns the pixel values in [−1, 1] as float32 [n, H · W · C]."""
-    return images.reshape(len(images), -1).astype(np.float32) / 127.5 - 1
+    return from_uint8(images.reshape(len(images), -1))
 
 
 def protocol(images: Any, name: str, checksum: str, resize: str, origin: str) -> dict[str, Any]:
-    """Returns the protocol of a measurement: the images, and the way to their features.
+    """Returns the protocol of a measurement: the images and how their features are computed.
 
     Args:
       images: uint8 [n, H, W, C]; only the shape is read.
-      name: of the feature extractor.
-      checksum: of the feature extractor's weights.
-      resize: the method that brought the images to their size.
+      name: name of the feature extractor.
+      checksum: checksum of the feature extractor's weights.
+      resize: the method that resized the images.
       origin: the file or the data set.
     """
     n, height, _, channels = images.shape
-    return {
-        **{"features": name, "checksum": checksum, "image_size": height, "channels": channels, "resize": resize},
-        **{"origin": origin, "n": n},
-    }
+    settings = {"features": name, "checksum": checksum, "image_size": height, "channels": channels, "resize": resize}
+    return settings | {"origin": origin, "n": n}
 
 
 def extract(images: Any, features: Features) -> np.ndarray:
-    """Returns the features of all images, float32 [n, d]. Padding makes every call of `features` the same size."""
+    """Returns the features of all images, float32 [n, d]. Batches are padded to one size."""
     return np.concatenate(list(_batches(images, features)))
 
 
-def _batches(images, features):
-    """Yields float32 features of batches of the images, without those of the padding."""
-    for first in range(0, len(images), _BATCH):
-        batch = np.asarray(images[first : first + _BATCH])
+def _batches(images, features, indices=None):
+    """Yields the float32 features of each batch of images (those at `indices`), without those of the padding."""
+    indices = np.arange(len(images)) if indices is None else indices
+    for first in range(0, len(indices), _BATCH):
+        batch = np.asarray(images[indices[first : first + _BATCH]])
         padded = np.concatenate([batch, np.repeat(batch[:1], _BATCH - len(batch), axis=0)])
         yield np.asarray(features(padded), np.float32)[: len(batch)]
 
@@ -65,7 +66,7 @@ def _batches(images, features):
 def moments(images: Any, features: Features) -> metrics.Moments:
     """Returns the moments of the features of all images, in every process; each process reads its share."""
     share = np.array_split(np.arange(len(images)), jax.process_count())[jax.process_index()]
-    batches = _batches(_Subset(images, share), features)
+    batches = _batches(images, features, share)
     total = metrics.Moments.of(next(batches))
     for batch in batches:
         total = total.add(batch)
@@ -79,33 +80,18 @@ def moments(images: Any, features: Features) -> metrics.Moments:
     return sum(totals[1:], totals[0])
 
 
-class _Subset:
-    """Holds the images at `indices`, and reads them only when they are indexed."""
-
-    def __init__(self, images, indices):
-        self._images, self._indices = images, indices
-
-    def __len__(self):
-        return len(self._indices)
-
-    def __getitem__(self, index):
-        return self._images[self._indices[index]]
-
-
 def save_statistics(path: epath.PathLike, statistics: metrics.Moments, protocol: dict[str, Any]) -> None:
     """Writes the moments of a set of images and their protocol as an .npz file."""
-    path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     about = np.array(json.dumps(protocol))
-    with path.open("wb") as file:
+    with files.replacing(path) as file:
         np.savez(file, count=statistics.count, mean=statistics.mean, scatter=statistics.scatter, protocol=about)
 
 
 def load_statistics(path: epath.PathLike) -> tuple[metrics.Moments, dict[str, Any]]:
-    """Returns the moments and the protocol that `save_statistics` has written.
+    """Returns the moments and the protocol that `save_statistics` wrote.
 
     Raises:
-      UserError: the file is missing, or is another file.
+      UserError: the file is missing, or has other content.
     """
     path = epath.Path(path)
     try:
@@ -119,11 +105,11 @@ def load_statistics(path: epath.PathLike) -> tuple[metrics.Moments, dict[str, An
 
 
 def check_comparable(protocol: dict[str, Any], other: dict[str, Any]) -> None:
-    """Raises UserError, which names the keys, if two protocols measure different things."""
+    """Raises UserError, naming the keys, if two protocols measure different things."""
     differing = [f"{key}: {protocol[key]} and {other[key]}" for key in _COMPARABLE if protocol[key] != other[key]]
     if differing:
         raise UserError(
-            f"numbers of different protocols cannot be compared ({', '.join(differing)}): make the settings alike"
+            f"numbers of different protocols cannot be compared ({', '.join(differing)}): use the same settings"
         )
 
 
@@ -137,15 +123,15 @@ def frechet_to_statistics(
 ) -> dict[str, Any]:
     """Returns the Fréchet distance of samples to saved statistics, with the keys of `compare`.
 
-    The statistics are fixed: the interval is that of other samples, not of another reference.
+    The statistics are fixed: the interval covers new samples, not a new reference.
 
     Args:
       samples: uint8 [n, H, W, C].
       features: the feature extractor.
-      samples_protocol: of the samples.
-      reference: the moments of the statistics.
-      reference_protocol: of the statistics.
-      seed: of the bootstrap and of the subsets.
+      samples_protocol: protocol of the samples.
+      reference: the saved moments.
+      reference_protocol: protocol of the saved moments.
+      seed: seed of the bootstrap and of the subsets.
 
     Raises:
       UserError: the protocols differ, or there are too many features.
@@ -167,7 +153,7 @@ def compare(samples: Any, reference: Any, features: Features, seed: int = 0) -> 
       samples: uint8 [n, H, W, C].
       reference: uint8 [m, H, W, C], the whole data set and not its moments.
       features: the feature extractor.
-      seed: of the bootstrap, the subsets and the directions.
+      seed: seed of the bootstrap, the subsets and the directions.
 
     Returns:
       {"frechet": …, "frechet_95": [low, high], "frechet_extrapolated": [value, standard error], or None with
@@ -214,7 +200,7 @@ def _interval_settings(x):
 
 
 def _check_dimension(d, n):
-    """Raises UserError if d features are too many for a covariance; 0 < n <= d rows are compared without one."""
+    """Raises UserError if d features are too many for a covariance, unless 0 < n <= d rows need none."""
     if d > MAX_FEATURES and not 0 < n <= d:
         raise UserError(
             f"{d} features are more than the {MAX_FEATURES} of the largest covariance: for images of this size give "
@@ -223,16 +209,16 @@ def _check_dimension(d, n):
 
 
 def read_samples(path: epath.PathLike) -> np.ndarray:
-    """Returns the images that `--mode=sample` has written as an .npz file or as shards in a folder, uint8 [n, H, W, C].
+    """Returns the images that `--mode=sample` wrote as an .npz file or as shards in a folder, uint8 [n, H, W, C].
 
     Raises:
       UserError: the file is missing, or holds no images.
     """
     path = epath.Path(path)
-    files = sorted(path.glob("*-*.npz")) if path.is_dir() else [path]
+    paths = sorted(path.glob("*-*.npz")) if path.is_dir() else [path]
     try:
         shards = []
-        for file in files:
+        for file in paths:
             with file.open("rb") as opened, np.load(opened, allow_pickle=False) as content:
                 shards.append(content["arr_0"])
         samples = np.concatenate(shards)
@@ -249,7 +235,7 @@ def read_samples(path: epath.PathLike) -> np.ndarray:
 
 
 def read_about(path: epath.PathLike) -> dict[str, Any] | str:
-    """Returns the settings that `--mode=sample` has stored with the samples at `path`, or "unknown" without them."""
+    """Returns the settings that `--mode=sample` stored with the samples at `path`, or "unknown" if there are none."""
     path = epath.Path(path)
     try:
         if path.is_dir():

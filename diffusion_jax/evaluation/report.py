@@ -27,9 +27,9 @@ from diffusion_jax.running.workdir import absolute, read_config
 
 GRIDS = 12  # grids of samples on the page, at most
 RECENT = 10  # lines of metrics.jsonl whose median is the speed
-LONG = 8  # numbers: a longer list becomes a chart
-MANY = 400  # lines of metrics.jsonl: the values of more are drawn faint, with their means over them
-MEANS = 200  # means in a curve, about
+LONG = 8  # a longer list of numbers becomes a chart
+MANY = 400  # a metric with more values is drawn faint, with a curve of about MEANS means over it
+MEANS = 200
 
 # (title, metrics that share the chart, log scale); any other metric gets a chart of its own.
 CHARTS = (
@@ -43,15 +43,15 @@ CHARTS = (
 NOT_DRAWN = ("step", "steps_per_second")  # images_per_second draws the same curve as steps_per_second
 STYLE = {
     "font.size": 9,
-    "path.simplify_threshold": 0.5,  # pixels: 8,000 lines of metrics make 0.6 MB in place of 1.6
-    "svg.fonttype": "none",  # text is smaller than its outlines
+    "path.simplify_threshold": 0.5,  # pixels: 8,000 lines of metrics make 0.6 MB instead of 1.6
+    "svg.fonttype": "none",  # text takes fewer bytes than outlines of letters
     "svg.hashsalt": "report",  # equal charts have equal bytes
-    "text.parse_math": False,  # a "$" in a name opens no formula
+    "text.parse_math": False,  # a "$" in a name does not start a formula
 }
 
 
 class Picture(NamedTuple):
-    """A PNG file of the workdir, or a chart: SVG and its figure. Without content the page shows the note alone."""
+    """A PNG file of the workdir, or a chart (SVG and its figure). Without content the page shows only the note."""
 
     title: str
     note: str = ""
@@ -67,11 +67,11 @@ class Picture(NamedTuple):
 
 
 def report(workdir: epath.PathLike, out: epath.PathLike | None = None, chart_format: str | None = None) -> None:
-    """Writes the report of a run as one HTML file, which names the parts that the workdir lacks.
+    """Writes the report of a run as one HTML file, which says what the workdir lacks.
 
     Args:
       workdir: folder of the run.
-      out: the file; None: report.html in `workdir`.
+      out: the file; None means report.html in `workdir`.
       chart_format: "svg" or "png" also writes each chart to the folder `<out stem>-charts` beside `out`.
 
     Raises:
@@ -82,7 +82,7 @@ def report(workdir: epath.PathLike, out: epath.PathLike | None = None, chart_for
     config = read_config(workdir)
     workdir = absolute(workdir)
     out = epath.Path(out).expanduser() if out else workdir / "report.html"
-    with matplotlib.style.context(STYLE, after_reset=True):  # the user's matplotlibrc changes nothing
+    with matplotlib.style.context(STYLE, after_reset=True):  # ignores the user's matplotlibrc
         contents = _contents(workdir, config)
         folder = out.with_name(f"{out.stem}-charts")
         contents_by_path = _chart_files(contents, folder, chart_format) if chart_format else {}
@@ -100,7 +100,7 @@ def report(workdir: epath.PathLike, out: epath.PathLike | None = None, chart_for
 
 
 def _contents(workdir, config):
-    """Returns what the template shows."""
+    """Returns the variables of the template."""
     curves, num_damaged = _read_curves(workdir / "metrics.jsonl")
     checkpoints = sorted(_by_step(workdir / "checkpoints"))
     step = int(max([0, *checkpoints, *curves["step"][0, -1:]]))
@@ -113,7 +113,7 @@ def _contents(workdir, config):
         "date": _date(datetime.datetime.now().timestamp()),
         "step": step,
         "facts": _facts(workdir, flat, step, checkpoints, parts.num_parameters(config), curves),
-        "charts": _charts(curves, group, flat.get("schedule.num_steps")),
+        "charts": _charts(curves, group, flat["schedule.num_steps"]),
         "group": group,
         "num_damaged": num_damaged,
         "grids": [_picture(grids[i][1], f"step {grids[i][0]:,}") for i in indices],
@@ -124,7 +124,7 @@ def _contents(workdir, config):
 
 
 def _chart_files(contents, folder, chart_format):
-    """Returns {path: content} of all charts, named by their titles; a title that repeats gets a number."""
+    """Returns {path: content} of all charts, named by their titles; a repeated title gets a number."""
     chart_files = {}
     evaluation = (content for kind, content in contents["evaluation"] if kind == "picture")
     for chart in (picture for picture in (*contents["charts"], *evaluation) if picture.figure):
@@ -155,16 +155,16 @@ def _read_curves(path):
 
 
 def _by_step(folder, suffix=""):
-    """Returns {step: path} of the entries that a step names."""
+    """Returns {step: path} of the entries whose name is a step."""
     paths = folder.iterdir() if folder.is_dir() else ()
     return {int(path.stem): path for path in paths if path.stem.isdecimal() and path.suffix == suffix}
 
 
 def _picture(path, title):
-    """Returns a PNG file as a picture, or a note in its place."""
+    """Returns a PNG file as a picture, or a note if it is not one."""
     content = path.read_bytes()
     if not content.startswith(b"\x89PNG\r\n\x1a\n"):
-        return Picture(title, f"{path.name} is no PNG: it is left out.")
+        return Picture(title, f"{path.name} is not a PNG: it is left out.")
     return Picture(title, alt=path.name, content=content)
 
 
@@ -181,17 +181,16 @@ def _by_group(flat):
 
 
 def _facts(workdir, flat, step, checkpoints, num_parameters, curves):
-    """Returns the rows of the first table; None for a row without data."""
-    batch_size = flat.get("train.batch_size")
-    source = [str(flat[key]) for key in ("data.source", "data.path") if flat.get(key)]
-    shape = [str(flat.get(f"data.{key}")) for key in ("image_size", "image_size", "channels")]
+    """Returns the rows of the first table; a row without data is None."""
+    source = " ".join(filter(None, (flat["data.source"], flat["data.path"])))
+    shape = [str(flat[f"data.{key}"]) for key in ("image_size", "image_size", "channels")]
     loss, speed = (_finite(curves, name)[1] for name in ("loss", "images_per_second"))
     return {
-        "step": f"{_cell(step)} of {_cell(flat.get('train.num_steps'))}",
+        "step": f"{_cell(step)} of {_cell(flat['train.num_steps'])}",
         "checkpoints": checkpoints or None,
         "parameters": num_parameters,
-        "data": [" ".join(source), " × ".join(shape)] if source else None,
-        "images seen": step * batch_size if _is_number(batch_size) else None,
+        "data": [source, " × ".join(shape)] if source else None,
+        "images seen": step * flat["train.batch_size"],
         "loss": f"{_cell(loss[-1])}, least {_cell(loss.min())}" if len(loss) else None,
         "images per second": float(np.median(speed[-RECENT:])) if len(speed) else None,
         **_times(workdir, *_finite(curves, "steps_per_second")),
@@ -205,7 +204,7 @@ def _finite(curves, name):
 
 
 def _times(workdir, steps, steps_per_second):
-    """Returns the time of all steps, by the speed of each line, and the dates of the first start and the last line."""
+    """Returns the total time of the steps by the logged speeds, and the dates of the first start and the last line."""
     steps, steps_per_second = steps[steps_per_second > 0], steps_per_second[steps_per_second > 0]
     seconds = np.sum(np.diff(steps, prepend=0) / steps_per_second)
     starts = [path.name.split(".")[3] for path in workdir.glob("events.out.tfevents.*")]  # TensorBoard's file names
@@ -232,9 +231,9 @@ def _charts(curves, group, num_steps):
 
 
 def _label(name, num_steps):
-    """Returns the range of t for the loss of a quarter, loss_t1 … loss_t4; any other name as it is."""
+    """Returns the range of t for the loss of a quarter, loss_t1 … loss_t4, and any other name unchanged."""
     quarter = re.fullmatch(r"loss_t([1-4])", name)
-    if not (quarter and _is_number(num_steps)):
+    if not quarter:
         return name
     first, last = (-(-i * num_steps // 4) for i in (int(quarter[1]) - 1, int(quarter[1])))
     return f"t = {first + 1:,} … {last:,}"
@@ -259,7 +258,7 @@ def _evaluation(folder):
 
 
 def _nested(title, columns, level):
-    """Yields the content of {column: dict}: a row of a table for each key, a chart for each long list of numbers.
+    """Yields blocks for {column: dict}: a table row for each key, a chart for each long list of numbers.
 
     A dict whose values are dicts with a key in common becomes a table with a column for each of them.
     """
@@ -292,7 +291,7 @@ def _is_number(value):
 
 
 def _list_charts(columns, keys):
-    """Yields a chart of each list over the list "t" or "step", or over the first; distortion over rate too."""
+    """Yields a chart of each list over the list "t" or "step", else the first list; also distortion over rate."""
     first = next((key for key in ("t", "step") if key in keys), keys[0])
     pairs = [(first, key) for key in keys if key != first] or [("index", first)]
     if {"rate", "distortion"} <= set(keys) and first not in ("rate", "distortion"):
@@ -309,7 +308,7 @@ def _list_charts(columns, keys):
 
 
 def _cell(value):
-    """Returns a value of a table or an axis as text."""
+    """Formats a value of a table or an axis."""
     if value is None:
         return "–"
     if isinstance(value, str):
@@ -327,11 +326,11 @@ def _cell(value):
 
 
 def _chart(title, x_name, y_name, series, log=None, group=1):
-    """Returns a chart with a line for each of `series` {name: float [2, n]}; what is not finite is a gap.
+    """Returns a chart with a line for each of `series` {name: float [2, n]}; non-finite values are gaps.
 
     Args:
-      log: True for a log scale where all y are above 0; None: where they also span a factor of 50.
-      group: number of neighbours in a mean; 1: no means.
+      log: True uses a log scale if all y are above 0, None if they also span a factor of 50.
+      group: number of neighbouring values in a mean; 1 draws no means.
     """
     series = {name: np.where(np.isfinite(xy).all(axis=0), xy, np.nan) for name, xy in series.items()}
     values = np.concatenate([y[np.isfinite(y)] for _, y in series.values()])
@@ -351,7 +350,7 @@ def _chart(title, x_name, y_name, series, log=None, group=1):
 
 
 def _draw(axes, color, xy, group):
-    """Draws one line, of means over the faint values where `group` > 1; a value between two gaps is a dot."""
+    """Draws one line: means over faint values if `group` > 1. A value between two gaps is a dot."""
     means = xy[:, : xy.shape[1] // group * group].reshape(2, -1, group).mean(axis=2)
     if group > 1 and np.isfinite(means).any():
         axes.plot(*xy, color=color, alpha=0.25, linewidth=0.6)
@@ -362,7 +361,7 @@ def _draw(axes, color, xy, group):
 
 
 def _set_ticks(axes, values, log):
-    """Sets the scale and ticks of the axes, with numbers as in the tables."""
+    """Sets the scale and the ticks of the axes; numbers look as in the tables."""
     if log:
         decades = math.log10(values.max() / values.min())
         subs = (1,) if decades > 3 else (1, 2, 5) if decades > 1 else (1, 1.5, 2, 3, 4, 5, 6, 8)
@@ -378,7 +377,7 @@ def _set_ticks(axes, values, log):
 
 
 def _described(x, y, x_name):
-    """Returns the first, last, least and greatest value of a line, for a reader who cannot see the line."""
+    """Describes a line by its first, last, least and greatest value, for readers who cannot see it."""
     x, y = x[np.isfinite(y)], y[np.isfinite(y)]
     if not len(y):
         return "has no finite value"

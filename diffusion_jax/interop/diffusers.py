@@ -2,8 +2,8 @@
 
     unet/config.json · unet/diffusion_pytorch_model.safetensors · scheduler/scheduler_config.json
 
-A `UNet2DModel` with the right settings is `unet.UNet`, weight for weight; only names, layouts and its steps t,
-0..T−1, differ. This module needs neither diffusers nor torch.
+A `UNet2DModel` with the right settings is `unet.UNet`, weight for weight; only names, layouts and its steps
+t = 0..T−1 differ. This module needs neither diffusers nor torch.
 """
 
 import functools
@@ -82,8 +82,9 @@ _DDPM = {
 }
 _SCHEDULES = ("ho_linear", "su_linear", "cosine")
 _PREDICTIONS = {"epsilon": "eps_bar", "sample": "x_0", "v_prediction": "velocity"}
-_SIGMAS = {"fixed_large": "beta", "fixed_small_log": "posterior", "fixed_small": "posterior"}  # _log rounds otherwise
-# Names of our modules: names in diffusers. `_torch_name` has those of the levels.
+# fixed_small_log differs from fixed_small by rounding.
+_SIGMAS = {"fixed_large": "beta", "fixed_small_log": "posterior", "fixed_small": "posterior"}
+# Our names of modules: names in diffusers. `_torch_name` translates those of the levels.
 _MODULES = {
     "conv_in": "conv_in",
     "temb_dense0": "time_embedding.linear_1",
@@ -106,22 +107,22 @@ _PARTS = {
 _OLD_PARTS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # before diffusers 0.15
 
 
-# ---------------------------------------------------------------- in
+# ---------------------------------------------------------------- import
 
 
 def import_diffusers(source: str, workdir: epath.PathLike, reference: ConfigDict) -> None:
-    """Makes a workdir of a diffusers model: a config and a checkpoint of step 0, to sample, evaluate or train on.
+    """Makes a workdir from a diffusers model: a config and a checkpoint of step 0, to sample, evaluate or train.
 
     Args:
       source: a folder of a `UNet2DModel`, or of a pipeline with one in unet/; the .safetensors file itself, with
         its config.json beside it; or a repository of the Hugging Face hub, e.g. google/ddpm-cifar10-32.
       workdir: a new workdir.
-      reference: the config of everything that the model does not determine: data.*, train.*, model.dropout, and,
+      reference: a config for everything that the model does not determine: data.*, train.*, model.dropout, and,
         without a scheduler_config.json, schedule.*, sampling.* and model.prediction.
 
     Raises:
-      UserError: the source cannot be read, has no network or schedule of this package, or has tensors that do not
-        match the network; or the workdir is not new.
+      UserError: the source cannot be read, its network or schedule is not one of this package, its tensors do not
+        match the network, or the workdir is not new.
     """
     workdir = _new_workdir(workdir)
     weights, scheduler = _find(source)
@@ -181,7 +182,7 @@ def _download(source):
     patterns = [f"{folder}{name}" for folder in ("", "unet/", "scheduler/") for name in names]
     try:
         return epath.Path(huggingface_hub.snapshot_download(source, allow_patterns=patterns))
-    except Exception as error:  # types of requests, of httpx and of the hub
+    except Exception as error:  # requests, httpx and the hub raise types of their own
         reason = one_line(error, 200)
         raise UserError(f"{source} is not a folder here, and cannot be fetched from the hub ({reason})") from None
 
@@ -217,7 +218,7 @@ def _read_unet(config, file):
 
 
 def _attention_levels(settings, require):
-    """Returns the levels with attention, which must have one head."""
+    """Returns the levels with attention; it must have a single head."""
     channels, down, up = settings["block_out_channels"], settings["down_block_types"], settings["up_block_types"]
     are_known = len(down) == len(channels) and all(name in ("DownBlock2D", "AttnDownBlock2D") for name in down)
     require("down_block_types", are_known, "must be DownBlock2D or AttnDownBlock2D, one for each level")
@@ -273,7 +274,7 @@ def _beta_squared(name, num_steps):
 
 
 def _read_json(file, class_name, defaults):
-    """Returns the settings of a config of diffusers with its defaults, without private keys, and their `_require`."""
+    """Returns (settings, require): a diffusers config without private keys, with defaults; and `_require` for it."""
     try:
         settings = dict(json.loads(file.read_text()).items())
     except (OSError, ValueError, AttributeError) as error:
@@ -290,7 +291,7 @@ def _read_json(file, class_name, defaults):
 
 
 def _require(file, settings, key, condition, reason):
-    """Raises UserError if the condition is false; the message ends in "which" and the reason."""
+    """Raises UserError, "… which {reason}", if the condition is false."""
     if not condition:
         raise UserError(f"{file} has {key}={settings[key]!r:.200}, which {reason}")
 
@@ -315,7 +316,7 @@ def _to_params(config, file):
 
 
 def _read_tensors(file):
-    """Returns {name: array}, with the names of today's diffusers."""
+    """Returns {name: array}, with old names replaced by those of diffusers 0.15 and later."""
     try:
         tensors = safetensors.load(file.read_bytes())
     except (OSError, SafetensorError) as error:
@@ -358,7 +359,7 @@ def _to_torch(name, array):
 
 
 def _to_flax(file, name, array, shape):
-    """Returns the parameter of this shape; a dense kernel may come as a 1×1 convolution, or the other way round."""
+    """Returns the parameter of this shape; a dense kernel may be stored as a 1×1 convolution, or the reverse."""
     expected = _torch_shape(name, shape)
     is_dense = len(shape) == 2 and array.shape in (expected[:2], (*expected[:2], 1, 1))
     if not (is_dense or array.shape == expected) or not np.issubdtype(array.dtype, np.floating):
@@ -367,13 +368,13 @@ def _to_flax(file, name, array, shape):
     return np.array(array, np.float32, order="C")
 
 
-# ---------------------------------------------------------------- out
+# ---------------------------------------------------------------- export
 
 
 def export_diffusers(workdir: epath.PathLike, out: str) -> None:
     """Writes the averaged parameters of the last checkpoint for diffusers' `DDPMPipeline.from_pretrained(out)`.
 
-    The pipeline has the ancestral chain with the run's sigma, for any sampling.sampler of the run. Schedules
+    The pipeline runs the ancestral chain with the run's sigma, whatever the run's sampling.sampler. Schedules
     other than Ho's are written as `trained_betas`.
 
     Raises:
@@ -445,19 +446,19 @@ def _unet_config(config):
 
 
 def _num_groups(config):
-    """Returns the number of groups that all normalisations have; `unet.GroupNorm` takes what divides the channels."""
+    """Returns the number of groups of all normalisations; `unet.GroupNorm` may use fewer than model.num_groups."""
     scales = [shape for keys, shape in _layout(config).values() if keys[-1] == "scale"]
     groups = {math.gcd(config.model.num_groups, channels) for (channels,) in scales}
     if len(groups) > 1:
         raise UserError(
-            f"config.model.num_groups={config.model.num_groups} makes {sorted(groups)} groups in this network, and "
+            f"config.model.num_groups={config.model.num_groups} makes {sorted(groups)} groups in this network, but "
             "diffusers has one number for all: only networks whose channels it divides can be exported"
         )
     return groups.pop()
 
 
 def _scheduler_config(config):
-    """Returns the config of the DDPMScheduler that takes the run's steps."""
+    """Returns the config of the DDPMScheduler whose steps are those of the run."""
     variances = {sigma: variance for variance, sigma in _SIGMAS.items()}
     if config.sampling.sigma not in variances:
         raise UserError(

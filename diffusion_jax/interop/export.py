@@ -1,4 +1,4 @@
-"""The sampler as one file, which needs only JAX and NumPy: `export` writes it, `load_exported` reads it.
+"""The sampler as one file that needs only JAX and NumPy: `export` writes it, `load_exported` reads it.
 
 The file is an .npz with these arrays:
 
@@ -50,13 +50,13 @@ def export(config: dict, params: dict, step: int, sample: Callable, out: str) ->
     """Writes a sampler as one file.
 
     Args:
-      config: the run's config, which the file keeps as documentation.
+      config: the run's config, stored as documentation.
       params: nested dicts of arrays.
       sample: (params, rng, indices [n]) -> float32 [n, H, W, C] for any n, see `sampling.make_indexed_sample_fn`.
-      out: the file, which ends in .npz.
+      out: an .npz file.
 
     Raises:
-      UserError: `out` ends in something else, or cannot be written.
+      UserError: `out` does not end in .npz, or cannot be written.
     """
     if not out.endswith(".npz"):
         raise UserError(f"--out={out} must end in .npz: give another name")
@@ -99,7 +99,7 @@ def load_exported(path: epath.PathLike) -> tuple[Callable, dict]:
         exported = jax.export.deserialize(bytearray(arrays["program"].tobytes()))
         exported.mlir_module()  # raises for a newer StableHLO, which would otherwise fail at the first call
         call = jax.jit(exported.call)
-    except Exception as error:  # types of flatbuffers and of MLIR
+    except Exception as error:  # flatbuffers and MLIR raise types of their own
         reason = one_line(error, 200)
         raise UserError(
             f"{path} was written by jax {about['jax']}, and jax {jax.__version__} cannot read it ({reason}): use "
@@ -121,7 +121,7 @@ def _read(path):
         with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
             arrays = {name: content[name] for name in content.files}
         stored = str(arrays.pop("checksum"))
-    except Exception as error:  # types of zipfile, of zlib and of NumPy
+    except Exception as error:  # zipfile, zlib and NumPy raise types of their own
         raise UserError(f"{path} is not an exported sampler, or is damaged ({error}): export it again") from None
     if stored != _checksum(arrays):
         raise UserError(f"{path} is damaged (its checksum is wrong): export it again")

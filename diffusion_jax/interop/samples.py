@@ -1,4 +1,4 @@
-"""Samples as files: a grid, an array, or a folder of shards that can be resumed."""
+"""Samples as files: a grid, an array, or a folder of shards, which can be resumed."""
 
 import json
 import re
@@ -26,16 +26,16 @@ SHARD = 1024  # images of one file
 def write_samples(workdir: epath.PathLike, num: int, seed: int, out: str, **settings: Any) -> None:
     """Writes `num` images: a grid if `out` ends in .png, uint8 [num, H, W, C] if in .npz, shards if in "/".
 
-    An .npz has the images as "arr_0", the name that evaluation suites read, and as "about" the JSON of what
-    made them. Shards are .npz files of SHARD images, named by their first and last number, with samples.json
-    beside them; a shard that exists is not made again. Image i is the same for any `num` and for any number
-    of devices or processes, which share the work; process 0 writes.
+    An .npz stores the images as "arr_0", the name that evaluation suites read, and their settings as JSON in
+    "about". Shards are .npz files of SHARD images, named by their first and last index, with samples.json
+    beside them; an existing shard is skipped. Image i is the same for any `num` and any number of devices or
+    processes, which share the work; process 0 writes.
 
     Args:
       settings: sampler, steps and eta of `load`.
 
     Raises:
-      UserError: there is nothing to sample from, or `out` ends in something else or holds other samples.
+      UserError: there is no checkpoint, or `out` has another ending or contains other samples.
     """
     if not (out.endswith((".png", ".npz", "/"))):
         raise UserError(f"--out={out} must end in .png (a grid), .npz (an array) or / (a folder of arrays)")
@@ -65,13 +65,13 @@ def write_samples(workdir: epath.PathLike, num: int, seed: int, out: str, **sett
 
 
 def _about(config, workdir, step, params, seed):
-    """Returns everything that samples depend on; other samples differ in it. Unused settings are None."""
-    every = json.dumps(checkpoint.checksums(params), sort_keys=True)
+    """Returns everything that samples depend on, as a dict for JSON. Unused settings are None."""
+    checksums = json.dumps(checkpoint.checksums(params), sort_keys=True)
     sampler, num_steps = config.sampling.sampler, config.schedule.num_steps
     return {
         "workdir": str(workdir),
         "step": step,
-        "checksum": f"{zlib.crc32(every.encode()):08x}",
+        "checksum": f"{zlib.crc32(checksums.encode()):08x}",
         "seed": seed,
         "sampler": sampler,
         "steps": parts.num_sampling_steps(config),
@@ -84,7 +84,7 @@ def _about(config, workdir, step, params, seed):
 
 
 def _share(sample_fn, params, seed, first, num, per_call, bar):
-    """Returns images first .. first + num - 1, uint8, in every process; each makes its share of every round."""
+    """Returns images first .. first + num - 1, uint8, in every process; the processes divide each round of calls."""
     processes, made = jax.process_count(), []
     for done in range(0, num, per_call * processes):
         own = first + done + per_call * jax.process_index()
@@ -95,7 +95,7 @@ def _share(sample_fn, params, seed, first, num, per_call, bar):
 
 
 def _write_shards(folder, num, make, bar, about):
-    """Writes the shards that are missing, of `num` images in all."""
+    """Writes the missing shards of `num` images."""
     manifest = folder / "samples.json"
     text = json.dumps(about, indent=2) + "\n"
     if manifest.exists() and manifest.read_text() != text:
@@ -114,7 +114,7 @@ def _write_shards(folder, num, make, bar, about):
     for first in range(0, num, SHARD):
         stop = min(first + SHARD, num)
         done = (first, stop) in present
-        if jax.process_count() > 1:  # all follow process 0
+        if jax.process_count() > 1:  # all processes follow process 0
             done = bool(multihost_utils.broadcast_one_to_all(np.array(done)))
         if done:
             bar.update(stop - first)
@@ -130,7 +130,7 @@ def _shard(folder, first, stop):
 
 
 def _shards(folder):
-    """Returns [(first, stop)] of the images that the folder holds."""
+    """Returns (first, stop) of each shard in the folder."""
     names = [re.fullmatch(r"(\d+)-(\d+)\.npz", path.name) for path in folder.iterdir()] if folder.exists() else []
     return [(int(name[1]), int(name[2]) + 1) for name in names if name]
 

@@ -30,7 +30,7 @@ def interpolate(
     """Interpolates between two images in the latent space of step t, Ho et al. (2020), figure 8.
 
     (6) takes both images to step t with the same noise, so the mixture (1 − w) x_t + w y_t has the
-    noise level of that step. Chains with one common noise take the mixtures back to images.
+    noise level of that step. Chains that share their noise take the mixtures back to images.
 
     Args:
       x_0, y_0: [...] the two images.
@@ -59,7 +59,7 @@ def progressive(
 ) -> jax.Array:
     """Returns the chain's predictions of x_0 at the steps `at`, Ho et al. (2020), figure 6.
 
-    The chain runs once and stores these k predictions alone.
+    The chain runs once and stores only these k predictions.
 
     Args:
       x: [B, ...] x_T.

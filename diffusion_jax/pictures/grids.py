@@ -1,4 +1,4 @@
-"""Pictures that people look at, made from arrays: contact sheets, labelled grids, PNG files and animations."""
+"""Pictures made from arrays: contact sheets, labelled grids, PNG files and animations."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,7 @@ LABEL = 14  # pixels: font size of the labels
 def grid(x: np.ndarray, columns: int | None = None) -> np.ndarray:
     """Returns a contact sheet of images, with grey gaps between them.
 
-    Images smaller than MIN_TILE are enlarged smoothly by a whole factor.
+    Images smaller than MIN_TILE are enlarged by an integer factor, bicubic.
 
     Args:
       x: uint8 [N, H, W, C].
@@ -66,16 +66,15 @@ def labelled(x: np.ndarray, row_labels: Sequence[str], column_labels: Sequence[s
     return np.asarray(picture).reshape(picture.height, picture.width, -1)
 
 
-def save_animation(path: epath.PathLike, frames: Iterable[np.ndarray], milliseconds: int = 80) -> None:
-    """Writes an animation that repeats for ever, and creates its folder. The last frame stays for 2 seconds.
+def save_animation(path: epath.PathLike, frames: Iterable[np.ndarray]) -> None:
+    """Writes an animation that loops for ever, and creates its folder. The last frame stays for 2 seconds.
 
     Args:
-      path: a file that ends in .gif or .webp, which chooses the format.
+      path: a .gif or .webp file.
       frames: uint8 [H, W, 1 or 3] each.
-      milliseconds: the duration of every other frame.
     """
     first, *rest = map(to_pillow, frames)
-    durations = [milliseconds] * len(rest) + [2000]
+    durations = [80] * len(rest) + [2000]  # milliseconds
     with files.replacing(path) as file:
         first.save(
             file,

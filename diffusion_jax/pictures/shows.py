@@ -1,4 +1,4 @@
-"""Pictures and animations of a trained model: `figures` applied to the images and the checkpoint of a run."""
+"""Pictures and animations of a trained model: `figures` applied to a run's images and checkpoint."""
 
 import functools
 
@@ -20,12 +20,12 @@ def show(workdir: epath.PathLike, name: str, seed: int, out: str, num: int | Non
 
     Args:
       seed: the seed of the noise and of the choice of images.
-      out: a .png; a .gif or .webp for the animation.
+      out: a .png file; a .gif or .webp file for the animation.
       num: rows of the picture; images in a row of "variations"; images of the animation.
       path: images to interpolate between or to inpaint, as config.data.path; "" means those of the run.
 
     Raises:
-      UserError: there is no checkpoint, there are too few images, or `out` ends in something else.
+      UserError: there is no checkpoint, there are too few images, or `out` has another suffix.
     """
     endings = (".gif", ".webp") if name == "animation" else (".png",)
     if not out.endswith(endings):
@@ -39,7 +39,7 @@ def show(workdir: epath.PathLike, name: str, seed: int, out: str, num: int | Non
 
 
 class _Run:
-    """Holds the network, schedule and images of a run, for functions of `figures` and `sampling`."""
+    """A run's network, schedule and images, for the functions of `figures` and `sampling`."""
 
     def __init__(self, workdir, seed, path):
         self._config = read_config(workdir)
@@ -50,7 +50,7 @@ class _Run:
         self._workdir, self._path = workdir, path
 
     def compiled(self, formula, **static):
-        """Compiles formula(eps_bar_fn, s, sigma, …, clip=clip, **static) as one program from NumPy to NumPy."""
+        """Compiles formula(eps_bar_fn, s, sigma, …, clip=clip, **static) as one program that returns NumPy arrays."""
 
         def program(params, *arrays, **named):
             eps_bar_fn = functools.partial(self._parts.network, {"params": params})
@@ -75,12 +75,12 @@ class _Run:
         else:
             dataset = sample.read_images(self._config, self._workdir)
         if num > len(dataset):
-            raise UserError(f"the picture needs {num} images, and the data set has {len(dataset)}: lower --num")
+            raise UserError(f"the picture needs {num} images, but the data set has {len(dataset)}: lower --num")
         return pixels.from_uint8(pipeline.batches(dataset, seed=self._seed, batch_size=num)[0]["image"])
 
 
 def interpolation(run: _Run, out: str, num: int = 6) -> None:
-    """Draws pairs of images and their mixtures at three steps t, one step a row; later steps keep less of them."""
+    """Draws pairs of images and their mixtures at three steps t, one t per row; a larger t keeps less of them."""
     weights, steps = np.linspace(0, 1, 11, dtype=np.float32), _evenly(run.s.num_steps // 2, 3)
     mixes = [run.compiled(figures.interpolate, t=t, weights=weights) for t in steps]
     pairs = -(-num // len(steps))
@@ -91,7 +91,7 @@ def interpolation(run: _Run, out: str, num: int = 6) -> None:
 
 
 def progressive(run: _Run, out: str, num: int = 8) -> None:
-    """Draws the chain's predictions of x_0 and the finished image, one image a row."""
+    """Draws the chain's predictions of x_0 and the finished image, one image per row."""
     at = [*_evenly(run.s.num_steps, 10), 0]
     keys = run.keys(num)
     predictions = run.compiled(figures.progressive, at=at)(run.latents(keys), keys)
@@ -99,7 +99,7 @@ def progressive(run: _Run, out: str, num: int = 8) -> None:
 
 
 def variations(run: _Run, out: str, num: int = 8) -> None:
-    """Draws x_t and `num` images of chains from it, one t a row. Chains from a later t have more in common."""
+    """Draws x_t and `num` images sampled from it, one t per row. A smaller t leaves them more in common."""
     num_steps, keys = run.s.num_steps, run.keys(num, stream=1)
     first, rows, steps = run.keys(1), [], _evenly(num_steps, 4)
     x = run.latents(first)
@@ -109,23 +109,23 @@ def variations(run: _Run, out: str, num: int = 8) -> None:
     _save(out, rows, [f"t = {t}" for t in steps], ["x_t", *map(str, range(1, num + 1))])
 
 
-def inpainting(run: _Run, out: str, num: int = 6, completions: int = 5) -> None:
-    """Draws images whose lower half or centre is filled in anew, one image a row."""
+def inpainting(run: _Run, out: str, num: int = 6) -> None:
+    """Draws images whose lower half or centre is inpainted five times, one image per row."""
     height, width, _ = run.shape
     row, column = np.ogrid[:height, :width]
     lower = row >= height // 2
     centre = (abs(row + 0.5 - height / 2) < height / 4) & (abs(column + 0.5 - width / 2) < width / 4)
     known = ~np.stack([np.broadcast_to([lower, centre][i % 2], (height, width))[..., None] for i in range(num)])
     real, fill, columns = run.images(num), run.compiled(figures.inpaint), []
-    for completion in range(completions):
-        keys = run.keys(num, stream=completion)
+    for stream in range(5):
+        keys = run.keys(num, stream)
         columns.append(fill(real, known, run.latents(keys), keys))
     rows = np.stack([real, np.where(known, real, 0), *columns], axis=1)
     _save(
         out,
         rows,
         [["lower half", "centre"][i % 2] for i in range(num)],
-        ["image", "known", *map(str, range(1, completions + 1))],
+        ["image", "known", *map(str, range(1, len(columns) + 1))],
     )
 
 

@@ -1,1 +1,1 @@
-"""A run before it starts: memory, FLOPs and time on chips that are not there, and departures from the paper."""
+"""A run before it starts: its memory, FLOPs and time, also on absent chips, and its departures from the paper."""

@@ -60,14 +60,14 @@ _PAPER = {
 
 
 def audit(config: ConfigDict, out: str | None = None) -> list[tuple[str, object, object, bool]]:
-    """Prints the settings of a config beside Ho et al.'s for the nearer of 32×32 and 256×256, departures marked.
+    """Prints the settings of a config beside Ho et al.'s for 32×32 or 256×256, whichever is nearer; marks departures.
 
     Args:
       out: a Markdown file for the table, or None.
 
     Returns:
-      [(setting, ours, theirs, True if they agree)]. The parameters, attention blocks and groups are read off the
-      network that the config describes, alpha_bar and beta off its schedule.
+      [(setting, ours, theirs, True if they agree)]. The parameters, attention blocks and groups are those of the
+      network that the config describes, alpha_bar and beta those of its schedule.
 
     Raises:
       UserError: `out` cannot be written.

@@ -1,4 +1,4 @@
-"""Memory and time of a train step on the devices that run it, and the options that save memory."""
+"""Memory and time of a train step on the devices at hand, and the options that save memory."""
 
 import jax
 from ml_collections import ConfigDict
@@ -10,14 +10,14 @@ TIGHT = 0.9  # share of a device's memory above which the step gets a warning
 
 
 def foresee(config: ConfigDict, program: jax.stages.Wrapped, args: tuple, num_steps: int) -> None:
-    """Prints the memory and the least time of the steps to come, where the device tells its memory.
+    """Prints the memory and a lower bound on the time of the remaining steps, if the device reports its memory.
 
-    Only a program that does not fit stops the run: an estimate that fails for another reason is left out.
+    Only a program that does not fit stops the run: an estimate that fails for another reason is skipped.
 
     Args:
       program: the pmapped step.
       args: the arguments of its first call.
-      num_steps: steps to come.
+      num_steps: number of remaining steps.
 
     Raises:
       UserError: the program does not fit into a device.
@@ -27,7 +27,7 @@ def foresee(config: ConfigDict, program: jax.stages.Wrapped, args: tuple, num_st
     if not room:
         return
     try:
-        compiled = programs.compiled(program.lower(*args))  # kept: the first step does not compile again
+        compiled = programs.compiled(program.lower(*args))  # JAX keeps it: the first step does not compile again
         peak, flops = programs.memory_needed(compiled), programs.flops_needed(compiled, config.train.accumulate)
     except programs.DoesNotFit as error:
         raise does_not_fit(config, device.device_kind, programs.shortage(error)) from None
@@ -46,7 +46,7 @@ def foresee(config: ConfigDict, program: jax.stages.Wrapped, args: tuple, num_st
         hours = seconds * num_steps / 3600
         print(f"estimate: at least {seconds * 1e3:.3g} ms a step, {hours:.3g} hours to the end; {sizes} a device")
     if peak > TIGHT * room:
-        print(f"warning: the step takes {sizes} of a device: should it run out of memory, {remedies(config)}")
+        print(f"warning: the step takes {sizes} of a device: if it runs out of memory, {remedies(config)}")
 
 
 def does_not_fit(config: ConfigDict, device: str, sizes: str) -> UserError:

@@ -1,4 +1,4 @@
-"""A plan of a run on TPUs that are absent: its two programs, compiled ahead of time, counted and estimated."""
+"""A plan of a run on absent TPUs: compiles its two programs ahead of time and estimates their needs."""
 
 import contextlib
 import hashlib
@@ -31,10 +31,10 @@ from diffusion_jax.running.config import check_batch
 from diffusion_jax.running.tables import markdown_table
 from diffusion_jax.step import AXIS, resident
 
-SAMPLES = 50_000  # images that the literature's FID takes
+SAMPLES = 50_000  # images in the FID of the literature
 LARGEST = 4096  # images per chip and step at which the search ends
-PATIENCE = 900  # seconds of search after which no compilation starts: large batches take many minutes each
-COMPILED = epath.Path("~/.cache/diffusion_jax/plans")  # the needs of compiled programs: a compilation may take minutes
+PATIENCE = 900  # seconds after which the search starts no compilation: large batches take many minutes each
+COMPILED = epath.Path("~/.cache/diffusion_jax/plans")  # caches the needs of programs: a compilation may take minutes
 _REPLICATED, _SPLIT = PartitionSpec(), PartitionSpec(AXIS)
 _MEMORY = ("arguments", "outputs", "aliased", "temporaries", "code")
 
@@ -52,8 +52,8 @@ _LIBTPU = {
 def plan(config: ConfigDict, topology: str, out: epath.PathLike | None = None, search: bool = True) -> dict[str, Any]:
     """Compiles the train step and the sampling chain of a config for a topology, and prints their needs.
 
-    Nothing runs and no array is made, so any Linux machine with the package libtpu will do. The programs are
-    those of training and sampling, for config.train.batch_size images over all chips, and for
+    Nothing runs and no array is allocated, so any Linux machine with the package libtpu will do. The programs
+    are those of training and sampling, for config.train.batch_size images over all chips, and for
     config.sampling.num images rounded up to a multiple of the chips. Times are lower bounds, see
     `programs.roofline`. JAX uses no accelerator of this machine unless the topology is "gpu".
 
@@ -61,12 +61,12 @@ def plan(config: ConfigDict, topology: str, out: epath.PathLike | None = None, s
       topology: chips of TPU v4, v5e, v5p or v6e and their shape, e.g. "v5e:2x4"; or "cpu" or "gpu" for the
         devices of this machine, which have no roofline.
       out: a JSON file for the result, or None.
-      search: True searches for the largest power of two that fits as images per chip, after the table. Each
-        doubling compiles the train step, until one fails, or LARGEST or PATIENCE is reached.
+      search: True also searches, after the table, for the largest power of two of images per chip that fits. Each
+        doubling compiles the train step, until one fails or LARGEST or PATIENCE is reached.
 
     Returns:
-      What is printed, in images, bytes, FLOPs and seconds; "per_chip" is for one step of training or of the
-      chain. Unknown values are None.
+      The printed numbers, in images, bytes, FLOPs and seconds; "per_chip" is for one step of training or of
+      the chain. Unknown values are None.
 
     Raises:
       UserError: the topology or its compiler does not exist, the batch does not divide among the chips, or
@@ -136,7 +136,9 @@ def _devices(topology):
     if name not in CHIPS or not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3}){1,2}", shape):
         raise UserError(f"--topology={topology} is unknown: give {_EXAMPLES}")
     if (num := math.prod(map(int, shape.split("x")))) > CHIPS[name].pod:
-        raise UserError(f"--topology={topology} has {num:,} chips, a pod {CHIPS[name].pod:,}: give a smaller shape")
+        raise UserError(
+            f"--topology={topology} has {num:,} chips, but a pod has {CHIPS[name].pod:,}: give a smaller shape"
+        )
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f"--topology={topology} needs the TPU's compiler (on Linux): pip install libtpu")
     jax.config.update("jax_platforms", "cpu")
@@ -165,7 +167,7 @@ def _local_devices(platform):
 def _no_compiler(topology, reason):
     if "lockfile" in reason or "already in use" in reason:
         return UserError(
-            f"--topology={topology}: another process uses libtpu ({reason}): wait for its end, or set "
+            f"--topology={topology}: another process uses libtpu ({reason}): wait until it ends, or set "
             "ALLOW_MULTIPLE_LIBTPU_LOAD=1"
         )
     return UserError(f"--topology={topology}: libtpu has no such topology ({reason}): give {_EXAMPLES}")
@@ -211,7 +213,7 @@ def _lower(fn, devices, args, in_specs, out_specs, **options):
 
 
 def _measure(topology, lowered, chip, num_chips, loop_iterations, steps):
-    """Returns `programs.needs` of a program and its "compile_seconds", from COMPILED if they are there.
+    """Returns `programs.needs` of a program and its "compile_seconds", from the cache COMPILED if possible.
 
     Raises:
       DoesNotFit: the program needs more memory than the chip has.
@@ -245,7 +247,7 @@ def _version(package):
 
 
 def _totals(program, per_chip, num_chips, steps_per_image, num_steps):
-    """Returns the needs of `num_steps` steps in all, each of `per_chip` images on a chip."""
+    """Returns FLOPs per image and hours in all of `num_steps` steps, each with `per_chip` images on a chip."""
     roofline = program["roofline"]
     hours = roofline["seconds"] * num_steps / 3600 if roofline else None
     return {
@@ -262,13 +264,13 @@ def _totals(program, per_chip, num_chips, steps_per_image, num_steps):
 
 
 def _estimate_batch(memory, batch, chip):
-    """Returns a low estimate of the images that fit into a chip: all memory but arguments and code grows with them."""
+    """Underestimates the images that fit into a chip: assumes that only arguments and code do not grow with them."""
     fixed = memory["arguments"] + memory["code"]
     return int((chip.hbm - fixed) * batch / max(memory["peak"] - fixed, 1))
 
 
 def _search(compile_with, batch):
-    """Returns `largest_power_of_2` of the batches that compile, and prints each try. `batch` itself fits."""
+    """Returns `largest_power_of_2` of the batches that fit, and prints each try. `batch` itself is known to fit."""
 
     def fits(n):
         start, verb = time.monotonic(), "fit"
@@ -334,7 +336,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def _rows(report):
-    """Returns [(name, program -> text)]."""
+    """Returns [(name, program -> text)] for the rows of the table."""
     num, chip = report["chips"], report["chip"]
     rows = [
         ("images: all chips (one)", lambda p: f"{p['images_per_chip'] * num:,} ({p['images_per_chip']:,})"),
@@ -366,7 +368,7 @@ def _rows(report):
 def _notes(report):
     notes = [
         f"Sampling: {SAMPLES:,} images in all; the program is the whole chain.",
-        "Aliased: outputs that take the memory of arguments.",
+        "Aliased: outputs that reuse the memory of arguments.",
     ]
     if not report["chip"]:
         return [*notes, "No times: there is no roofline for this device."]

@@ -35,12 +35,12 @@ CHIPS = {
     "v5p": Chip(459e12, 95 * 2**30, 2765e9, 600e9, 8960),
     "v6e": Chip(918e12, 32 * 2**30, 1638e9, 400e9, 256),
 }
-# JAX's name of the device: the key of CHIPS.
+# JAX's name of the device: key of CHIPS.
 _KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}
 
 
 def chip_of(device: jax.Device) -> Chip | None:
-    """Returns the numbers of a device, or None if CHIPS does not have it."""
+    """Returns the Chip of a device, or None if CHIPS does not list it."""
     return CHIPS.get(_KINDS.get(device.device_kind, ""))
 
 
@@ -65,14 +65,10 @@ def compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        if not is_out_of_memory(str(error)):
-            raise
-        raise DoesNotFit(one_line(error)) from None
-
-
-def is_out_of_memory(message: str) -> bool:
-    """Returns True if a compiler's message says that the program does not fit into the chip's memory."""
-    return "CompileTimeHbmOom" in message or ("RESOURCE_EXHAUSTED" in message and "exceeds available" in message)
+        message = one_line(error)
+        if "CompileTimeHbmOom" in message or ("RESOURCE_EXHAUSTED" in message and "exceeds available" in message):
+            raise DoesNotFit(message) from None
+        raise
 
 
 def shortage(error: DoesNotFit) -> str:
@@ -95,7 +91,7 @@ def flops_needed(program: jax.stages.Compiled, loop_iterations: int = 1) -> floa
     """Returns the FLOPs of a program on one chip, or None if the backend does not report them.
 
     Args:
-      loop_iterations: of the program's loops, whose bodies the compiler counts once.
+      loop_iterations: iterations of the program's loops, whose bodies the compiler counts once.
     """
     cost = _analysis(program.cost_analysis)
     flops = cost.get("flops", 0.0) if isinstance(cost, dict) else 0.0
@@ -113,7 +109,7 @@ def _analysis(analyse):
 def memory(sizes: Any) -> dict[str, int]:
     """Returns the bytes that a program takes on a chip, by kind, and their "peak".
 
-    The peak is the larger of the compiler's own and the sum, which counts donated memory once.
+    The peak is the larger of the compiler's own and the sum of the kinds, which counts donated memory once.
 
     Args:
       sizes: the result of `memory_analysis`.
@@ -131,7 +127,7 @@ def memory(sizes: Any) -> dict[str, int]:
 
 # ---------------------------------------------------------------------------- 2. traffic and the roofline
 
-COUNTING = 1  # a plan keeps its numbers under this version; raise it when `needs` counts differently
+COUNTING = 1  # version of `needs` in the cache of plans; increase it when `needs` counts differently
 
 
 def needs(
@@ -141,8 +137,8 @@ def needs(
 
     Args:
       program: compiled for `num_chips` chips.
-      chip: the numbers for the roofline; None leaves it out.
-      loop_iterations: of the program's loops, whose bodies the compiler counts once.
+      chip: the chip of the roofline; None leaves the roofline out.
+      loop_iterations: iterations of the program's loops, whose bodies the compiler counts once.
       steps: the number of steps that the program takes; "per_chip" is for one step.
 
     Returns:
@@ -176,8 +172,8 @@ def roofline(chip: Chip, flops: float, hbm_bytes: float, link_bytes: float) -> d
     communication hides behind the computation.
 
     Returns:
-      "compute_seconds", "memory_seconds", "links_seconds" and their "seconds" in all; "bound": the largest
-      of the three ("compute", "memory" or "links"); "utilisation": the share of the peak at this time.
+      "compute_seconds", "memory_seconds", "links_seconds" and the "seconds" of the formula; "bound": the largest
+      of the three ("compute", "memory" or "links"); "utilisation": the share of the peak at this speed.
     """
     parts = {"compute": flops / chip.flops, "memory": hbm_bytes / chip.bandwidth, "links": link_bytes / chip.links}
     seconds = max(parts["compute"], parts["memory"]) + parts["links"]
@@ -258,7 +254,7 @@ def hbm_bytes(hlo: str) -> tuple[float, float]:
 
 
 def _callees(computation):
-    """Returns the names that calls and branches go to; a fusion or a reduction is one instruction."""
+    """Returns the computations that calls and branches enter; a fusion or a reduction is one instruction."""
     calls = re.findall(r" call\(.*\bto_apply=(%[\w.\-]+)", computation)
     either = re.findall(r"\b(?:true_computation|false_computation)=(%[\w.\-]+)", computation)
     branches = re.findall(r"branch_computations=\{(.*?)\}", computation)
@@ -287,7 +283,7 @@ def _traffic(computation, bodies):
 
 
 def _operands(rest):
-    """Returns the names of the operands, which stand up to the first closing bracket."""
+    """Returns the names of the operands, which end at the first closing bracket."""
     return re.findall(r"%[\w.\-]+", rest.partition(")")[0])
 
 

@@ -1,7 +1,7 @@
 """Checkpoints in Orbax's format.
 
-A checkpoint is the training state as NumPy arrays, without device axis, random key or position in the
-data: these are functions of the step.
+A checkpoint is the training state as NumPy arrays, without a device axis. Random keys and the position in
+the data are functions of the step and are not stored.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp  # noqa: TID251 (the room of Orbax)
+import orbax.checkpoint as ocp  # noqa: TID251 (the only importer of Orbax)
 import tensorstore  # Orbax writes with it
 from etils import epath
 from jax.experimental import multihost_utils
@@ -24,11 +24,11 @@ from diffusion_jax.running.workdir import absolute
 
 @contextlib.contextmanager
 def open_manager(workdir: epath.PathLike, keep: int = 3, read_only: bool = False) -> Iterator[ocp.CheckpointManager]:
-    """Opens Orbax's manager of the run's checkpoints; on leaving, waits for the last save.
+    """Opens Orbax's manager of the run's checkpoints; waits for the last save on exit.
 
     Args:
-      keep: number of the latest checkpoints that stay.
-      read_only: True writes and deletes nothing, as a training run may be writing there.
+      keep: number of the latest checkpoints to keep.
+      read_only: True writes and deletes nothing; a training run may be writing there.
 
     Raises:
       UserError: the last save failed.
@@ -40,7 +40,7 @@ def open_manager(workdir: epath.PathLike, keep: int = 3, read_only: bool = False
     try:
         yield manager
     except BaseException:
-        with contextlib.suppress(Exception):  # the user is told the first error
+        with contextlib.suppress(Exception):  # the first error is the one to report
             manager.close()
         raise
     wait(manager)
@@ -75,16 +75,16 @@ def wait(manager: ocp.CheckpointManager) -> None:
 
 
 def restore(manager: ocp.CheckpointManager, like: Any, set_aside: bool = False) -> Any:
-    """Returns the newest checkpoint that is whole, as NumPy arrays; None if there is no checkpoint.
+    """Returns the newest intact checkpoint as NumPy arrays, or None if there is no checkpoint.
 
     Reports newer checkpoints that are damaged.
 
     Args:
-      like: a pytree of arrays, or of their shapes, as it was saved.
-      set_aside: True renames damaged checkpoints to "damaged-<step>", out of the way of the steps to come.
+      like: the saved pytree's structure, with arrays or their shapes as leaves.
+      set_aside: True renames damaged checkpoints to "damaged-<step>", so that the run can save those steps again.
 
     Raises:
-      UserError: there are checkpoints, and none can be read; nothing is renamed then.
+      UserError: there are checkpoints but none can be read; nothing is renamed then.
     """
     damaged = {}
     for step in sorted(manager.all_steps(), reverse=True):
@@ -94,7 +94,7 @@ def restore(manager: ocp.CheckpointManager, like: Any, set_aside: bool = False) 
             damaged[step] = one_line(error, 200) or type(error).__name__
             continue
         for bad, reason in damaged.items():
-            print(f"checkpoint {bad} is damaged ({reason}): going on from checkpoint {step}")
+            print(f"checkpoint {bad} is damaged ({reason}): resuming from checkpoint {step}")
             if set_aside:
                 _set_aside(manager, bad)
         return state
@@ -116,6 +116,7 @@ def checksums(state: Any) -> dict[str, int]:
 
 
 def _read(manager, step, like):
+    """Returns checkpoint `step`; raises an exception of any type if it is damaged."""
     _probe(manager.directory / str(step) / "state")
     args = ocp.args.Composite(state=ocp.args.StandardRestore(like), checksums=ocp.args.JsonRestore())
     restored = manager.restore(step, args=args)
@@ -125,21 +126,20 @@ def _read(manager, step, like):
     if wrong:
         raise ValueError(f"the checksum of {min(wrong)} is wrong")
     if state.step != step:
-        raise ValueError(f"it is of step {state.step}")
+        raise ValueError(f"it contains step {state.step}")
     return state
 
 
 def _probe(folder):
-    """Reads every value of the state's database once, one by one.
+    """Reads every value of the state's database, one by one, so that a damaged file raises one error.
 
-    A damaged file raises one error here. Orbax reads all leaves at a time, and a damaged file then prints
-    hundreds of tracebacks from tensorstore's threads.
+    Orbax reads all leaves at once, and for a damaged file tensorstore's threads print hundreds of tracebacks.
     """
     base = f"{folder}/" if "://" in str(folder) else {"driver": "file", "path": f"{folder}/"}
     database = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
     keys = database.list().result()
     if not keys:
-        raise ValueError("it holds no arrays")
+        raise ValueError("it contains no arrays")
     for key in keys:
         database.read(key).result()
 
@@ -158,14 +158,14 @@ def _set_aside(manager, step):
 
 @contextlib.contextmanager
 def _saving(manager):
-    """Turns the errors of a save into one line."""
+    """Turns any error of a save into a UserError."""
     try:
         yield
     except Exception as error:  # Orbax raises its own, tensorstore's and the system's
         reason = one_line(error, 500)
         raise UserError(
-            f"a checkpoint cannot be written in {manager.directory} ({reason}): make room or mend the rights, and run "
-            f"again; {_last(manager)}"
+            f"a checkpoint cannot be written in {manager.directory} ({reason}): make room or fix the permissions, "
+            f"and run again; {_last(manager)}"
         ) from error
 
 
@@ -177,7 +177,7 @@ def _check_room(manager, step, num_bytes):
     needed = 1.05 * num_bytes + 1e6  # Orbax's own files are small
     if free < needed:
         raise UserError(
-            f"the checkpoint of step {step} needs {needed / 1e6:.1f} MB, and {manager.directory} has "
+            f"the checkpoint of step {step} needs {needed / 1e6:.1f} MB, but {manager.directory} has "
             f"{free / 1e6:.1f} MB free: make room, and run again; {_last(manager)}"
         )
 

@@ -1,4 +1,4 @@
-"""The keys of a config: their types, the values that can be used, and which of them identify a run.
+"""The keys of a config: their types, their valid values, and which of them identify a run.
 
 `configs/default.py` holds every key once, with a value of its type and a comment. Nothing here builds an
 object: `diffusion_jax.parts` does.
@@ -50,13 +50,13 @@ _AT_LEAST_0 = (
     "train.sample_every",
     "train.evaluate_every",
 )
-# A run with another value of one of these is another run; the other keys may change when it resumes.
+# These identify a run; the other keys may change when it resumes.
 _IDENTITY = (
     *("data.source", "data.path", "data.split", "data.image_size", "data.channels", "data.crop"),
     *("schedule.", "model."),
 )
-_SAME_NETWORK = ("model.attention",)  # two ways to compute the same output
-# An imported run takes these when its training begins.
+_SAME_NETWORK = ("model.attention",)  # may change: its choices compute the same output
+# An imported run takes these from the config that starts its training.
 _OF_TRAINING = ("data.source", "data.path", "data.split", "data.crop", "model.dropout")
 
 
@@ -96,7 +96,7 @@ def with_sampling(
     """Returns a checked copy of the config with these values, unless None, in place of its own.
 
     Raises:
-      UserError: a value cannot be used, or eta is given to another sampler than ddim.
+      UserError: a value is invalid, or eta is given for another sampler than ddim.
     """
     values = {"sampler": sampler, "steps": steps, "eta": eta, "clip": clip, "num": num}
     flat = {f"sampling.{key}": value for key, value in values.items() if value is not None}
@@ -107,21 +107,21 @@ def with_sampling(
     check(config)
     if eta is not None and config.sampling.sampler != "ddim":
         raise UserError(
-            f"eta={eta} is ddim's, and the sampler is {config.sampling.sampler}: leave it out, or choose ddim"
+            f"eta={eta} applies to ddim, but the sampler is {config.sampling.sampler}: leave it out, or choose ddim"
         )
     return config
 
 
 def _as_python(value):
-    """Returns NumPy's numbers as Python's."""
+    """Converts a NumPy scalar to a Python number."""
     return value.item() if isinstance(value, np.generic) else value
 
 
 def check(config: ConfigDict) -> None:
-    """Checks the names, types and values of all keys. Takes no time and opens no file.
+    """Checks the names, types and values of all keys. Opens no file.
 
     Raises:
-      UserError: names the first key that cannot be used, its value and the mend.
+      UserError: names the first invalid key, its value and what to do.
     """
     _check_types(config)
     for key, names in CHOICES.items():
@@ -138,7 +138,7 @@ def check(config: ConfigDict) -> None:
     _need(config, "model.channels", lambda value: value >= 4 and value % 2 == 0, "an even number >= 4")
     for key in ("model.multipliers", "model.attention_resolutions"):
         _need(config, key, lambda value: all(isinstance(n, int) and n >= 1 for n in value), "integers >= 1")
-    _need(config, "model.multipliers", lambda value: len(value) >= 1, "one multiplier a level, e.g. (1, 2, 2)")
+    _need(config, "model.multipliers", lambda value: len(value) >= 1, "one multiplier per level, e.g. (1, 2, 2)")
     _check_sampling(config)
     _check_vlb(config)
     _check_attention(config)
@@ -151,7 +151,7 @@ def check_key(key: str) -> None:
     keys = flatten(default.get_config())
     if key not in keys:
         near = difflib.get_close_matches(key, keys, n=1, cutoff=0)[0]
-        raise UserError(f"config.{key} is no key of the config: the nearest is config.{near}")
+        raise UserError(f"config.{key} is not a key of the config: the nearest is config.{near}")
 
 
 def check_same_run(old: ConfigDict, new: ConfigDict, workdir: object) -> None:
@@ -182,7 +182,7 @@ def has_images(config: ConfigDict) -> bool:
 
 
 def check_batch(config: ConfigDict, num_devices: int) -> None:
-    """Raises UserError unless the batch divides among the devices, and a device's share among its parts."""
+    """Raises UserError unless the batch divides evenly among the devices and train.accumulate."""
     batch, parts = config.train.batch_size, config.train.accumulate
     if batch % (num_devices * parts):
         among = f"{num_devices} devices" + (f" of config.train.accumulate={parts} parts each" if parts > 1 else "")
@@ -199,7 +199,7 @@ def _need(config: ConfigDict, key: str, holds: Callable, wanted: str) -> None:
 
 
 def _check_types(config):
-    """Checks that the keys are the reference's and that their types agree; an int will do for a float."""
+    """Checks that keys and types are those of configs/default.py; an int is accepted for a float."""
     values, reference = flatten(config), flatten(default.get_config())
     for key, value in values.items():
         check_key(key)
@@ -211,7 +211,7 @@ def _check_types(config):
 
 
 def _check_sampling(config):
-    """Checks that sampling.sampler, steps and eta fit each other and the schedule."""
+    """Checks that sampling.sampler, steps and eta suit each other and the schedule."""
     steps, num_steps = config.sampling.steps, config.schedule.num_steps
     _need(config, "sampling.steps", lambda value: 0 <= value <= num_steps, f"in 1..{num_steps}, or 0 for all")
     _need(config, "sampling.eta", lambda value: 0 <= value < float("inf"), "a number >= 0")
@@ -243,8 +243,8 @@ def _check_attention(config):
     widest = config.model.channels * max(config.model.multipliers[i] for i in attended)  # -1: in the middle
     if widest > 256:
         raise UserError(
-            f"config.model.attention='cudnn' holds up to 256 channels, and this network attends to {widest} "
-            "(config.model.channels times config.model.multipliers): take 'xla'"
+            f"config.model.attention='cudnn' takes up to 256 channels, but this network attends to {widest} "
+            "(config.model.channels times config.model.multipliers): choose 'xla'"
         )
 
 
@@ -253,7 +253,7 @@ def _check_length(config):
     if examples >= 2**32:
         raise UserError(
             f"config.train.num_steps={config.train.num_steps} of config.train.batch_size={config.train.batch_size} are "
-            f"{examples:,} examples, and the order of the data has {2**32:,}: lower one of them"
+            f"{examples:,} examples, more than the limit of {2**32:,}: lower one of them"
         )
 
 

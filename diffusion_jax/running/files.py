@@ -13,8 +13,8 @@ from etils import epath
 def replacing(path: epath.PathLike) -> Iterator[BinaryIO]:
     """Opens a file beside `path` for writing, and renames it to `path` when the block ends without an error.
 
-    Readers of `path` see its old content or its new content, never a part of it. The new content is on
-    disk before the rename. The folder is made where it is missing. After an error `path` is as it was.
+    Readers of `path` see its old or its new content, never a part of it. The new content is on disk before
+    the rename. A missing folder is created. An error leaves `path` unchanged.
     The temporary name is random: processes in containers may share a host name and a process number.
 
     Raises:
@@ -29,7 +29,7 @@ def replacing(path: epath.PathLike) -> Iterator[BinaryIO]:
         with partial.open("wb") as file:
             yield file
             file.flush()
-            if "://" not in str(path):  # a bucket has no file descriptor; it keeps an object when it is closed
+            if "://" not in str(path):  # a bucket has no file descriptor; closing stores the object
                 os.fsync(file.fileno())
         partial.replace(path)
     except BaseException:
@@ -39,6 +39,6 @@ def replacing(path: epath.PathLike) -> Iterator[BinaryIO]:
 
 
 def write_text(path: epath.PathLike, text: str) -> None:
-    """Writes `text` in UTF-8 by `replacing`."""
+    """Writes `text` in UTF-8, see `replacing`."""
     with replacing(path) as file:
         file.write(text.encode())

@@ -23,7 +23,7 @@ _CPU_FLAGS = {"0.10": [_REDUCE], "0.12": [_REDUCE, "--xla_cpu_experimental_onedn
 
 _EXTRAS = {"tpu": "tpu", "gpu": "cuda12", "cpu": "cpu"}  # extras of the package jax, by platform
 
-# The other processes notice a dead one after this time, and end.
+# The other processes notice a dead process after this time, and exit.
 _HEARTBEAT_SECONDS = 20
 
 
@@ -42,7 +42,7 @@ def initialize(platform: str = "", coordinator: str = "", num_processes: int = 1
 
     Args:
       platform: "tpu", "gpu" or "cpu"; "" takes the best that JAX finds.
-      coordinator: "host:port" of process 0; "" for a single process, and where the
+      coordinator: "host:port" of process 0; "" for a single process, or if the
         environment names it (Cloud TPU pods, Slurm, Open MPI).
       num_processes: the number of processes, with a coordinator.
       process_id: the number of this process, from 0, with a coordinator.
@@ -103,7 +103,7 @@ def _accelerators():
 
 
 def _check_devices(platform):
-    """Raises UserError if JAX has no device of `platform`, or takes the CPU of a machine with TPU chips."""
+    """Raises UserError if JAX has no device of `platform`, or falls back to the CPU on a machine with TPU chips."""
     try:
         backend = jax.default_backend()
     except (RuntimeError, AssertionError) as error:  # AssertionError: no plugin of the platform is installed

@@ -18,7 +18,7 @@ from diffusion_jax.errors import UserError
 class MetricsLog:
     """Collects the metrics of each step and writes their means every `every` steps.
 
-    A resumed run repeats the steps after `start`, so the log first drops the lines of these steps.
+    A resumed run repeats the steps after `start`, so the log first drops the lines of those steps.
     """
 
     def __init__(self, workdir: epath.Path, start: int, every: int) -> None:

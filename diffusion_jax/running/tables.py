@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 def markdown_table(
     head: Sequence[str], rows: Iterable[Sequence[object]], show: Callable[[object], str] = str
 ) -> list[str]:
-    """Returns the lines of a Markdown table whose columns line up in plain text.
+    """Returns the lines of a Markdown table with columns aligned in plain text.
 
     Args:
       head: names of the columns.

@@ -1,4 +1,4 @@
-"""The workdir of a run: its place and its config.
+"""The workdir of a run: its path and its config.
 
 config.json · checkpoints/<step>/ · metrics.jsonl · samples/<step>.png · TensorBoard events
 """
@@ -28,7 +28,7 @@ def absolute(workdir: epath.PathLike) -> epath.Path:
 
 
 def write_config(workdir: epath.PathLike, config: ConfigDict) -> None:
-    """Writes config.json and makes the workdir where it is missing.
+    """Writes config.json, and creates the workdir if it is missing.
 
     Raises:
       UserError: the workdir cannot be written.
@@ -45,10 +45,10 @@ def holds_run(workdir: epath.PathLike) -> bool:
 
 
 def read_config(workdir: epath.PathLike) -> ConfigDict:
-    """Returns the checked config of the run in `workdir`; keys that its version lacked have their defaults.
+    """Returns the checked config of the run in `workdir`; keys that its version lacked get their defaults.
 
     Raises:
-      UserError: there is no run, config.json is not JSON, or a value in it cannot be used.
+      UserError: there is no run, config.json is not JSON, or a value in it is invalid.
     """
     file = absolute(workdir) / "config.json"
     if not file.exists():

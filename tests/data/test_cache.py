@@ -191,7 +191,7 @@ def test_unwritable_folder_and_full_disk_are_refused(images, tmp_path, monkeypat
     with pytest.raises(UserError, match=r"cache_dir: .*cannot be written"):
         images(source(), cache_dir=str(tmp_path / "file"))
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
-    with pytest.raises(UserError, match=r"free, and the cache takes .*cache_limit_gb"):
+    with pytest.raises(UserError, match=r"free, but the cache takes .*cache_limit_gb"):
         images(source())
 
 

@@ -171,7 +171,7 @@ def test_unusable_arguments_are_refused(run, tmp_path):
     with pytest.raises(UserError, match=r"--samples=.*statistics\.npz holds no samples"):
         evaluate.evaluate(run, num=2, samples=statistics)
     np.savez(tmp_path / "other.npz", np.zeros((2, 4, 4, 1), np.uint8))
-    with pytest.raises(UserError, match=r"holds images of \(4, 4, 1\), the run's are \(8, 8, 1\)"):
+    with pytest.raises(UserError, match=r"holds images of \(4, 4, 1\), but the run's are \(8, 8, 1\)"):
         evaluate.evaluate(run, num=2, samples=str(tmp_path / "other.npz"))
     with pytest.raises(UserError, match=r"split='test': the digits"):
         evaluate.evaluate(run, num=2, splits=("test",))

@@ -227,7 +227,7 @@ def test_any_evaluation_can_be_shown(run, values, titles):
 def test_file_that_is_no_png_is_left_out(run):
     (write_evaluation(run, 5, {}) / "nearest.png").write_bytes(b"GIF89a")
     page = rendered(run)
-    assert not page.all("img") and "nearest.png is no PNG" in page.text
+    assert not page.all("img") and "nearest.png is not a PNG" in page.text
 
 
 def test_everything_is_escaped(run):

@@ -124,8 +124,8 @@ def test_samples_state_their_origin(workdir, tmp_path):
         ({"eta": "1"}, "eta='1' must be of type float"),
         ({"dtype": np.float32}, "dtype=.* must be of type str"),
         ({"sampler": 3}, "sampler=3 must be of type str"),
-        ({"eta": 0.0}, r"eta=0\.0 is ddim's, and the sampler is ancestral: leave it out, or choose ddim"),
-        ({"eta": 1, "sampler": "dpmpp_2m"}, "eta=1 is ddim's, and the sampler is dpmpp_2m"),
+        ({"eta": 0.0}, r"eta=0\.0 applies to ddim, but the sampler is ancestral: leave it out, or choose ddim"),
+        ({"eta": 1, "sampler": "dpmpp_2m"}, "eta=1 applies to ddim, but the sampler is dpmpp_2m"),
     ],
 )
 def test_unusable_arguments_are_refused(workdir, settings, message):

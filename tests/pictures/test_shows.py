@@ -76,7 +76,7 @@ def test_images_of_another_folder_have_the_size_of_the_runs(run, tmp_path):
     own = shows._Run(run, 0, str(tmp_path / "own"))
     own._config.data.cache_dir = str(tmp_path / "cache")
     np.testing.assert_array_equal(own.images(2), np.ones((2, 8, 8, 1)))
-    with pytest.raises(UserError, match="the picture needs 3 images, and the data set has 2"):
+    with pytest.raises(UserError, match="the picture needs 3 images, but the data set has 2"):
         own.images(3)
 
 

@@ -68,7 +68,7 @@ def test_unknown_topologies_are_refused(topology):
 
 
 def test_more_than_a_pod_is_refused():
-    with pytest.raises(UserError, match="has 512 chips, a pod 256"):
+    with pytest.raises(UserError, match="has 512 chips, but a pod has 256"):
         plan.plan(tiny_config(), "v5e:16x32")
 
 

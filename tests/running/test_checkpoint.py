@@ -79,7 +79,7 @@ def test_damage_to_the_newest(run, kind, capfd):
     assert_same(restore(run, set_aside=True), state(20))
     assert names(run) == ["10", "20", "damaged-30"]
     printed, complaints = capfd.readouterr()
-    assert "checkpoint 30 is damaged (" in printed and "going on from checkpoint 20" in printed
+    assert "checkpoint 30 is damaged (" in printed and "resuming from checkpoint 20" in printed
     assert "Traceback" not in complaints
     with checkpoint.open_manager(run) as manager:  # the same steps are saved again
         checkpoint.save(manager, 30, state(30))
@@ -121,7 +121,7 @@ def test_no_checkpoint_and_not_a_checkpoint(run, tmp_path):
 def test_a_checkpoint_under_the_wrong_step(run, capsys):
     shutil.copytree(run / "checkpoints" / "20", run / "checkpoints" / "40")
     assert_same(restore(run), state(30))
-    assert "checkpoint 40 is damaged (it is of step 20)" in capsys.readouterr().out
+    assert "checkpoint 40 is damaged (it contains step 20)" in capsys.readouterr().out
 
 
 def test_half_written_checkpoints_are_never_read_and_only_a_training_run_removes_them(run):
@@ -141,7 +141,7 @@ def test_a_full_disk_is_seen_before_the_save(run, monkeypatch):
     with (
         checkpoint.open_manager(run) as manager,
         pytest.raises(
-            UserError, match=r"step 40 needs 1\.0 MB, and .* has 1\.0 MB free.*last checkpoint is of step 30"
+            UserError, match=r"step 40 needs 1\.0 MB, but .* has 1\.0 MB free.*last checkpoint is of step 30"
         ),
     ):
         checkpoint.save(manager, 40, state(40))
