@@ -1,7 +1,8 @@
 """DDPM as pure functions in JAX and Flax.
 
 A notebook needs `load` and `load_network`. The modules are imported by name, e.g.
-`from diffusion_jax import schedule, sampling`.
+`from diffusion_jax import schedule, sampling`. The top of the package is the DDPM; the wings running, data,
+pictures, evaluation, planning and interop take care of it.
 """
 
 import importlib

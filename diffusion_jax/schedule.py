@@ -38,7 +38,7 @@ class Schedule(NamedTuple):
 def from_beta_squared(beta_squared: ArrayLike | Sequence[float]) -> Schedule:
     """Returns the schedule with the squared amplitudes β_t², t = 1..T.
 
-    The arrays are computed in float64 and rounded to float32 once. Products in float32 would give β̄_1
+    The arrays are computed in float64 and rounded to float32 once. Products in float32 would give β̄_1²
     a relative error of 1.7e-4, although α² + β² = 1 would still hold.
 
     Args:

@@ -1,6 +1,7 @@
 """The workdir of a run: its path and its config.
 
-config.json · checkpoints/<step>/ · metrics.jsonl · samples/<step>.png · TensorBoard events
+config.json · checkpoints/<step>/ · metrics.jsonl · samples/<step>.png · TensorBoard events; evaluation adds
+evaluation/<step>/ and report.html.
 """
 
 import json
