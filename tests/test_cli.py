@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import socket
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ from PIL import Image
 
 import diffusion_jax
 from diffusion_jax import cli
+from tools import torture
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -47,8 +49,8 @@ def done(command):
     return run
 
 
-def process(*args, devices=1, **env):
-    """Runs main.py in a process of its own, with the compilation cache of the tests."""
+def start(*args, devices=1, **env):
+    """Starts main.py in a process of its own, with the compilation cache of the tests."""
     env = (
         os.environ
         | {
@@ -60,7 +62,14 @@ def process(*args, devices=1, **env):
         | env
     )
     arguments = [sys.executable, str(ROOT / "main.py"), *map(str, args)]
-    return subprocess.run(arguments, capture_output=True, text=True, env=env, cwd=ROOT, check=False, timeout=300)
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT)
+
+
+def process(*args, **settings):
+    """Runs main.py in a process of its own and returns (exit code, stdout, stderr)."""
+    running = start(*args, **settings)
+    out, err = running.communicate(timeout=300)
+    return running.returncode, out, err
 
 
 def losses(workdir):
@@ -78,11 +87,36 @@ def trained(tmp_path_factory):
 def test_training_by_main_py_on_1_device_takes_the_steps_of_4_devices(trained, tmp_path):
     """The losses of 20 steps agree, dropout, noise, t and data included. The workdir is relative to the checkout."""
     workdir = os.path.relpath(tmp_path, ROOT)
-    finished = process("--config=configs/tiny.py", f"--workdir={workdir}", "--config.train.num_steps=20")
-    assert finished.returncode == 0, finished.stderr
-    assert "samples: " in finished.stdout
-    assert re.search(r"first step after \d+\.\d s, compiled", finished.stdout)
+    code, out, err = process("--config=configs/tiny.py", f"--workdir={workdir}", "--config.train.num_steps=20")
+    assert code == 0, err
+    assert "samples: " in out
+    assert re.search(r"first step after \d+\.\d s, compiled", out)
     np.testing.assert_allclose(losses(tmp_path), losses(trained), rtol=0, atol=1e-6)
+
+
+def together(*args):
+    """Runs two processes of one run with 2 devices each and returns their exit codes and errors."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    group = [f"--coordinator={address}", "--num_processes=2"]
+    flags = f"--xla_force_host_platform_device_count=2 {torture.CACHEABLE}"
+    pair = [start(*args, *group, f"--process_id={i}", XLA_FLAGS=flags) for i in range(2)]
+    errors = [running.communicate(timeout=300)[1] for running in pair]
+    return [running.returncode for running in pair], errors
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_steps_and_draw_the_samples_of_one(done, trained, tmp_path):
+    codes, errors = together("--config=tiny", f"--workdir={tmp_path / 'run'}", "--config.train.num_steps=20")
+    assert codes == [0, 0], errors
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(trained), rtol=0, atol=1e-6)
+    sample = ["--mode=sample", f"--workdir={tmp_path / 'run'}", "--num=5"]
+    codes, errors = together(*sample, f"--out={tmp_path / 'two.npz'}")
+    assert codes == [0, 0], errors
+    done(*sample, f"--out={tmp_path / 'one.npz'}")
+    two, one = (np.load(tmp_path / name)["arr_0"].astype(int) for name in ("two.npz", "one.npz"))
+    assert two.shape == one.shape and abs(two - one).max() <= 1  # rounding may reach the next grey level
 
 
 def test_sample_writes_a_grid_and_arrays(done, trained, tmp_path):
@@ -176,9 +210,9 @@ def test_every_mistake_is_tried(mistakes):
 @pytest.mark.slow
 @pytest.mark.parametrize("platform, extra", [("tpu", "tpu"), ("gpu", "cuda12")])
 def test_a_platform_that_is_not_there(platform, extra, tmp_path):
-    finished = process("--config=tiny", f"--workdir={tmp_path / 'new'}", f"--platform={platform}", JAX_PLATFORMS="")
-    assert finished.returncode == 1
-    assert re.search(rf"^error: --platform={platform}.*jax\[{extra}\]", finished.stderr, re.MULTILINE)
+    code, _, err = process("--config=tiny", f"--workdir={tmp_path / 'new'}", f"--platform={platform}", JAX_PLATFORMS="")
+    assert code == 1
+    assert re.search(rf"^error: --platform={platform}.*jax\[{extra}\]", err, re.MULTILINE)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorflow") is not None, reason="TFDS would download")

@@ -297,8 +297,8 @@ def test_a_window_changes_no_bit_of_a_real_network(clip):
     s = schedule.ho_linear(1000)
     keys = jax.random.split(jax.random.key(0), 4)
     x = sampling.normal(keys, sampling.LATENT, (8, 8, 1))
-    params = jax.jit(model.init)(jax.random.key(1), x, jnp.ones(4, jnp.int32))
-    params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(p.size), p.shape), params)
+    shapes, rng = jax.eval_shape(model.init, jax.random.key(1), x, jnp.ones(4, jnp.int32)), np.random.default_rng(0)
+    params = jax.tree.map(lambda p: rng.normal(float(p.ndim == 1), 0.1, p.shape).astype(np.float32), shapes)
 
     def eps_bar_fn(x, t):
         return model.apply(params, x, t)

@@ -43,8 +43,7 @@ def linear_state(optimizer, number=0):
     return step.TrainState(np.int32(number), params, jax.tree.map(np.copy, params), opt_state)
 
 
-@pytest.mark.parametrize("network", ["linear", pytest.param("unet", marks=pytest.mark.slow)])
-def test_one_step_against_its_parts(network):
+def test_one_step_against_its_parts():
     """The gradient of the mean loss over the whole batch, clipping, Adam, EMA, in plain NumPy and optax."""
     config = tiny_config(train__warmup_steps=0, model__dropout=0.0, train__ema_decay=0.75)
     s, seen = parts.schedule(config), {}
@@ -56,10 +55,7 @@ def test_one_step_against_its_parts(network):
         )
         return losses.simple_loss(eps_bar_fn, s, x_0, t, eps_bar)
 
-    if network == "unet":
-        apply_fn, start = parts.model(config).apply, parts.build(config).init_state()
-    else:
-        apply_fn, start = functools.partial(linear, keep=1.0), linear_state(parts.optimizer(config))
+    apply_fn, start = functools.partial(linear, keep=1.0), linear_state(parts.optimizer(config))
     after, metrics = step.pmapped(make_step(config, spy, apply_fn))(step.replicate(start), batch())
     jax.effects_barrier()
     x_0, t, eps_bar = (np.concatenate([seen[i][k] for i in range(4)]) for k in range(3))
@@ -274,18 +270,11 @@ def test_a_data_set_on_the_device_gives_the_batches_of_the_pipeline():
             np.testing.assert_array_equal(batches["label"][:, i].reshape(8), wanted[start + i]["label"])
 
 
-@pytest.mark.slow
-def test_remat_is_the_same_network():
-    """The same parameters by name, gradients to rounding, with the same dropout; less of it is kept."""
-    config = tiny_config(model__dropout=0.3)
-    again = tiny_config(model__dropout=0.3, train__remat=True)
+def test_remat_keeps_fewer_activations():
+    """The gradient computes convolutions again; parameters and names stay. `test_train` compares the numbers."""
+    config, again = tiny_config(), tiny_config(train__remat=True)
     start = parts.build(config).init_state()
     assert_same(parts.build(again).init_state(), start)
-    found = {}
-    for name, one in (("kept", config), ("again", again)):
-        take = step.pmapped(make_step(one))
-        lowered = take.lower(step.replicate(start), batch())
-        found[name] = jax.device_get(take(step.replicate(start), batch())[1]), lowered.as_text()
-    for name, value in found["kept"][0].items():
-        np.testing.assert_allclose(found["again"][0][name], value, rtol=1e-5, err_msg=name)
-    assert found["again"][1].count("stablehlo.convolution") > found["kept"][1].count("stablehlo.convolution")
+    programs = [step.pmapped(make_step(one)).lower(step.replicate(start), batch()).as_text() for one in (config, again)]
+    kept, computed_again = (program.count("stablehlo.convolution") for program in programs)
+    assert computed_again > kept > 0

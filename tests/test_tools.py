@@ -30,13 +30,11 @@ def test_published_outputs_are_those_of_the_first_row_at_diffusers_step_10():
 
 @pytest.mark.slow
 def test_a_short_torture(tmp_path):
-    """A few kills, a restore that forgets, 2 processes with 2 devices: the long one is run by hand."""
-    sections = "--only=kills,mutants,devices"
-    short = ["--kills=3", "--terms=1", "--steps=200"]
-    command = [sys.executable, "-m", "tools.torture", f"--workdir={tmp_path}", sections, *short]
+    """Two kills and a SIGTERM; the long torture is run by hand."""
+    short = ["--only=kills", "--kills=2", "--terms=1", "--steps=60"]
+    command = [sys.executable, "-m", "tools.torture", f"--workdir={tmp_path}", *short]
     env = os.environ | {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
     done = subprocess.run(
         command, cwd=pathlib.Path(__file__).parent.parent, env=env, text=True, capture_output=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "'caught': ['data position', 'optimiser', 'ema', 'step'], 'of': 4" in done.stdout
