@@ -36,6 +36,8 @@ STEPS = flags.DEFINE_integer("steps", 1000, "steps of the run that is killed, 60
 FLIPS = flags.DEFINE_integer("flips", 100, "number of single bits to flip")
 SEED = flags.DEFINE_integer("seed", 0, "seed of the moments and places of the damage")
 
+# jax 0.12 cannot write programs with oneDNN calls to the compilation cache, and each process would compile anew.
+CACHEABLE = "" if jax.__version__.startswith("0.10") else "--xla_cpu_experimental_onednn_custom_call=false"
 # Changes to configs/tiny.py, which make the run long enough for many kills.
 CONFIG = {"train.warmup_steps": 10, "train.checkpoint_every": 10, "sampling.num": 8}
 
