@@ -13,6 +13,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from diffusion_jax.errors import UserError, one_line
+from diffusion_jax.running import files
 
 COMPILED = epath.Path("~/.cache/diffusion_jax/compiled")  # the compilation cache
 
@@ -129,7 +130,7 @@ def check_shared(workdir: epath.Path) -> None:
     token = np.asarray(multihost_utils.broadcast_one_to_all(random)).tobytes().hex()
     file = workdir / ".shared"
     if jax.process_index() == 0:
-        file.write_text(token)
+        files.write_text(file, token)
     multihost_utils.sync_global_devices("written")
     visible = file.exists() and file.read_text() == token
     visible = np.asarray(multihost_utils.process_allgather(np.array([visible])))

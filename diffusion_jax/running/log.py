@@ -13,6 +13,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from diffusion_jax.errors import UserError
+from diffusion_jax.running import files
 
 
 class MetricsLog:
@@ -91,7 +92,7 @@ class MetricsLog:
         text = json.dumps(line) + "\n"
         if self._remote:
             self._lines.append(text)
-            self._path.write_text("".join(self._lines))
+            files.write_text(self._path, "".join(self._lines))
         else:
             with self._path.open("a") as file:
                 file.write(text)
@@ -110,9 +111,7 @@ class MetricsLog:
             return []
         lines = self._path.read_text().splitlines(keepends=True)
         kept = [line for line in lines if _step(line) <= step]
-        partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(kept))
-        partial.replace(self._path)
+        files.write_text(self._path, "".join(kept))
         return kept
 
 
