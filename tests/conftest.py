@@ -10,8 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from diffusion_jax import schedule
+from diffusion_jax import parts, schedule
 from diffusion_jax.configs import tiny
+from diffusion_jax.running import checkpoint
+from diffusion_jax.running import workdir as workdirs
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
@@ -57,11 +59,22 @@ class Examples:
 
 
 def assert_same(a, b):
-    """Asserts that two trees have the same paths and, bit for bit, the same leaves."""
+    """Asserts that two trees have the same paths and, bit for bit, the same leaves of the same types."""
     paths_a, paths_b = (jax.tree.leaves_with_path(tree) for tree in (a, b))
     assert [path for path, _ in paths_a] == [path for path, _ in paths_b]
     for (path, x), (_, y) in zip(paths_a, paths_b, strict=True):
-        np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
+        x, y = np.asarray(x), np.asarray(y)
+        np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path), strict=True)
+
+
+def write_random_run(workdir, **overrides):
+    """Writes a run of configs/tiny.py with a checkpoint of step 0 whose values are random."""
+    config, rng = tiny_config(**overrides), np.random.default_rng(0)
+    workdirs.write_config(workdir, config)
+    shapes = parts.abstract_state(config)
+    state = jax.tree.map(lambda leaf: np.asarray(rng.normal(0, 0.1, leaf.shape)).astype(leaf.dtype), shapes)
+    with checkpoint.open_manager(workdir) as manager:
+        checkpoint.save(manager, 0, state)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -182,7 +182,7 @@ def test_a_bad_step_leaves_everything_but_the_step():
 
 
 def test_flips_are_a_coin_per_example_and_step():
-    """Of images that are dark on the left and bright on the right."""
+    """Mirrors images that are dark on the left and bright on the right."""
     pixels = np.zeros((4, 1024, 8, 8, 1), np.uint8)
     pixels[:, :, :, 4:] = 255
     indices = np.arange(4096).reshape(4, 1024)

@@ -12,7 +12,7 @@ from tools import hub_logits, mutate
 
 
 def test_every_mutant_can_be_planted():
-    """Where the text has changed, so must the mutant."""
+    """A mutant must follow when its text changes."""
     assert len(mutate.MUTANTS) >= 17
     for module, before, after in mutate.MUTANTS:
         text = (pathlib.Path(diffusion_jax.__file__).parent / f"{module}.py").read_text()

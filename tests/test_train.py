@@ -306,7 +306,7 @@ CHIP = programs.Chip(flops=1e12, hbm=1e9, bandwidth=1e11, links=1e10, pod=256)
 
 
 def test_the_step_is_foreseen(tmp_path, monkeypatch, capsys):
-    """As on a TPU: the estimate of the compiled step, which is the one that runs."""
+    """A known chip gets an estimate of the compiled step, which is the one that runs."""
     monkeypatch.setattr(programs, "chip_of", lambda device: CHIP)
     run(tmp_path)
     out = capsys.readouterr().out
@@ -377,7 +377,7 @@ def test_a_progress_bar_changes_no_bit(uninterrupted, capsys):
 
 @pytest.mark.slow
 def test_samples_in_shards(uninterrupted, tmp_path, monkeypatch):
-    """As in one file; only what is missing is made; other samples are not mixed in."""
+    """Shards hold the images of one file; only missing shards are made; other samples are not mixed in."""
     workdir, _ = uninterrupted
     monkeypatch.setattr(samples, "SHARD", 3)
     write_samples(workdir, 8, 1, str(tmp_path / "all.npz"))

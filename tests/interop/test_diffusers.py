@@ -7,7 +7,7 @@ import types
 import jax
 import numpy as np
 import pytest
-from conftest import tiny_config
+from conftest import assert_same, tiny_config, write_random_run
 from etils import epath
 from safetensors import numpy as safetensors
 
@@ -68,16 +68,6 @@ def without_dropout():
     return config
 
 
-def assert_same(tensors, others):
-    assert tensors.keys() == others.keys()
-    for name, tensor in tensors.items():
-        np.testing.assert_array_equal(tensor, others[name], err_msg=name, strict=True)
-
-
-def assert_same_params(params, others):
-    jax.tree.map(np.testing.assert_array_equal, params, others)
-
-
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("imported") / "run"
@@ -89,12 +79,7 @@ def imported(tmp_path_factory):
 def untrained(tmp_path_factory):
     """Writes a run of configs/tiny.py with a random checkpoint."""
     workdir = tmp_path_factory.mktemp("untrained")
-    config, rng = tiny_config(train__num_steps=2), np.random.default_rng(0)
-    workdirs.write_config(workdir, config)
-    shapes = parts.abstract_state(config)
-    random = jax.tree.map(lambda leaf: np.asarray(rng.normal(0, 0.1, leaf.shape)).astype(leaf.dtype), shapes)
-    with checkpoint.open_manager(workdir) as manager:
-        checkpoint.save(manager, 0, random)
+    write_random_run(workdir, train__num_steps=2)
     return workdir
 
 
@@ -144,7 +129,7 @@ def test_tensors_are_bitwise_equal_after_export_and_import(imported, tmp_path):
         sample.ema_params(parts.build(workdirs.read_config(workdir)), workdir)[1]
         for workdir in (imported, tmp_path / "again")
     )
-    assert_same_params(first, again)
+    assert_same(first, again)
     assert workdirs.read_config(tmp_path / "again") == workdirs.read_config(imported)
 
 
@@ -170,7 +155,7 @@ def test_old_names_of_attention_are_read(imported, source):
         renamed[name] = np.ascontiguousarray(tensor)
     assert sum(".proj_attn." in name for name in renamed) == 2 * 4
     save(source, renamed)
-    assert_same_params(to_params(imported, source), sample.load_network(imported)[1])
+    assert_same(to_params(imported, source), sample.load_network(imported)[1])
 
 
 @pytest.mark.slow
@@ -197,8 +182,8 @@ def test_an_imported_run_trains_on(untrained, tmp_path):
     config = workdirs.read_config(untrained)
     assert workdirs.read_config(tmp_path / "run").to_dict() == config.to_dict()
     before, original = (restore(workdir, config) for workdir in (tmp_path / "run", untrained))
-    assert_same_params(before.ema_params, original.ema_params)
-    assert_same_params(before.params, original.ema_params)
+    assert_same(before.ema_params, original.ema_params)
+    assert_same(before.params, original.ema_params)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(before.opt_state))
     after = train.train(config, str(tmp_path / "run"))
     assert before.step == 0 and after.step == 2

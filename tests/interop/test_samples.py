@@ -2,16 +2,14 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
-from conftest import tiny_config
+from conftest import write_random_run
 
-from diffusion_jax import parts, sample
+from diffusion_jax import sample
 from diffusion_jax.errors import UserError
 from diffusion_jax.interop import samples
 from diffusion_jax.interop.samples import write_samples
-from diffusion_jax.running import checkpoint
 from diffusion_jax.running import workdir as workdirs
 
 
@@ -19,12 +17,7 @@ from diffusion_jax.running import workdir as workdirs
 def workdir(tmp_path_factory):
     """Writes a run with a random checkpoint."""
     workdir = tmp_path_factory.mktemp("run")
-    config, rng = tiny_config(), np.random.default_rng(0)
-    workdirs.write_config(workdir, config)
-    shapes = parts.abstract_state(config)
-    random = jax.tree.map(lambda leaf: np.asarray(rng.normal(0, 0.1, leaf.shape)).astype(leaf.dtype), shapes)
-    with checkpoint.open_manager(workdir) as manager:
-        checkpoint.save(manager, 0, random)
+    write_random_run(workdir)
     return workdir
 
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pytest
+from conftest import assert_same
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.running import checkpoint
@@ -38,13 +39,6 @@ def run(tmp_path):
 def restore(workdir, **options):
     with checkpoint.open_manager(workdir, read_only=not options) as manager:
         return checkpoint.restore(manager, LIKE, **options)
-
-
-def assert_same(actual, expected):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_array_equal(x, y)
-        assert x.dtype == y.dtype
 
 
 def names(run):
