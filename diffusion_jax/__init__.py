@@ -31,4 +31,6 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    """Lists what there is to use; the modules are imported by name."""
+    core = ["schedule", "process", "losses", "likelihood", "sampling", "unet", "parts", "step", "train", "sample"]
+    return [*__all__, *core]

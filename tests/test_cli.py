@@ -316,7 +316,8 @@ def test_importing_touches_no_device_and_the_mathematics_needs_no_flax():
 
 
 def test_the_package_shows_what_it_offers():
-    assert {"load", "load_network", "load_exported", "__version__"} <= set(dir(diffusion_jax))
+    assert {"load", "load_network", "load_exported", "__version__", "sampling"} <= set(dir(diffusion_jax))
+    assert "importlib" not in dir(diffusion_jax)
     assert re.fullmatch(r"\d+\.\d+\.\d+", diffusion_jax.__version__)
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         diffusion_jax.lode  # noqa: B018
