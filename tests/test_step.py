@@ -270,6 +270,7 @@ def test_a_data_set_on_the_device_gives_the_batches_of_the_pipeline():
             np.testing.assert_array_equal(batches["label"][:, i].reshape(8), wanted[start + i]["label"])
 
 
+@pytest.mark.slow
 def test_remat_keeps_fewer_activations():
     """The gradient computes convolutions again; parameters and names stay. `test_train` compares the numbers."""
     config, again = tiny_config(), tiny_config(train__remat=True)

@@ -212,7 +212,23 @@ def test_what_training_looks_at_every_so_often(tmp_path):
     assert own[-1]["held_out_loss_t4"] == pytest.approx(float(loss[t > 15].mean()), rel=1e-5)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path, monkeypatch):
+    run(tmp_path, train__num_steps=3)
+    restore = checkpoint.restore
+
+    def explode(*args, **kwargs):
+        state = restore(*args, **kwargs)
+        return state._replace(params=jax.tree.map(lambda leaf: leaf + np.float32(1e38), state.params))
+
+    monkeypatch.setattr(checkpoint, "restore", explode)
+    with pytest.raises(FloatingPointError, match=r"loss is (nan|inf) at step 4; .* of step 3"):
+        run(tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
+    assert all(np.isfinite(line["loss"]) for line in lines(tmp_path))
+
+
+@pytest.mark.slow
+def test_parameters_that_are_not_finite_stop_the_run_and_are_not_saved(tmp_path):
     run(tmp_path, train__num_steps=3)
     with pytest.raises(FloatingPointError, match=r"param_norm is inf at step 4; .* of step 3"):
         run(tmp_path, train__learning_rate=1e38)
@@ -366,6 +382,7 @@ def test_load_what_cannot_be(uninterrupted, given, message):
         sample.load(uninterrupted[0], **given)
 
 
+@pytest.mark.slow
 def test_a_progress_bar_changes_no_bit(uninterrupted, capsys):
     plain, params = sample.load(uninterrupted[0], sampler="ddim", steps=10)
     watched, _ = sample.load(uninterrupted[0], sampler="ddim", steps=10, progress=True)

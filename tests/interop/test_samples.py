@@ -31,6 +31,7 @@ def content(folder):
     return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_fewer_images_than_the_shards_hold_are_refused(workdir, shards):
     write_samples(workdir, 8, 1, f"{shards}/")
     before = content(shards)
@@ -57,6 +58,7 @@ def set_keys(workdir, **keys):
     workdirs.write_config(workdir, config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "key, value",
     [
@@ -79,6 +81,7 @@ def test_shards_of_another_chain_are_refused(workdir, shards, key, value):
         (workdir / "config.json").write_text(before)
 
 
+@pytest.mark.slow
 def test_shards_of_the_same_chain_are_continued(workdir, shards):
     """Flags that repeat the config, and keys that the sampler does not use, do not change the chain."""
     write_samples(workdir, 2, 1, f"{shards}/", sampler="ddim", steps=20)
@@ -90,6 +93,7 @@ def test_shards_of_the_same_chain_are_continued(workdir, shards):
         (workdir / "config.json").write_text(before)
 
 
+@pytest.mark.slow
 def test_samples_state_their_origin(workdir, tmp_path):
     write_samples(workdir, 5, 1, str(tmp_path / "samples.npz"), sampler="ddim", steps=4, eta=1)
     with np.load(tmp_path / "samples.npz", allow_pickle=False) as file:
