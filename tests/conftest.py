@@ -15,6 +15,9 @@ from diffusion_jax.configs import tiny
 from diffusion_jax.running import checkpoint
 from diffusion_jax.running import workdir as workdirs
 
+# LLVM at level 1: the tests compile thousands of programs and run each for milliseconds, so that level 3 costs them a
+# quarter of their time and gains nothing. Processes that a test starts inherit it.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=1".strip()
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
