@@ -4,11 +4,12 @@ Images stay uint8 up to the device. A cache is a folder:
 
     images.npy       uint8 [N, S, S, C]
     labels.npy       int32 [N], where the source has classes
-    manifest.json    the source and the settings; a cache that does not match its manifest is rebuilt
+    manifest.json    the source, the settings and checksums; a cache that does not match its manifest is rebuilt
 """
 
 import collections
 import concurrent.futures
+import contextlib
 import hashlib
 import itertools
 import json
@@ -17,6 +18,8 @@ import re
 import secrets
 import shutil
 import time
+import weakref
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +29,11 @@ from etils import epath
 from PIL import Image  # noqa: TID251 (resizes the images)
 
 from diffusion_jax.data.source import Source
-from diffusion_jax.errors import UserError
+from diffusion_jax.errors import UserError, one_line
 
 _LOCAL = "~/.cache/diffusion_jax"
-_FORMAT = 1  # version of the caches; increase it when the same settings give other pixels
+_FORMAT = 2  # version of the caches; increase it when the same settings give other pixels
+_LEFTOVER = re.compile(r"-[0-9a-f]{16}\.[0-9a-f]{8}\.(partial|stale)")  # the end of the name of a temporary folder
 _CHUNK = 32  # images per task of a decoding thread; with single images the threads contend
 
 
@@ -50,6 +54,8 @@ class Cached:
             np.lib.format.read_magic(file)
             self.shape, _, _ = np.lib.format.read_array_header_1_0(file)
             self._start = file.tell()
+        self._file = os.open(folder / "images.npy", os.O_RDONLY)  # stays readable if another process rebuilds the cache
+        weakref.finalize(self, os.close, self._file)
         labels = folder / "labels.npy"
         self.labels = np.load(labels) if labels.exists() else None
 
@@ -65,10 +71,9 @@ class Cached:
         numbers = np.arange(len(self))[index]
         images = np.empty((*numbers.shape, *self.shape[1:]), np.uint8)
         size = int(np.prod(self.shape[1:]))
-        with (self.folder / "images.npy").open("rb") as file:
-            for row, i in zip(images.reshape(-1, size), numbers.flat, strict=True):
-                if os.preadv(file.fileno(), [row.data], self._start + int(i) * size) != size:
-                    raise UserError(f"{self.folder}/images.npy has become shorter: run again to rebuild the cache")
+        for row, i in zip(images.reshape(-1, size), numbers.flat, strict=True):
+            if os.preadv(self._file, [row.data], self._start + int(i) * size) != size:
+                raise UserError(f"{self.folder}/images.npy has become shorter: run again to rebuild the cache")
         return images
 
 
@@ -110,7 +115,9 @@ class OnTheFly:
                 return image, self._source.label(number) if self._source.label else None
             if not self._skip_corrupt:
                 raise _unreadable(self._source.name(i), image)
-        raise UserError(f"no image of {self._source.origin} can be read (last error: {image}): repair the files")
+        raise UserError(
+            f"no image of {self._source.origin} can be read (last error: {_message(image)}): repair the files"
+        )
 
 
 def open_images(
@@ -158,12 +165,14 @@ def open_images(
     stem = re.sub(r"\W+", "-", source.origin)[-40:].strip("-")
     name = f"{stem}-{image_size}x{image_size}x{channels}-{digest}"
     remote = epath.Path(cache_dir) / name if "://" in cache_dir else None
-    folder = Path(_LOCAL if remote or not cache_dir else cache_dir).expanduser() / name
+    folder = Path(os.path.expanduser(_LOCAL if remote or not cache_dir else cache_dir)) / name
     if remote and not folder.exists() and (remote / "manifest.json").exists():
-        _copy(remote, folder)
-    if not _is_valid(folder, identity):
+        with _replacing(folder) as partial:
+            _copy(remote, partial)
+    valid = _is_valid(folder, identity)
+    if not valid:
         _make_cache(source, folder, identity, form, skip_corrupt)
-    if remote and not (remote / "manifest.json").exists():
+    if remote and not (valid and (remote / "manifest.json").exists()):
         _copy(folder, remote)
     return Cached(folder)
 
@@ -180,22 +189,46 @@ def _is_valid(folder, identity):
         images = np.load(folder / "images.npy", mmap_mode="r")  # checks the length of the file
         shape = (manifest["count"], manifest["image_size"], manifest["image_size"], manifest["channels"])
         labels = np.load(folder / "labels.npy", mmap_mode="r") if manifest["labelled"] else images
-        if identity.items() <= manifest.items() and images.shape == shape and len(labels) == len(images):
+        matches = identity.items() <= manifest.items() and images.shape == shape and len(labels) == len(images)
+        reason = _altered(folder, manifest) if matches else "it does not match its manifest"
+        if not reason:
             return True
-        reason = "it does not match its manifest"
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error)
     print(f"{folder} is damaged ({reason}): rebuilding it")
     return False
 
 
+def _altered(folder, manifest):
+    """Returns "" if the arrays are those of the manifest, else what differs.
+
+    Computes the checksum of a file only if its time is not that of the manifest or another user owns it: somebody
+    has copied or altered it, or may have. The time of a good copy is then set, so that the next call is short.
+    """
+    for name, (crc32, time_ns) in manifest["arrays"].items():
+        file = folder / name
+        status = file.stat()
+        if (status.st_mtime_ns, status.st_uid) != (time_ns, os.getuid()):
+            if _crc32(file) != crc32:
+                return f"the checksum of {name} differs"
+            with contextlib.suppress(OSError):  # of another user
+                os.utime(file, ns=(status.st_atime_ns, time_ns))
+    return ""
+
+
+def _crc32(file):
+    """Returns the CRC-32 of a file; 2 GB take about a second if they are in memory."""
+    checksum, block = 0, bytearray(1 << 20)
+    with file.open("rb", buffering=0) as raw:
+        while size := raw.readinto(block):
+            checksum = zlib.crc32(memoryview(block)[:size], checksum)
+    return checksum
+
+
 def _make_cache(source, folder, identity, form, skip_corrupt):
-    """Decodes all images into a temporary folder, and renames it to `folder` when it is complete."""
-    _remove_leftovers(folder)
-    partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.partial")
+    """Decodes all images into a cache. Prints how many have more frames or pages than the first."""
     start = time.monotonic()
-    try:
-        partial.mkdir(parents=True)
+    with _replacing(folder) as partial:
         _check_room(folder.parent, len(source) * form[0] * form[0] * form[1])
         labels, corrupt = _write_images(source, partial / "images.npy", form, skip_corrupt)
         if source.label:
@@ -207,15 +240,14 @@ def _make_cache(source, folder, identity, form, skip_corrupt):
             "labelled": source.label is not None,
             "classes": list(source.classes),
             "skipped": corrupt,
+            "first_of_several": source.several(),
+            "arrays": {file.name: (_crc32(file), file.stat().st_mtime_ns) for file in sorted(partial.iterdir())},
             "pillow": PIL.__version__,
             "seconds": round(time.monotonic() - start, 1),
         }
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-        _put_in_place(partial, folder)
-    except OSError as error:
-        raise UserError(f"config.data.cache_dir: {folder} cannot be written ({error}): give another folder") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    if source.several():
+        print(f"{source.several()} of {len(source)} images have several frames or pages: the first is taken")
 
 
 def _copy(source, target):
@@ -227,24 +259,60 @@ def _copy(source, target):
             (source / name).copy(target / name, overwrite=True)
 
 
-def _remove_leftovers(folder):
-    """Removes temporary folders of this cache that are an hour old: killed processes left them."""
-    for partial in folder.parent.glob(f"{folder.name}.*.partial"):
-        newest = max((file.stat().st_mtime for file in partial.iterdir()), default=0)
-        if time.time() - newest > 3600:
-            shutil.rmtree(partial, ignore_errors=True)
+@contextlib.contextmanager
+def _replacing(folder):
+    """Yields a temporary folder that becomes `folder`, whole and on disk, when the block ends without an error.
+
+    Its name is random: processes in containers may share a host name and a process number.
+    """
+    _remove_leftovers(folder.parent)
+    partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.partial")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for file in partial.iterdir():
+            _sync(file)
+        _put_in_place(partial, folder)
+    except OSError as error:
+        raise UserError(f"config.data.cache_dir: {folder} cannot be written ({error}): give another folder") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sync(path):
+    """Waits until a file or the names in a folder are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_leftovers(parent):
+    """Removes temporary folders in which nothing was written for an hour: killed processes left them."""
+    with contextlib.suppress(OSError):  # another process removes or renames them too
+        for folder in parent.iterdir():
+            if _LEFTOVER.search(folder.name):
+                newest = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+                if time.time() - newest > 3600:
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _put_in_place(partial, folder):
     """Renames `partial` to `folder`, unless another process has done so with the same cache."""
     if folder.exists():  # damaged, see `_is_valid`
-        folder.rename(partial.with_suffix(".stale"))
-        shutil.rmtree(partial.with_suffix(".stale"))
+        stale = partial.with_suffix(".stale")
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            folder.rename(stale)
+        shutil.rmtree(stale, ignore_errors=True)
     try:
         partial.rename(folder)
     except OSError:
         if not folder.exists():
             raise
+    with contextlib.suppress(OSError):  # some file systems of networks cannot sync folders
+        _sync(folder)
+        _sync(folder.parent)
 
 
 def _check_room(folder, num_bytes):
@@ -273,7 +341,7 @@ def _write_images(source, path, form, skip_corrupt):
                 file.write(image)
                 labels.append(label)
             elif skip_corrupt:
-                corrupt.append(f"{source.name(i)}: {image}")
+                corrupt.append(f"{source.name(i)}: {_message(image)}")
             else:
                 raise _unreadable(source.name(i), image)
         file.seek(0)
@@ -337,4 +405,8 @@ def _fit(image, image_size, channels, crop):
 
 
 def _unreadable(name, error):
-    return UserError(f"image {name}: {error}: repair it, or set --config.data.skip_corrupt=True")
+    return UserError(f"image {name}: {_message(error)}: repair it, or set --config.data.skip_corrupt=True")
+
+
+def _message(error):
+    return one_line(error) or type(error).__name__

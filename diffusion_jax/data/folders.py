@@ -1,124 +1,221 @@
 """The user's own images: folders, zips and idx files."""
 
+import collections
 import hashlib
 import io
-import math
+import os
+import re
+import stat
 import zipfile
 from pathlib import Path, PurePosixPath
 
-import numpy as np
-from PIL import Image, ImageOps  # noqa: TID251 (decodes the images)
-
+from diffusion_jax.data.decode import SUFFIXES, decode
 from diffusion_jax.data.idx import idx, idx_file
-from diffusion_jax.data.source import Source
+from diffusion_jax.data.source import Source, printable
 from diffusion_jax.errors import UserError
 
-SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-MAX_PIXELS = 50_000_000  # pixels of the largest image: a PNG of 200 kB can unpack to gigabytes
 MAX_BYTES = 500_000_000  # bytes of the largest file in a zip, unpacked
+# Folders of systems and servers, with thumbnails or copies. Those that begin with a dot are left out too.
+_HELPERS = {"@eadir", "__macosx", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "lost+found"}
+_SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+    **dict.fromkeys(("extra", "unlabeled", "unlabelled"), "extra"),
+}
+_SPLIT_WORD = re.compile(rf"(?:^|[^a-z])({'|'.join(_SPLITS)})(?:[^a-z]|$)")
 
 
 def files(file: Path, split: str = "train") -> Source:
     """Returns the images of a folder, a zip, an idx file, or a folder with MNIST's idx files.
 
-    Folders and zips are searched recursively, and their images sorted by name. If some images are in a folder
-    named `split`, only these are used. If the images have more than one parent folder, these are the classes.
+    Folders and zips are searched recursively, through links, and their images sorted by name. Hidden files, and the
+    folders of helpers such as @eaDir, are left out. Folders called train, val, test, … beside each other, in any case,
+    are splits, and only the images of `split` are used. If the images have more than one parent folder, these are the
+    classes. Prints one line that says what was taken and what was left out.
 
     Raises:
-      UserError: there is no image or no folder of that split, or a zip or an idx file is damaged.
+      UserError: there is no image or no folder of that split, or a file or folder cannot be read.
     """
-    if path := idx_file(file, split):
-        return idx(path)
-    source = folder(file, split) if file.is_dir() else archive(file, split)
+    left_out: collections.Counter[str] = collections.Counter()
+    folders: list[str] = []
+    try:
+        if path := idx_file(file, split):
+            source = idx(path)
+        else:
+            source, folders = (folder if file.is_dir() else archive)(file, split, left_out)
+    except OSError as error:
+        raise UserError(f"config.data.path='{file}' cannot be read ({error}): check its permissions") from None
+    others = ", ".join(f"{count} {reason}" for reason, count in left_out.most_common(12))
     if not source.num:
-        suffixes = ", ".join(sorted(SUFFIXES))
-        raise UserError(f"config.data.path='{file}' holds no images: give a folder or a zip with {suffixes} files")
+        raise UserError(
+            f"config.data.path='{file}' holds no images{f' (only {others})' if others else ''}: give a folder or a zip "
+            f"with {', '.join(sorted(SUFFIXES))} files"
+        )
+    classes = f"in {len(source.classes)} classes" if source.classes else "with labels" if source.label else "unlabelled"
+    print(
+        f"{source.origin}: {source.num} images {classes}"
+        + (f" from {', '.join(printable(name) or '.' for name in folders[:4])}" if any(folders) else "")
+        + (f" and {len(folders) - 4} more folders" if len(folders) > 4 else "")
+        + (f"; left out: {others}" if others else "")
+    )
     return source
 
 
-def folder(root: Path, split: str = "train") -> Source:
-    """Returns the images of a folder, see `files`."""
-    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if _is_image(path))
-    names = _names_of_split(names, split, root)
-    stats = [(root / name).stat() for name in names]
-
-    def read(i):
-        with Image.open(root / names[i]) as image:
-            return pixels(image)
-
-    label, classes = _labels(names)
-    version = _sha256([names, [(stat.st_size, stat.st_mtime_ns) for stat in stats]])
-    return Source(str(root), version, len(names), names.__getitem__, read, label, classes)
+def folder(root: Path, split: str, left_out: collections.Counter[str]) -> tuple[Source, list[str]]:
+    """Returns (the images of a folder, the folders that hold them), and counts the files that it leaves out."""
+    stats = dict(_walk(root, left_out))
+    names = _names_of_split(sorted(stats), split, root, left_out)
+    version = _sha256([names, [(stats[name].st_size, stats[name].st_mtime_ns) for name in names]])
+    return _source(root, version, names, lambda name: root / name)
 
 
-def archive(file: Path, split: str = "train") -> Source:
-    """Returns the images of a zip, see `files`."""
+def archive(file: Path, split: str, left_out: collections.Counter[str]) -> tuple[Source, list[str]]:
+    """Returns (the images of a zip, the folders that hold them), and counts the files that it leaves out."""
+    if not file.is_file():  # to open a pipe would wait forever
+        raise UserError(f"config.data.path='{file}' must be a folder, a zip or an idx file")
     try:
         unpacked = zipfile.ZipFile(file)
     except zipfile.BadZipFile:
         raise UserError(f"config.data.path='{file}' must be a folder, a zip or an idx file") from None
-    members = {m.filename: m for m in unpacked.infolist() if _is_image(PurePosixPath(m.filename))}
-    names = _names_of_split(sorted(members), split, file)
+    members = {}
+    for member in unpacked.infolist():
+        name = member.filename.replace("\\", "/")  # programs of Windows write backslashes
+        if reason := "" if member.is_dir() else _reason_against(name):
+            left_out[reason] += 1
+        elif not member.is_dir():
+            members[name] = member
+    names = _names_of_split(sorted(members), split, file, left_out)
+    version = _sha256([names, [members[name].CRC for name in names]])
+    return _source(file, version, names, lambda name: io.BytesIO(_unpack(unpacked, members[name])))
+
+
+def _source(path, version, names, opened):
+    """Returns (a source, its folders), where opened(name) is a path or a file."""
+    several = set()  # images of which only the first frame is read
 
     def read(i):
-        member = members[names[i]]
-        if member.file_size > MAX_BYTES:
-            raise ValueError(f"{member.file_size} bytes unpacked are more than the limit of {MAX_BYTES}")
-        with Image.open(io.BytesIO(unpacked.read(member))) as image:
-            return pixels(image)
+        image, has_more = decode(opened(names[i]))
+        if has_more:
+            several.add(i)
+        return image
 
-    label, classes = _labels(names)
-    version = _sha256([names, [members[name].CRC for name in names]])
-    return Source(str(file), version, len(names), names.__getitem__, read, label, classes)
-
-
-def _is_image(path):
-    """Returns True if the suffix is that of an image. Skips hidden files: macOS leaves ._x.jpg beside x.jpg."""
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
-
-
-def _names_of_split(names, split, path):
-    """Returns the names in a folder called `split`, or all names if the split is "train" and has no folder."""
-    chosen = [name for name in names if split in PurePosixPath(name).parts[:-1]]
-    if not chosen and split != "train":
-        raise UserError(
-            f"config.data.split={split!r}: '{path}' has no images in a folder of that name: give a split that it has"
-        )
-    return chosen or names
-
-
-def _labels(names):
-    """Returns (label of image i, classes) from the parent folders, or (None, ()) for a single folder."""
-    parents = [PurePosixPath(name).parent.name for name in names]
+    folders = [name.rpartition("/")[0] for name in names]
+    parents = [folder.rpartition("/")[2] for folder in folders]
     classes = sorted(set(parents))
-    if len(classes) < 2:
-        return None, ()
     numbers = {name: k for k, name in enumerate(classes)}
-    return lambda i: numbers[parents[i]], classes
+    labelled = len(classes) > 1
+    source = Source(
+        printable(str(path)),
+        version,
+        len(names),
+        lambda i: printable(names[i]),
+        read,
+        (lambda i: numbers[parents[i]]) if labelled else None,
+        [printable(name) for name in classes] if labelled else (),
+        lambda: len(several),
+    )
+    return source, sorted(set(folders))
+
+
+# ---------------------------------------------------------------- which files
+
+
+def _walk(folder, left_out, prefix="", above=frozenset()):
+    """Yields (name, stat) of the images below a folder. Follows links, unless they lead back to a folder above."""
+    status = os.stat(folder)
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        left_out["links to a folder above"] += 1
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            try:
+                status = entry.stat()
+            except OSError:  # a broken link: its decoder will report it
+                status = entry.stat(follow_symlinks=False)
+            is_folder, reason = stat.S_ISDIR(status.st_mode), _reason_against(entry.name)
+            if is_folder and reason != "hidden":
+                yield from _walk(entry.path, left_out, f"{prefix}{entry.name}/", above | {here})
+            elif reason:
+                left_out[reason] += 1
+            elif stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode):
+                yield prefix + entry.name, status
+            else:
+                left_out["pipes or devices"] += 1
+
+
+def _reason_against(name):
+    """Returns why a file is left out, by the parts of its name; "" for an image."""
+    path = PurePosixPath(name)
+    if any(part.startswith(".") or part.lower() in _HELPERS for part in path.parts):
+        return "hidden"
+    suffix = path.suffix.lower()
+    return "" if suffix in SUFFIXES else printable(suffix) or "without a suffix"
+
+
+def _names_of_split(names, split, path, left_out):
+    """Returns the names in the folders of a split; all names if the split is "train" and there are no splits."""
+    folders = {name.rpartition("/")[0] for name in names}
+    children = collections.defaultdict(set)
+    for parts in (folder.split("/") for folder in folders if folder):
+        for i, part in enumerate(parts):
+            children["/".join(parts[:i])].add(part)
+    splits = {above: _split_folders(below, split) for above, below in children.items()}
+    found = {folder: _split_of(folder, splits) for folder in folders}
+    present = sorted(set(found.values()) - {""})
+    if not present and split == "train":
+        return names
+    chosen = [part for part in present if part.lower() == split.lower()]
+    chosen = chosen or [part for part in present if _SPLITS.get(split.lower()) in _kinds(part)]
+    if not chosen:
+        has = f"one that it has, {', '.join(present)}" if present else "a split that it has"
+        raise UserError(f"config.data.split={split!r}: '{path}' has no images in a folder of that name: give {has}")
+    taken = [name for name in names if found[name.rpartition("/")[0]] in chosen]
+    left_out[f"outside {' and '.join(map(printable, chosen))}"] += len(names) - len(taken)
+    return taken
+
+
+def _split_of(folder, splits):
+    """Returns the first part of a folder's path that is a split, or ""."""
+    parts = folder.split("/")
+    return next((part for i, part in enumerate(parts) if part in splits.get("/".join(parts[:i]), ())), "")
+
+
+def _split_folders(folders, split):
+    """Returns those of some folders beside each other that are splits, not classes; a class may be called "train".
+
+    They are splits if two of them are called as two splits are, or if all have such words in their names (train2017,
+    val2017). A folder alone is one if `split` asks for it, and so is any folder if `split` is a name of its own.
+    """
+    named = {folder for folder in folders if folder.lower() in _SPLITS}
+    if split.lower() not in _SPLITS:
+        return {folder for folder in folders if folder.lower() == split.lower()}
+    if len({_SPLITS[folder.lower()] for folder in named}) > 1:
+        return named
+    if all(map(_kinds, folders)) and len(set().union(*map(_kinds, folders))) > 1:
+        return folders
+    return {folder for folder in named if len(folders) == 1 and _SPLITS[folder.lower()] == _SPLITS[split.lower()]}
+
+
+def _kinds(name):
+    """Returns the splits whose words are in the name of a folder."""
+    return {_SPLITS[word] for word in _SPLIT_WORD.findall(name.lower())}
 
 
 def _sha256(value):
     return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
-def pixels(image: Image.Image) -> np.ndarray:
-    """Returns the pixels that a viewer shows, uint8 [H, W, 1] if the image is grey, else [H, W, 3].
-
-    Applies the orientation of the EXIF data and the palette, lays transparent parts on white, and reduces
-    16 bits to 8.
+def _unpack(unpacked, member):
+    """Returns the bytes of a member of a zip, and unpacks no more than it says it has.
 
     Raises:
-      ValueError: the image has more than MAX_PIXELS.
-      Exception: Pillow cannot decode the image, and raises many types.
+      ValueError: it has more than MAX_BYTES, or a compression that zipfile unpacks without a limit.
     """
-    if math.prod(image.size) > MAX_PIXELS:
-        raise ValueError(f"{image.width}x{image.height} is more than the limit of {MAX_PIXELS} pixels")
-    ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    mode = "L" if image.mode in ("1", "L", "I", "F") else "RGB"
-    image = image if image.mode == mode else image.convert(mode)
-    return np.asarray(image).reshape(image.height, image.width, -1)
+    if member.file_size > MAX_BYTES:
+        raise ValueError(f"{member.file_size} bytes unpacked are more than the limit of {MAX_BYTES}")
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"compression {member.compress_type} is not read from a zip: make the zip with deflate")
+    with unpacked.open(member) as file:
+        return file.read(member.file_size + 1)  # beyond the end, to check the checksum

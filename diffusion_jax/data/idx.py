@@ -2,13 +2,17 @@
 
 import gzip
 import hashlib
+import math
 import re
+import zlib
 from pathlib import Path
 
 import numpy as np
 
-from diffusion_jax.data.source import Source
+from diffusion_jax.data.source import Source, printable
 from diffusion_jax.errors import UserError
+
+MAX_BYTES = 2_000_000_000  # bytes of the largest gzipped file, unpacked: a file of 2 MB may unpack to that
 
 
 def idx(file: Path) -> Source:
@@ -28,29 +32,43 @@ def idx(file: Path) -> Source:
                 f"config.data.path: {labels_file} has {len(labels)} labels for {len(images)} images: download both"
             )
     return Source(
-        str(file),
+        printable(str(file)),
         hashlib.sha256(images).hexdigest(),
         len(images),
-        lambda i: f"{file.name}[{i}]",
+        lambda i: printable(f"{file.name}[{i}]"),
         lambda i: images[i, ..., None],
         None if labels is None else labels.__getitem__,
     )
 
 
 def _read_idx(file, dimensions):
-    """Returns the array of an idx file.
+    """Returns the array of an idx file. Reads no more than its header says.
 
     The format: 0 0 8 (uint8), the number of dimensions, their sizes as big-endian int32, then the bytes.
     """
-    raw = file.read_bytes()
     try:
-        raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-        if raw[:4] != bytes((0, 0, 8, dimensions)):
-            raise ValueError(f"not an idx file of uint8 {'images' if dimensions == 3 else 'labels'}")
-        shape = np.frombuffer(raw, ">i4", dimensions, offset=4)
-        return np.frombuffer(raw, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
-    except (ValueError, EOFError, OSError) as error:
-        raise UserError(f"config.data.path: {file} cannot be read ({error}): download it again") from None
+        with file.open("rb") as raw:
+            packed = raw.read(2) == b"\x1f\x8b"
+            raw.seek(0)
+            unpacked = gzip.GzipFile(fileobj=raw) if packed else raw
+            head = unpacked.read(4 + 4 * dimensions)
+            if head[:4] != bytes((0, 0, 8, dimensions)):
+                raise ValueError(f"not an idx file of uint8 {'images' if dimensions == 3 else 'labels'}")
+            shape = np.frombuffer(head, ">i4", dimensions, offset=4).tolist()
+            size, limit = math.prod(shape), MAX_BYTES if packed else file.stat().st_size
+            if min(shape) < 1:
+                raise ValueError(f"its header says {'x'.join(map(str, shape))}, which is empty")
+            if size > limit:
+                raise ValueError(f"its header says {size} bytes, more than the {limit} that can be")
+            values = unpacked.read(size + 1)
+        if len(values) != size:
+            raise ValueError(
+                f"its header says {size} bytes, but it has {'more' if len(values) > size else len(values)}"
+            )
+        return np.frombuffer(values, np.uint8).reshape(shape)
+    except (ValueError, EOFError, OSError, zlib.error) as error:
+        mend = "download it again, or gunzip it"
+        raise UserError(f"config.data.path: {file} cannot be read ({error}): {mend}") from None
 
 
 def idx_file(path: Path, split: str) -> Path | None:

@@ -1,4 +1,4 @@
-"""The type of all sources of images."""
+"""The type of all sources of images, and how their names are printed."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ class Source:
     """A sequence of images: source[i] is uint8 [H, W, 1 or 3] of any H and W, i < len(source).
 
     Pixels are those that a viewer shows: upright, grey or RGB, on white. A damaged image raises the error of its
-    decoder, and an image beyond the limits of `folders` raises ValueError.
+    decoder, and an image beyond the limits of `decode` and `folders` raises ValueError.
     """
 
     origin: str  # the file or the data set, for messages
@@ -21,9 +21,15 @@ class Source:
     read: Callable[[int], np.ndarray]  # the pixels of image i
     label: Callable[[int], int] | None = None  # the class of image i; None without classes
     classes: Sequence[str] = ()  # the names of the classes; () without names
+    several: Callable[[], int] = lambda: 0  # images read so far that have more frames or pages than the first
 
     def __len__(self) -> int:
         return self.num
 
     def __getitem__(self, i: int) -> np.ndarray:
         return self.read(i)
+
+
+def printable(name: str) -> str:
+    """Returns a name of one line that can be printed: escapes line ends and bytes that are not UTF-8."""
+    return name if name.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)

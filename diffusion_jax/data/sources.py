@@ -1,6 +1,7 @@
 """Opens the source that a config names, or a part of it."""
 
 import dataclasses
+import os
 import re
 from pathlib import Path
 
@@ -26,15 +27,15 @@ def open_source(source: str, path: str, *, split: str = "train", manual_dir: str
       UserError: the source does not exist, or has no images.
     """
     name = source.removeprefix("tfds:")
-    if source.startswith("tfds:") and (not path or _is_tfds_folder(Path(path).expanduser(), name)):
+    if source.startswith("tfds:") and (not path or _is_tfds_folder(Path(os.path.expanduser(path)), name)):
         return tfds(name, data_dir=path, manual_dir=manual_dir, split=split)
     split, bounds = _parse_split(split)
     if source == "digits" and not path:
         return _part(digits(split), bounds)
     if source == "files" and not path:
         raise UserError("config.data.path is empty: give a folder, a zip or an idx file, --config.data.path=…")
-    file = Path(path or source).expanduser().absolute()
-    if file.exists():
+    file = Path(os.path.realpath(os.path.expanduser(path or source)))  # one name of a folder, one cache
+    if os.path.exists(file):  # False also where Path.exists raises an error
         return _part(files(file, split), bounds)
     if path:
         raise UserError(f"config.data.path={path!r} does not exist: give a folder, a zip or an idx file")

@@ -3,12 +3,11 @@
 import functools
 import importlib.util
 import os
-from pathlib import Path
 
 import numpy as np
 from PIL import Image  # noqa: TID251 (converts images of other types)
 
-from diffusion_jax.data.folders import pixels
+from diffusion_jax.data.decode import pixels
 from diffusion_jax.data.source import Source
 from diffusion_jax.errors import UserError, one_line
 
@@ -109,4 +108,4 @@ def _prepare(builder, name, manual_dir):
 
 def _folder_or_none(path):
     """Returns the absolute path, or None for ""."""
-    return str(Path(path).expanduser().absolute()) if path else None
+    return os.path.abspath(os.path.expanduser(path)) if path else None

@@ -1,6 +1,8 @@
+import dataclasses
 import json
 import os
 import resource
+import shutil
 import sys
 import time
 import types
@@ -130,6 +132,92 @@ def test_damaged_cache_is_rebuilt(images, tmp_path, capsys, spoil):
     assert "is damaged" not in capsys.readouterr().out
 
 
+def alter(folder):
+    """Changes one byte of the images."""
+    with (folder / "images.npy").open("r+b") as file:
+        file.seek(1000)
+        byte = file.read(1)[0]
+        file.seek(1000)
+        file.write(bytes([byte ^ 255]))
+
+
+def test_altered_pixels_are_found(images, tmp_path, capsys):
+    images(source())
+    alter(caches(tmp_path)[0])
+    np.testing.assert_array_equal(images(source())[:], PICTURES[:, 1:11])
+    assert "is damaged (the checksum of images.npy differs): rebuilding it" in capsys.readouterr().out
+
+
+def test_checksum_is_computed_once_for_a_copy_and_always_for_another_user(images, tmp_path, monkeypatch):
+    images(source())
+    computed, crc32 = [], cache._crc32
+    monkeypatch.setattr(cache, "_crc32", lambda file: computed.append(file.name) or crc32(file))
+    images(source())
+    assert computed == []
+    os.utime(caches(tmp_path)[0] / "images.npy")  # as a copy has
+    images(source())
+    images(source())
+    assert computed == ["images.npy"]
+    monkeypatch.setattr(cache.os, "getuid", lambda: -1)
+    images(source())
+    images(source())
+    assert computed == ["images.npy", *2 * ["images.npy", "labels.npy"]]
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """Makes tmp_path/cache the bucket gs://cache."""
+    monkeypatch.setattr(cache, "_LOCAL", str(tmp_path / "local"))
+    real = cache.epath.Path
+    monkeypatch.setattr(cache.epath, "Path", lambda path: real(tmp_path / str(path).removeprefix("gs://")))
+    return "gs://cache"
+
+
+def test_bucket_stores_a_copy(images, bucket, tmp_path, monkeypatch, capsys):
+    images(source(), cache_dir=bucket)
+    shutil.rmtree(tmp_path / "local")
+    monkeypatch.setattr(cache, "_fit", None)  # decodes nothing
+    np.testing.assert_array_equal(images(source(), cache_dir=bucket)[:], PICTURES[:, 1:11])
+    assert [path.name for path in (tmp_path / "local").iterdir()] == [path.name for path in caches(tmp_path)]
+    assert "damaged" not in capsys.readouterr().out
+
+
+def test_altered_copy_in_a_bucket_is_replaced(images, bucket, tmp_path, capsys):
+    images(source(), cache_dir=bucket)
+    alter(caches(tmp_path)[0])
+    shutil.rmtree(tmp_path / "local")
+    np.testing.assert_array_equal(images(source(), cache_dir=bucket)[:], PICTURES[:, 1:11])
+    assert "the checksum of images.npy differs" in capsys.readouterr().out
+    np.testing.assert_array_equal(np.load(caches(tmp_path)[0] / "images.npy"), PICTURES[:, 1:11])
+
+
+def test_cache_dir_expands_the_home(images, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    images(source(), cache_dir="~/cache")
+    assert len(caches(tmp_path)) == 1
+
+
+def test_files_are_on_disk_before_the_rename(images, tmp_path, monkeypatch):
+    synced, sync = [], cache._sync
+    monkeypatch.setattr(cache, "_sync", lambda path: synced.append(path.name) or sync(path))
+    images(source())
+    (folder,) = caches(tmp_path)
+    assert sorted(synced[:3]) == ["images.npy", "labels.npy", "manifest.json"]
+    assert synced[3:] == [folder.name, "cache"]
+
+
+def test_cache_stays_readable_when_it_is_removed(images, tmp_path):
+    cached = images(source())
+    shutil.rmtree(caches(tmp_path)[0])
+    np.testing.assert_array_equal(cached[:], PICTURES[:, 1:11])
+
+
+def test_images_with_more_frames_are_counted(images, tmp_path, capsys):
+    images(dataclasses.replace(source(), several=lambda: 3))
+    assert "3 of 150 images have several frames or pages: the first is taken\n" in capsys.readouterr().out
+    assert json.loads((caches(tmp_path)[0] / "manifest.json").read_text())["first_of_several"] == 3
+
+
 def test_interrupted_decoding_leaves_no_cache(images, tmp_path):
     with pytest.raises(UserError):
         images(source(damaged=[140]))
@@ -139,17 +227,19 @@ def test_interrupted_decoding_leaves_no_cache(images, tmp_path):
 def test_old_leftovers_of_killed_processes_are_removed(images, tmp_path):
     images(source())
     name = caches(tmp_path)[0].name
-    for pid, age in ((1, 0), (2, 7200)):
-        leftover = tmp_path / "cache" / f"{name}.{pid}.partial"
-        leftover.mkdir()
-        (leftover / "images.npy").write_bytes(b"some")
-        os.utime(leftover / "images.npy", (time.time() - age,) * 2)
-    (tmp_path / "cache" / name / "manifest.json").unlink()
-    images(source())
-    assert [folder.name for folder in caches(tmp_path)] == [
-        name,
-        f"{name}.1.partial",
-    ]  # a process may still write there
+    other = "another-8x8x3-0123456789abcdef"
+    old = [f"{name}.00000001.partial", f"{other}.00000002.partial", f"{other}.00000003.stale"]
+    kept = [f"{name}.00000004.partial", "my.partial"]  # a process may still write to the first
+    for leftover in (*old, *kept):
+        folder = tmp_path / "cache" / leftover
+        folder.mkdir()
+        (folder / "images.npy").write_bytes(b"some")
+        for path in (folder / "images.npy", folder):
+            os.utime(path, (time.time() - (0 if leftover == kept[0] else 7200),) * 2)
+    (tmp_path / "cache" / f"{name}.00000005.partial").mkdir()  # another process has just made it
+    images(source(version="2"))
+    left = {folder.name for folder in caches(tmp_path)}
+    assert not left & set(old) and {name, *kept, f"{name}.00000005.partial"} < left
 
 
 def test_cache_of_another_process_is_used(images, monkeypatch):

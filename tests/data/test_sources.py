@@ -32,6 +32,22 @@ def test_path_takes_precedence_over_the_source(folder):
         assert len(sources.open_source(source, str(folder))) == 5
 
 
+def test_one_folder_has_one_source_however_its_path_is_spelled(folder, monkeypatch):
+    (folder / "link").symlink_to(".")
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setenv("HOME", str(folder.parent))
+    name = folder.name
+    spellings = [str(folder), f"{folder}/", name, f"./{name}/", f"~/{name}", f"{name}/../{name}", f"{name}/link"]
+    sources_ = [sources.open_source("files", spelling) for spelling in spellings]
+    assert {(source.origin, source.version) for source in sources_} == {(str(folder), sources_[0].version)}
+
+
+def test_paths_that_cannot_be_looked_up_do_not_exist():
+    for path in ("~nobody_of_this_name/faces", "x" * 5000):
+        with pytest.raises(UserError, match="does not exist"):
+            sources.open_source("files", path)
+
+
 def test_part_of_a_split():
     whole = sources.open_source("digits", "")
     for split, first, last in (
