@@ -23,7 +23,7 @@ _SPLITS = {
     **dict.fromkeys(("test", "testing"), "test"),
     **dict.fromkeys(("extra", "unlabeled", "unlabelled"), "extra"),
 }
-_SPLIT_WORD = re.compile(rf"(?:^|[^a-z])({'|'.join(_SPLITS)})(?:[^a-z]|$)")
+_SPLIT_WORD = re.compile(rf"(?:^|[^A-Za-z])((?i:{'|'.join(_SPLITS)}))(?![a-z])")  # also that of trainA
 
 
 def files(file: Path, split: str = "train") -> Source:
@@ -172,7 +172,8 @@ def _names_of_split(names, split, path, left_out):
         has = f"one that it has, {', '.join(present)}" if present else "a split that it has"
         raise UserError(f"config.data.split={split!r}: '{path}' has no images in a folder of that name: give {has}")
     taken = [name for name in names if found[name.rpartition("/")[0]] in chosen]
-    left_out[f"outside {' and '.join(map(printable, chosen))}"] += len(names) - len(taken)
+    if len(taken) < len(names):
+        left_out[f"outside {' and '.join(map(printable, chosen))}"] = len(names) - len(taken)
     return taken
 
 
@@ -200,7 +201,7 @@ def _split_folders(folders, split):
 
 def _kinds(name):
     """Returns the splits whose words are in the name of a folder."""
-    return {_SPLITS[word] for word in _SPLIT_WORD.findall(name.lower())}
+    return {_SPLITS[word.lower()] for word in _SPLIT_WORD.findall(name)}
 
 
 def _sha256(value):

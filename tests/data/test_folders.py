@@ -168,6 +168,9 @@ def test_names_that_are_not_utf8(tmp_path, capsys):
         (["train", "valid", "testing", "masks"], "train", ["train"]),
         (["train2017", "val2017", "test_2017"], "train", ["train2017"]),
         (["train2017", "val2017"], "val2017", ["val2017"]),
+        (["trainA", "trainB", "testA", "testB"], "test", ["testA", "testB"]),
+        (["Training Set", "Validation Set"], "val", ["Validation Set"]),
+        (["train"], "train", ["train"]),
         (["car/train", "car/test", "bus/train", "bus/test"], "train", ["bus/train", "car/train"]),
         (["set/train/train", "set/train/car", "set/test/car"], "train", ["set/train/car", "set/train/train"]),
         (["train", "car", "bus"], "train", ["bus", "car", "train"]),
@@ -180,7 +183,7 @@ def test_split_folders_are_told_from_classes(tmp_path, capsys, folders_, split, 
     root = write(tmp_path / "set", *(f"{folder}/0.png" for folder in folders_))
     assert [name.removesuffix("/0.png") for name in names(root, split=split)] == taken
     outside = len(folders_) - len(taken)
-    assert (f"{outside} outside " in capsys.readouterr().out) == (outside > 0)
+    assert (f" {outside} outside " in capsys.readouterr().out) == (outside > 0)
 
 
 @pytest.mark.parametrize(
