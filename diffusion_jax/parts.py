@@ -198,6 +198,7 @@ def train_step(config: ConfigDict) -> Callable:
         loss(config),
         schedule(config),
         optimizer(config),
+        learning_rate(config),
         config.train.ema_decay,
         config.seed,
         t_probabilities(config),

@@ -63,6 +63,7 @@ def make_step(
     loss_fn: Callable,
     s: Schedule,
     optimizer: optax.GradientTransformation,
+    learning_rate: optax.Schedule,
     ema_decay: float,
     seed: int,
     t_probabilities: np.ndarray | None = None,
@@ -85,7 +86,7 @@ def make_step(
 
     The step takes a batch {"image": uint8 [B, H, W, C], …} and indices int [B], the device's share of the
     global batch; the state has no device axis (see `replicate`). Its metrics are the same on all devices:
-    loss, grad_norm (before clipping), param_norm, skipped, and loss_t1 … loss_t4 over the quarters of 1..T,
+    loss, grad_norm (before clipping), param_norm, learning_rate, skipped, and loss_t1 … loss_t4 over the quarters of 1..T,
     NaN where the batch has no such t. If the loss or the gradient is not finite, skipped is 1 and only
     state.step changes.
     """
@@ -121,6 +122,7 @@ def make_step(
         is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         new = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), new, state._replace(step=new.step))
         metrics = {"loss": loss, "grad_norm": grad_norm, "param_norm": optax.tree.norm(new.params)}
+        metrics |= {"learning_rate": jnp.asarray(learning_rate(state.step), jnp.float32)}
         metrics |= {"skipped": 1.0 - is_finite} | _loss_by_quarter(losses, t, s.num_steps)
         return new, metrics
 

@@ -20,10 +20,12 @@ from diffusion_jax import parts, step
 from diffusion_jax.data import cache, pipeline, pixels
 from diffusion_jax.pictures import grids
 from diffusion_jax.planning import fit
-from diffusion_jax.running import checkpoint, hosts
+from diffusion_jax.running import checkpoint, history, hosts
+from diffusion_jax.running import config as configs
 from diffusion_jax.running import workdir as workdirs
-from diffusion_jax.running.config import check_batch, check_same_run
+from diffusion_jax.running.lock import Lock
 from diffusion_jax.running.log import MetricsLog
+from diffusion_jax.running.watch import Watch
 from diffusion_jax.step import AXIS, TrainState
 
 _KINDS = ("sample", "evaluate", "checkpoint")  # work that recurs every train.<kind>_every steps
@@ -42,60 +44,79 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
     """
     began = time.monotonic()
     folder, run = workdirs.absolute(workdir), parts.build(config)
-    images = _begin(config, folder)
     sample_fn = run.sample_fn()
-    monitor = _monitor(config, run, images) if config.train.evaluate_every else None
-    indices = _indices(config.train.batch_size)
-    is_main_process = jax.process_index() == 0  # it writes and prints
-
-    with checkpoint.open_manager(folder, config.train.keep_checkpoints) as manager:
-        state = checkpoint.restore(manager, run.abstract_state(), set_aside=True) or run.init_state()
-        start = int(state.step)
-        if is_main_process:
-            _announce(state, start)
-        state = step.replicate(state)
-        dispatches = list(_dispatches(config.train, start))
-        program, feed = _program(config, run, images, start, [k for k, _ in dispatches], indices.shape)
-        if dispatches:
-            batch = next(feed)
-            feed = itertools.chain([batch], feed)
-            fit.foresee(config, program(dispatches[0][0]), (state, (batch, indices)), config.train.num_steps - start)
-
-        with (
-            hosts.StopSignals() as signals,
-            MetricsLog(folder, start, config.train.log_every) if is_main_process else contextlib.nullcontext() as log,
-            _progress(start, config.train.num_steps) as bar,
-        ):
-            watch = _Watch(config.train, run.learning_rate, manager, log, bar, began)
-            for k, end in dispatches:
-                state, metrics = program(k)(state, (next(feed), indices))
-                watch.add(end - k + 1, k, metrics)
-                checkpoint.check(manager)
-
-                due = {kind: _is_due(config.train[f"{kind}_every"], end) for kind in _KINDS}
-                signum = signals.agreed(manager, end)
-                # Samples and evaluations take a while: the state is saved before them.
-                if any(due.values()) or signum or end == config.train.num_steps:
-                    watch.finish()
-                    checkpoint.save(manager, end, state)
-                if signum:
-                    checkpoint.wait(manager)
-                    raise hosts.Stopped(
-                        f"stopped by a signal after step {end}, which is saved: run the same command to resume", signum
-                    )
-                if due["evaluate"] and monitor:
-                    started = time.monotonic()
-                    measured = monitor(jax.device_get(state.ema_params), end, folder)
-                    if log:
-                        log.add_evaluation(end, measured, time.monotonic() - started)
-                if due["sample"]:
-                    _draw_grid(sample_fn, state, config.seed, folder)
-
-    state = jax.device_get(state)
-    grid = _draw_grid(sample_fn, state, config.seed, folder)
-    if is_main_process:
+    with contextlib.ExitStack() as stack:
+        images, lock = _begin(config, folder, stack)
+        keep = config.train.keep_checkpoints, config.train.checkpoint_every
+        manager = stack.enter_context(checkpoint.open_manager(folder, *keep))
+        state, about = _resume(config, run, folder, manager)
+        if state.step < config.train.num_steps:
+            look = _looks(config, run, images, folder, sample_fn)
+            state = _loop(config, run, folder, images, lock, manager, state, about, look, began)
+        grid = _draw_grid(sample_fn, state, config.seed, folder)
+    if jax.process_index() == 0:
         print(f"trained to step {state.step}; samples: {grid}")
     return state
+
+
+def _loop(config, run, folder, images, lock, manager, state, about, look, began):
+    """Takes the steps that are left, saves the last state and returns it, NumPy arrays."""
+    start, pending = int(state.step), about.pop("metrics", ())
+    indices = _indices(config.train.batch_size)
+    dispatches = list(_dispatches(config.train, start))
+    program, feed = _program(config, run, images, start, [k for k, _ in dispatches], indices.shape)
+    state, batch = step.replicate(state), next(feed)
+    feed = itertools.chain([batch], feed)
+    fit.foresee(config, program(dispatches[0][0]), (state, (batch, indices)), config.train.num_steps - start)
+    is_main_process = jax.process_index() == 0  # it writes and prints
+    with (
+        hosts.StopSignals() as signals,
+        MetricsLog(folder, start, config.train.log_every, pending) if is_main_process else contextlib.nullcontext() as log,
+        _progress(start, config.train.num_steps) as bar,
+    ):
+        watch = Watch(config.train, manager, log, bar, began)
+        look(state, start, log)  # what a signal or a kill at this step has left out
+        is_first_save = True
+        for k, end in dispatches:
+            state, metrics = program(k)(state, (next(feed), indices))
+            watch.add(end - k + 1, k, metrics)
+            checkpoint.check(manager)
+            lock.check()
+
+            signum = signals.agreed(manager, end)
+            # Samples and evaluations take a while: the state is saved before them.
+            if signum or end == config.train.num_steps or any(_is_due(config.train[f"{x}_every"], end) for x in _KINDS):
+                watch.finish()
+                checkpoint.save(manager, end, state, about | {"metrics": log.pending if log else []})
+                if is_first_save:
+                    checkpoint.verify(manager, end, run.abstract_state())
+                    is_first_save = False
+            if signum:
+                checkpoint.wait(manager)
+                raise hosts.Stopped(
+                    f"stopped by a signal after step {end}, which is saved: run the same command to resume", signum
+                )
+            look(state, end, log)
+        if log:
+            log.finish(end, config.train.batch_size)
+    return jax.device_get(state)
+
+
+def _looks(config, run, images, folder, sample_fn):
+    """Returns look(state, step, log), which evaluates and draws a grid where they are due and not done yet."""
+    monitor = _monitor(config, run, images) if config.train.evaluate_every else None
+
+    def look(state, number, log):
+        due = {kind: number > 0 and _is_due(config.train[f"{kind}_every"], number) for kind in ("sample", "evaluate")}
+        if due["evaluate"] and not hosts.on_main(lambda: log.has_evaluation(number)):
+            started = time.monotonic()
+            measured = monitor(jax.device_get(state.ema_params), number, folder)
+            if log:
+                log.add_evaluation(number, measured, time.monotonic() - started)
+        if due["sample"]:
+            _draw_grid(sample_fn, state, config.seed, folder)
+
+    return look
 
 
 # ---------------------------------------------------------------- before the loop
@@ -114,14 +135,17 @@ def prepare(config: ConfigDict) -> None:
     print(f"{count:,} images, {height}x{width}x{channels}, ready in {time.monotonic() - start:.1f} s; {place}")
 
 
-def _begin(config, folder):
-    """Validates everything, writes config.json and returns the images."""
-    check_batch(config, jax.device_count())
-    if workdirs.holds_run(folder):
-        check_same_run(workdirs.read_config(folder), config, folder)
+def _begin(config, folder, stack):
+    """Validates everything, locks the workdir, writes config.json and returns the images and the lock."""
+    hosts.check_same(configs.flatten(config) | {"workdir": folder})
+    configs.check_batch(config, jax.device_count())
+    workdirs.check_name(folder)
+    locks = [stack.enter_context(Lock(folder))] if hosts.on_main(folder.exists) else []  # before the long work
+    if hosts.on_main(lambda: workdirs.holds_run(folder)):
+        configs.check_same_run(workdirs.read_config(folder), config, folder)
     images = parts.images(config)
-    if jax.process_index() == 0:
-        workdirs.write_config(folder, config)
+    locks = locks or [stack.enter_context(Lock(folder))]
+    hosts.on_main(lambda: workdirs.write_config(folder, config))
     hosts.check_shared(folder)
     alpha_bar = float(parts.schedule(config).alpha_bar[-1])
     if jax.process_index() == 0 and alpha_bar > 0.05:
@@ -129,19 +153,33 @@ def _begin(config, folder):
             f"warning: alpha_bar_T = {alpha_bar:.3f}: x_T still holds that share of the image, but sampling starts "
             "from pure noise; choose another config.schedule.name or a larger config.schedule.num_steps"
         )
-    return images
+    return images, locks[0]
+
+
+def _resume(config, run, folder, manager):
+    """Returns (the state to start from, what its checkpoints say about it), and records the start in run.json."""
+    state, about = checkpoint.restore(manager, run.abstract_state(), set_aside=True), {}
+    if state is not None:
+        about = checkpoint.read_about(manager, int(state.step))
+    identity = history.identity(folder, config, about, None if state is None else int(state.step))
+    state = run.init_state() if state is None else state
+    start = int(state.step)
+    changes = hosts.on_main(lambda: history.record(folder, identity, start, config))
+    if jax.process_index() == 0:
+        num_parameters = sum(x.size for x in jax.tree.leaves(state.params))
+        devices = f"{jax.device_count()} {jax.devices()[0].platform} device(s)"
+        print(f"{num_parameters:,} parameters, {devices}, from step {start}")
+        if changes:
+            print(f"the config has changed ({', '.join(changes)}); run.json keeps both")
+        if start > config.train.num_steps:
+            print(f"the run has taken more steps than config.train.num_steps={config.train.num_steps}: nothing to do")
+    return state, about | history.about(identity, config)
 
 
 def _indices(batch_size):
     """Returns the indices of this process's examples in the global batch, int [D, B] for its D devices."""
     shape = (jax.local_device_count(), batch_size // jax.device_count())
     return (jax.process_index() + jax.process_count() * np.arange(math.prod(shape))).reshape(shape)
-
-
-def _announce(state, start):
-    num_parameters = sum(x.size for x in jax.tree.leaves(state.params))
-    devices = f"{jax.device_count()} {jax.devices()[0].platform} device(s)"
-    print(f"{num_parameters:,} parameters, {devices}, from step {start}")
 
 
 def _monitor(config, run, images):
@@ -198,53 +236,15 @@ def _to_devices(
 # ---------------------------------------------------------------- in the loop
 
 
-class _Watch:
-    """Reads the metrics of the steps two dispatches late, so that the devices never wait for the host."""
-
-    def __init__(self, train, learning_rate, manager, log, bar, began):
-        self._train, self._learning_rate = train, learning_rate
-        self._manager, self._log, self._bar, self._began = manager, log, bar, began
-        self._pending, self._bad_steps = collections.deque(), 0
-
-    def add(self, first, k, metrics):
-        """Queues the metrics [D, k] of the k steps from `first`, which may not have run yet."""
-        self._pending.append((first, k, metrics))
-        if len(self._pending) > 2:  # by now the oldest has run, or almost
-            self._read_oldest()
-
-    def finish(self):
-        """Reads the metrics of all steps so far."""
-        while self._pending:
-            self._read_oldest()
-
-    def _read_oldest(self):
-        first, k, metrics = self._pending.popleft()
-        metrics = {name: np.asarray(value)[0] for name, value in jax.device_get(metrics).items()}  # of one device
-        if self._log and self._began:
-            self._bar.write(f"first step after {time.monotonic() - self._began:.1f} s, compiled", file=sys.stdout)
-            self._began = None
-        for i in range(k):
-            self._read(first + i, {name: float(value[i]) for name, value in metrics.items()})
-        self._bar.update(k)
-
-    def _read(self, number, line):
-        self._bad_steps = self._bad_steps + 1 if line["skipped"] else 0
-        if self._bad_steps > self._train.max_bad_steps or not math.isfinite(line["param_norm"]):
-            raise FloatingPointError(_not_finite(number, line, self._manager))
-        line["learning_rate"] = float(self._learning_rate(number - 1))
-        if self._log and (line := self._log.add(number, line, self._train.batch_size)):
-            self._bar.set_postfix_str(f"loss {line['loss'] or math.nan:.4f}, {line['images_per_second']:.0f} images/s")
-
-
 def _is_due(every: int, number: int) -> bool:
     """True if step `number` is a multiple of `every`; 0 means never."""
     return bool(every) and number % every == 0
 
 
 def _draw_grid(sample_fn, state, seed, folder) -> epath.Path:
-    """Draws the grid of samples of this step unless it exists; returns its path."""
-    path = folder / "samples" / f"{state.step}.png"
-    if not path.exists():
+    """Draws the grid of samples of this step unless it exists and can be read; returns its path."""
+    path = folder / "samples" / f"{int(state.step)}.png"
+    if not hosts.on_main(lambda: grids.is_readable(path)):
         x = sample_fn(jax.device_get(state.ema_params), jax.random.key(seed))
         if jax.process_index() == 0:
             grids.save_png(path, grids.grid(pixels.to_uint8(x)))
@@ -259,13 +259,4 @@ def _progress(start, num_steps):
         desc="training",
         mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds; a log file needs fewer lines
         disable=jax.process_index() != 0,
-    )
-
-
-def _not_finite(number, metrics, manager):
-    name = next(name for name in ("loss", "grad_norm", "param_norm") if not math.isfinite(metrics[name]))
-    return (
-        f"{name} is {metrics[name]} at step {number}; the last checkpoint is of step {manager.latest_step()}: lower "
-        "config.train.learning_rate, try float32 if config.model.dtype is bfloat16, or skip such steps with "
-        "config.train.max_bad_steps"
     )

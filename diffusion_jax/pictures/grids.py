@@ -96,3 +96,13 @@ def save_png(path: epath.PathLike, x: np.ndarray) -> None:
     """Writes uint8 [H, W, 1 or 3] as a PNG file, and creates its folder."""
     with files.replacing(path) as file:
         to_pillow(x).save(file, format="PNG")
+
+
+def is_readable(path: epath.Path) -> bool:
+    """True if `path` is a whole picture."""
+    try:
+        with path.open("rb") as file, Image.open(file) as image:
+            image.load()
+    except (OSError, SyntaxError, ValueError):  # Pillow's errors for a cut or damaged file
+        return False
+    return True

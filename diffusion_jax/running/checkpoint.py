@@ -1,13 +1,16 @@
 """Checkpoints in Orbax's format.
 
-A checkpoint is the training state as NumPy arrays, without a device axis. Random keys and the position in
-the data are functions of the step and are not stored.
+A checkpoint is the training state as NumPy arrays, without a device axis, a checksum of each array, and what the
+caller wants to know about it. Random keys and the position in the data are functions of the step and are not stored.
 """
 
 import contextlib
+import dataclasses
+import re
 import shutil
+import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,26 +18,44 @@ import numpy as np
 import orbax.checkpoint as ocp  # noqa: TID251 (the only importer of Orbax)
 import tensorstore  # Orbax writes with it
 from etils import epath
-from jax.experimental import multihost_utils
-from orbax.checkpoint.checkpoint_managers import LatestN  # noqa: TID251
-
 from diffusion_jax.errors import UserError, one_line
+from diffusion_jax.running import hosts
 from diffusion_jax.running.workdir import absolute
+
+_LOOKS = 20  # times that a reader looks again, because the checkpoint that it read was replaced
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ring:
+    """Orbax's policy that keeps the newest checkpoint, and the last `keep` of those at multiples of `every`.
+
+    The checkpoints in between, before a grid or after a signal, do not push out the others.
+    """
+
+    keep: int
+    every: int
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = {steps[-1], *[step for step in steps if step % self.every == 0][-self.keep :]}
+        return [step in kept for step in steps]
 
 
 @contextlib.contextmanager
-def open_manager(workdir: epath.PathLike, keep: int = 3, read_only: bool = False) -> Iterator[ocp.CheckpointManager]:
+def open_manager(
+    workdir: epath.PathLike, keep: int = 3, every: int = 1, read_only: bool = False
+) -> Iterator[ocp.CheckpointManager]:
     """Opens Orbax's manager of the run's checkpoints; waits for the last save on exit.
 
     Args:
-      keep: number of the latest checkpoints to keep.
+      keep: number of checkpoints to keep, of those whose step is a multiple of `every`; the newest is kept too.
       read_only: True writes and deletes nothing; a training run may be writing there.
 
     Raises:
       UserError: the last save failed.
     """
     options = ocp.CheckpointManagerOptions(
-        preservation_policy=LatestN(keep), cleanup_tmp_directories=not read_only, read_only=read_only
+        preservation_policy=_Ring(keep, every), cleanup_tmp_directories=not read_only, read_only=read_only
     )
     manager = ocp.CheckpointManager(absolute(workdir) / "checkpoints", options=options)
     try:
@@ -47,8 +68,11 @@ def open_manager(workdir: epath.PathLike, keep: int = 3, read_only: bool = False
     manager.close()
 
 
-def save(manager: ocp.CheckpointManager, step: int, state: Any) -> None:
-    """Copies the state, a pytree of arrays, and starts to write it as checkpoint `step`.
+def save(manager: ocp.CheckpointManager, step: int, state: Any, about: dict[str, Any] | None = None) -> None:
+    """Copies the state, a NamedTuple of pytrees of arrays, and starts to write it as checkpoint `step`.
+
+    Args:
+      about: what `read_about` returns; JSON values.
 
     Raises:
       UserError: the disk is full.
@@ -56,9 +80,29 @@ def save(manager: ocp.CheckpointManager, step: int, state: Any) -> None:
     state = jax.tree.map(np.array, jax.device_get(state))
     check(manager)
     _check_room(manager, step, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
-    args = ocp.args.Composite(state=ocp.args.StandardSave(state), checksums=ocp.args.JsonSave(checksums(state)))
+    args = ocp.args.Composite(
+        state=ocp.args.StandardSave(state),
+        checksums=ocp.args.JsonSave(checksums(state)),
+        about=ocp.args.JsonSave(about or {}),
+    )
     with _saving(manager):
         manager.save(step, args=args)
+
+
+def verify(manager: ocp.CheckpointManager, step: int, like: Any) -> None:
+    """Waits for checkpoint `step`, which was just saved, and reads it back.
+
+    Raises:
+      UserError: it cannot be read. A later one could not either.
+    """
+    wait(manager)
+    try:
+        _read(manager, step, like)
+    except _Damaged as error:
+        raise UserError(
+            f"checkpoint {step} was written to {manager.directory}, but cannot be read back ({error}): give a workdir "
+            "on another disk or under another name"
+        ) from None
 
 
 def check(manager: ocp.CheckpointManager) -> None:
@@ -77,34 +121,50 @@ def wait(manager: ocp.CheckpointManager) -> None:
 def restore(manager: ocp.CheckpointManager, like: Any, set_aside: bool = False) -> Any:
     """Returns the newest intact checkpoint as NumPy arrays, or None if there is no checkpoint.
 
-    Reports newer checkpoints that are damaged.
+    Reports newer checkpoints that are damaged. Several processes decide together which are. If a training replaces a
+    checkpoint while it is read, the newest is looked for again.
 
     Args:
-      like: the saved pytree's structure, with arrays or their shapes as leaves.
+      like: the saved NamedTuple's structure, with arrays or their shapes as leaves. A field that is None is not read.
       set_aside: True renames damaged checkpoints to "damaged-<step>", so that the run can save those steps again.
 
     Raises:
       UserError: there are checkpoints but none can be read; nothing is renamed then.
     """
-    damaged = {}
-    for step in sorted(manager.all_steps(), reverse=True):
-        try:
-            state = _read(manager, step, like)
-        except Exception as error:  # Orbax and tensorstore raise many types for a damaged file
-            damaged[step] = one_line(error, 200) or type(error).__name__
-            continue
-        for bad, reason in damaged.items():
-            print(f"checkpoint {bad} is damaged ({reason}): resuming from checkpoint {step}")
-            if set_aside:
-                _set_aside(manager, bad)
-        return state
-    if damaged:
-        newest, reason = next(iter(damaged.items()))
-        raise UserError(
-            f"none of the checkpoints in {manager.directory} can be read (steps {', '.join(map(str, damaged))}; "
-            f"{newest}: {reason}): restore them from a copy, or give another workdir; nothing was deleted"
-        )
-    return None
+    for _ in range(_LOOKS):
+        damaged: dict[int, str] = {}
+        steps = sorted(manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                state = _read(manager, step, like)
+            except _Damaged as error:
+                damaged[step] = str(error)
+                continue
+            for bad, reason in damaged.items():
+                if hosts.on_main(lambda bad=bad: (manager.directory / str(bad)).exists()):
+                    print(f"checkpoint {bad} is damaged ({reason}): resuming from checkpoint {step}")
+                    if set_aside:
+                        _set_aside(manager, bad)
+            return state
+        if not damaged:
+            return None
+        hosts.on_main(lambda: time.sleep(1))  # a training deletes the files of a checkpoint one by one
+        manager.reload()
+        if sorted(manager.all_steps(), reverse=True) == steps:
+            break
+    newest, reason = next(iter(damaged.items()))
+    raise UserError(
+        f"none of the checkpoints in {manager.directory} can be read (steps {', '.join(map(str, damaged))}; "
+        f"{newest}: {reason}): restore them from a copy, or give another workdir; nothing was deleted"
+    )
+
+
+def read_about(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    """Returns what `save` was told about checkpoint `step`; {} for a checkpoint of an earlier version."""
+    try:
+        return manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+    except (OSError, KeyError, ValueError):
+        return {}
 
 
 def checksums(state: Any) -> dict[str, int]:
@@ -115,23 +175,46 @@ def checksums(state: Any) -> dict[str, int]:
     }
 
 
+class _Damaged(Exception):
+    """Reports that a checkpoint cannot be read, in one process or in another."""
+
+
 def _read(manager, step, like):
-    """Returns checkpoint `step`; raises an exception of any type if it is damaged."""
-    _probe(manager.directory / str(step) / "state")
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(like), checksums=ocp.args.JsonRestore())
-    restored = manager.restore(step, args=args)
-    state, stored = restored["state"], restored["checksums"]
-    actual = checksums(state)
-    wrong = [path for path in actual.keys() | stored.keys() if actual.get(path) != stored.get(path)]
-    if wrong:
-        raise ValueError(f"the checksum of {min(wrong)} is wrong")
-    if state.step != step:
-        raise ValueError(f"it contains step {state.step}")
+    """Returns checkpoint `step`; raises _Damaged in all processes if one of them cannot read it."""
+    item = {name: value for name, value in like._asdict().items() if value is not None}
+    with _damage_in_any_process():
+        _probe(manager.directory / str(step) / "state", set(item))
+    with _damage_in_any_process():
+        args = ocp.args.PyTreeRestore(
+            item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
+        )
+        restored = manager.restore(step, args=ocp.args.Composite(state=args, checksums=ocp.args.JsonRestore()))
+        state = type(like)(**(dict.fromkeys(like._fields) | restored["state"]))
+        actual, stored = checksums(state), restored["checksums"]
+        names = {f".{name}" for name in item}
+        expected = {path: crc for path, crc in stored.items() if re.match(r"\.\w+", path)[0] in names}
+        wrong = [path for path in actual.keys() | expected.keys() if actual.get(path) != expected.get(path)]
+        if wrong:
+            raise ValueError(f"the checksum of {min(wrong)} is wrong")
+        if state.step != step:
+            raise ValueError(f"it contains step {state.step}")
     return state
 
 
-def _probe(folder):
-    """Reads every value of the state's database, one by one, so that a damaged file raises one error.
+@contextlib.contextmanager
+def _damage_in_any_process():
+    """Turns an error of any process, of any type, into _Damaged in all processes."""
+    reason = ""
+    try:
+        yield
+    except Exception as error:  # Orbax and tensorstore raise many types for a damaged file
+        reason = one_line(error, 200) or type(error).__name__
+    if reason := next(filter(None, hosts.gather(reason)), ""):
+        raise _Damaged(reason)
+
+
+def _probe(folder, names):
+    """Reads every value of some fields of the state's database, one by one, so that a damaged file raises one error.
 
     Orbax reads all leaves at once, and for a damaged file tensorstore's threads print hundreds of tracebacks.
     """
@@ -141,18 +224,20 @@ def _probe(folder):
     if not keys:
         raise ValueError("it contains no arrays")
     for key in keys:
-        database.read(key).result()
+        if re.match(r"[^./]+", key.decode())[0] in names:  # "ema_params.conv_in.kernel/0.0"
+            database.read(key).result()
 
 
 def _set_aside(manager, step):
     """Renames checkpoint `step` to "damaged-<step>"."""
-    if jax.process_index() == 0:
+
+    def rename():
         old, new = manager.directory / str(step), manager.directory / f"damaged-{step}"
         if new.exists():
             new.rmtree()
         old.replace(new)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("set aside")
+
+    hosts.on_main(rename)
     manager.reload()
 
 

@@ -55,7 +55,7 @@ _IDENTITY = (
     *("data.source", "data.path", "data.split", "data.image_size", "data.channels", "data.crop"),
     *("schedule.", "model."),
 )
-_SAME_NETWORK = ("model.attention",)  # may change: its choices compute the same output
+SAME_NETWORK = ("model.attention",)  # may change: its choices compute the same output
 # An imported run takes these from the config that starts its training.
 _OF_TRAINING = ("data.source", "data.path", "data.split", "data.crop", "model.dropout")
 
@@ -165,7 +165,7 @@ def check_same_run(old: ConfigDict, new: ConfigDict, workdir: object) -> None:
         f"{key}: {before[key]!r} there, {now[key]!r} here"
         for key in sorted(before)
         if key.startswith(_IDENTITY)
-        and key not in _SAME_NETWORK
+        and key not in SAME_NETWORK
         and (chosen or key not in _OF_TRAINING)
         and before[key] != now[key]
     ]

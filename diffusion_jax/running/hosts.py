@@ -1,10 +1,13 @@
 """The machines of a run: the platform, the processes, the shared workdir, and signals that stop the run."""
 
-import glob
+import contextlib
+import json
 import os
 import secrets
 import signal
 import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Self
 
 import jax
@@ -23,6 +26,8 @@ _REDUCE = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_REDUCE"
 _CPU_FLAGS = {"0.10": [_REDUCE], "0.12": [_REDUCE, "--xla_cpu_experimental_onednn_custom_call=true"]}
 
 _EXTRAS = {"tpu": "tpu", "gpu": "cuda12", "cpu": "cpu"}  # extras of the package jax, by platform
+
+_GOOGLE = "0x1ae0"  # the PCI vendor of TPUs
 
 # The other processes notice a dead process after this time, and exit.
 _HEARTBEAT_SECONDS = 20
@@ -98,9 +103,18 @@ def _in_cluster():
     )
 
 
-def _accelerators():
-    """Returns the device files of Cloud TPU chips."""
-    return glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
+def _accelerators(root="/"):
+    """Returns the device files of Cloud TPU chips. Those that say another vendor are a laptop's NPU or a GPU."""
+    chips = []
+    for devices, vendors in (
+        ("dev/accel[0-9]*", "sys/class/accel/{}/device/vendor"),
+        ("dev/vfio/[0-9]*", "sys/kernel/iommu_groups/{}/devices/*/vendor"),
+    ):
+        for device in sorted(Path(root).glob(devices)):
+            named = [vendor.read_text().strip() for vendor in Path(root).glob(vendors.format(device.name))]
+            if not named or _GOOGLE in named:
+                chips.append(str(device))
+    return chips
 
 
 def _check_devices(platform):
@@ -122,30 +136,68 @@ def _check_devices(platform):
         )
 
 
+def gather(value: Any) -> list[Any]:
+    """Returns the JSON values of all processes, in their order. All processes call it."""
+    if jax.process_count() == 1:
+        return [value]
+    text = json.dumps(value).encode()
+    size = int(np.max(multihost_utils.process_allgather(np.array(len(text)))))
+    rows = multihost_utils.process_allgather(np.frombuffer(text.ljust(size), np.uint8))
+    return [json.loads(np.asarray(row).tobytes()) for row in rows]
+
+
+def on_main(function: Callable[[], Any]) -> Any:
+    """Calls `function` in process 0, and returns its JSON value in all processes. All processes call it.
+
+    Raises:
+      UserError: the function has raised one; all processes raise it.
+    """
+    if jax.process_count() == 1:
+        return function()
+    value, refusal = None, ""
+    if jax.process_index() == 0:
+        try:
+            value = function()
+        except UserError as error:
+            refusal = str(error)
+    value, refusal = gather([value, refusal])[0]
+    if refusal:
+        raise UserError(refusal)
+    return value
+
+
+def check_same(settings: Mapping[str, Any]) -> None:
+    """Raises UserError in every process, naming the keys, unless all processes were given the same settings."""
+    all_settings = gather({key: str(value) for key, value in settings.items()})
+    for number, others in enumerate(all_settings):
+        differing = [
+            f"{key}: {all_settings[0].get(key)} in process 0, {others.get(key)} in process {number}"
+            for key in sorted(all_settings[0].keys() | others.keys())
+            if all_settings[0].get(key) != others.get(key)
+        ]
+        if differing:
+            raise UserError(f"the processes were started differently ({', '.join(differing)}): give all the same command")
+
+
 def check_shared(workdir: epath.Path) -> None:
     """Raises UserError in every process unless all processes see the same workdir."""
     if jax.process_count() == 1:
         return
-    random = np.frombuffer(secrets.token_bytes(8), np.uint8)
-    token = np.asarray(multihost_utils.broadcast_one_to_all(random)).tobytes().hex()
-    file = workdir / ".shared"
-    if jax.process_index() == 0:
-        files.write_text(file, token)
-    multihost_utils.sync_global_devices("written")
-    visible = file.exists() and file.read_text() == token
-    visible = np.asarray(multihost_utils.process_allgather(np.array([visible])))
-    if not visible.all():
+    file, token = workdir / ".shared", gather(secrets.token_hex(8))[0]
+    on_main(lambda: files.write_text(file, token))
+    visible = gather(file.exists() and file.read_text() == token)
+    if not all(visible):
         raise UserError(
-            f"--workdir={workdir} is not the same folder on all hosts (process {int(np.argmin(visible))} does not see "
+            f"--workdir={workdir} is not the same folder on all hosts (process {visible.index(False)} does not see "
             "the files of process 0): give a folder that all hosts share, e.g. gs://…"
         )
 
 
 class StopSignals:
-    """Context that holds back SIGTERM and the first SIGINT until the training loop asks for them.
+    """Context that holds back SIGTERM, SIGHUP and the first SIGINT until the training loop asks for them.
 
     A single process handles the signals itself; several processes agree on a step through JAX's
-    preemption service. A second SIGINT ends the process at once.
+    preemption service. A second SIGINT ends the process at once. nohup's choice to ignore SIGHUP stands.
     """
 
     def __init__(self) -> None:
@@ -153,9 +205,11 @@ class StopSignals:
         self._previous_handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        handlers = {signal.SIGINT: self._interrupt}
+        handlers: dict[signal.Signals, Callable] = {signal.SIGINT: self._interrupt}
         if jax.process_count() == 1:
             handlers[signal.SIGTERM] = self._terminate
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            handlers[signal.SIGHUP] = self._terminate
         try:
             self._previous_handlers = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
         except ValueError:  # only the main thread may set handlers; a notebook's server runs cells in another
@@ -178,12 +232,13 @@ class StopSignals:
         return self.signum
 
     def _terminate(self, signum, _):
-        self.signum = signum
-
-    def _interrupt(self, signum, _):
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        print("\nstopping after this step; press Ctrl-C again to end at once", file=sys.stderr)
         if jax.process_count() == 1:
             self.signum = signum
         else:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)  # which the preemption service knows
+
+    def _interrupt(self, signum, frame):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print("\nstopping after this step; press Ctrl-C again to end at once", file=sys.stderr)
+        self._terminate(signum, frame)

@@ -28,6 +28,15 @@ def absolute(workdir: epath.PathLike) -> epath.Path:
     return path
 
 
+def check_name(folder: epath.Path) -> None:
+    """Raises UserError if Orbax cannot write checkpoints into a folder of this name."""
+    if characters := sorted(set(str(folder)) & set("*?[\\")):
+        raise UserError(
+            f"--workdir={folder} has {' '.join(characters)} in its path, where checkpoints cannot be written: give a "
+            "folder without these characters"
+        )
+
+
 def write_config(workdir: epath.PathLike, config: ConfigDict) -> None:
     """Writes config.json, and creates the workdir if it is missing.
 
@@ -55,12 +64,17 @@ def read_config(workdir: epath.PathLike) -> ConfigDict:
     if not file.exists():
         raise UserError(f"--workdir={workdir} holds no run (no config.json): give the workdir of a training run")
     try:
-        config = ConfigDict(json.loads(file.read_text()))
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{file} is not a JSON object ({error}): restore it, or give another workdir") from None
+        content = json.loads(file.read_text())
+        missing = configs.missing(content) if isinstance(content, dict) else None
+        if missing is None:
+            raise ValueError("it is no object of sections")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is not a config ({error}): restore it from run.json, or give another workdir") from None
+    if missing:
+        raise UserError(f"{file} lacks {', '.join(missing)}: restore it from run.json, or give another workdir")
     try:
-        config = configs.complete(config)
+        config = configs.complete(ConfigDict(content))
         configs.check(config)
-    except (UserError, TypeError, AttributeError) as error:
+    except (UserError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{file}: {error}") from None
     return config.lock()

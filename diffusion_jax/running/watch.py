@@ -1,0 +1,64 @@
+"""Watches the steps of a training: their metrics, the loss that is not finite, the progress bar."""
+
+import collections
+import math
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+from ml_collections import ConfigDict  # noqa: TID251 (the type of a config)
+
+from diffusion_jax.running.log import MetricsLog
+
+
+class Watch:
+    """Reads the metrics of the steps two dispatches late, so that the devices never wait for the host."""
+
+    def __init__(
+        self, train: ConfigDict, manager: Any, log: MetricsLog | None, bar: tqdm.tqdm, began: float
+    ) -> None:
+        """Takes train.* of the config, the checkpoint manager, process 0's log, the bar and the time of the start."""
+        self._train = train
+        self._manager, self._log, self._bar, self._began = manager, log, bar, began
+        self._pending: collections.deque[tuple] = collections.deque()
+        self._bad_steps = 0
+
+    def add(self, first: int, k: int, metrics: dict[str, jax.Array]) -> None:
+        """Queues the metrics [D, k] of the k steps from `first`, which may not have run yet."""
+        self._pending.append((first, k, metrics, time.monotonic()))
+        if len(self._pending) > 2:  # by now the oldest has run, or almost
+            self._read_oldest()
+
+    def finish(self) -> None:
+        """Reads the metrics of all steps so far."""
+        while self._pending:
+            self._read_oldest()
+
+    def _read_oldest(self):
+        first, k, metrics, started = self._pending.popleft()
+        metrics = {name: np.asarray(value)[0] for name, value in jax.device_get(metrics).items()}  # of one device
+        if self._log and self._began:
+            self._bar.write(f"first step after {time.monotonic() - self._began:.1f} s, compiled", file=sys.stdout)
+            self._began = None
+        for i in range(k):
+            self._read(first + i, {name: float(value[i]) for name, value in metrics.items()}, started)
+        self._bar.update(k)
+
+    def _read(self, number, line, started):
+        self._bad_steps = self._bad_steps + 1 if line["skipped"] else 0
+        if self._bad_steps > self._train.max_bad_steps or not math.isfinite(line["param_norm"]):
+            raise FloatingPointError(_not_finite(number, line, self._manager))
+        if self._log and (line := self._log.add(number, line, self._train.batch_size, started)):
+            self._bar.set_postfix_str(f"loss {line['loss'] or math.nan:.4f}, {line['images_per_second']:.0f} images/s")
+
+
+def _not_finite(number, metrics, manager):
+    name = next(name for name in ("loss", "grad_norm", "param_norm") if not math.isfinite(metrics[name]))
+    return (
+        f"{name} is {metrics[name]} at step {number}; the last checkpoint is of step {manager.latest_step()}: lower "
+        "config.train.learning_rate, try float32 if config.model.dtype is bfloat16, or skip such steps with "
+        "config.train.max_bad_steps"
+    )
