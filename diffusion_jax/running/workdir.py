@@ -29,13 +29,14 @@ def absolute(workdir: epath.PathLike) -> epath.Path:
 
 
 def write_config(workdir: epath.PathLike, config: ConfigDict) -> None:
-    """Writes config.json, and creates the workdir if it is missing.
+    """Writes config.json, its paths absolute, and creates the workdir if it is missing.
 
     Raises:
       UserError: the workdir cannot be written.
     """
+    text = json.dumps(configs.with_absolute_paths(config).to_dict(), indent=2) + "\n"
     try:
-        files.write_text(absolute(workdir) / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
+        files.write_text(absolute(workdir) / "config.json", text)
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be written ({error}): give another folder") from None
 
