@@ -21,8 +21,8 @@ from diffusion_jax.data import cache, pipeline, pixels
 from diffusion_jax.pictures import grids
 from diffusion_jax.planning import fit
 from diffusion_jax.running import checkpoint, hosts
+from diffusion_jax.running import config as configs
 from diffusion_jax.running import workdir as workdirs
-from diffusion_jax.running.config import check_batch, check_same_run
 from diffusion_jax.running.log import MetricsLog
 from diffusion_jax.step import AXIS, TrainState
 
@@ -41,6 +41,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
       hosts.Stopped: a signal stopped the run after it saved its state.
     """
     began = time.monotonic()
+    configs.check(config)
     folder, run = workdirs.absolute(workdir), parts.build(config)
     images = _begin(config, folder)
     sample_fn = run.sample_fn()
@@ -107,6 +108,7 @@ def prepare(config: ConfigDict) -> None:
     Raises:
       UserError: see `sources.open_source` and `cache.open_images`.
     """
+    configs.check(config)
     start = time.monotonic()
     images = parts.images(config)
     count, height, width, channels = images.shape
@@ -116,19 +118,16 @@ def prepare(config: ConfigDict) -> None:
 
 def _begin(config, folder):
     """Validates everything, writes config.json and returns the images."""
-    check_batch(config, jax.device_count())
+    configs.check_batch(config, jax.device_count())
     if workdirs.holds_run(folder):
-        check_same_run(workdirs.read_config(folder), config, folder)
+        configs.check_same_run(workdirs.read_config(folder), config, folder)
     images = parts.images(config)
     if jax.process_index() == 0:
         workdirs.write_config(folder, config)
     hosts.check_shared(folder)
     alpha_bar = float(parts.schedule(config).alpha_bar[-1])
-    if jax.process_index() == 0 and alpha_bar > 0.05:
-        print(
-            f"warning: alpha_bar_T = {alpha_bar:.3f}: x_T still holds that share of the image, but sampling starts "
-            "from pure noise; choose another config.schedule.name or a larger config.schedule.num_steps"
-        )
+    for text in configs.warnings(config, alpha_bar) if jax.process_index() == 0 else ():
+        print(f"warning: {text}")
     return images
 
 

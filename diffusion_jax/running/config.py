@@ -16,6 +16,7 @@ from ml_collections import ConfigDict  # noqa: TID251 (the type of a config)
 
 from diffusion_jax.configs import default
 from diffusion_jax.errors import UserError
+from diffusion_jax.schedule import MOST_STEPS
 from diffusion_jax.unet import check_image_size
 
 CHOICES = {
@@ -34,7 +35,7 @@ _RANGES = {  # the smallest and the largest integer
     "seed": (0, 2**32 - 1),  # JAX takes seeds modulo 2^32
     "data.image_size": (1, 8192),  # the largest image that can be read has 50,000,000 pixels
     "data.crop": (0, _INT32),
-    "schedule.num_steps": (1, 2**24),  # the network embeds t as a float32
+    "schedule.num_steps": (1, MOST_STEPS),
     "model.channels": (4, 2**16),  # 2^63 numbers are the limit of an array
     "model.num_res_blocks": (1, 1000),
     "model.num_groups": (1, _INT32),
@@ -159,9 +160,14 @@ def check_seed(seed: object) -> None:
     check_integer("--seed", seed, *_RANGES["seed"])
 
 
-def warnings(config: ConfigDict) -> list[str]:
-    """Returns what will disappoint about a valid config: an average of too few steps, a warm-up that does not end."""
+def warnings(config: ConfigDict, alpha_bar: float) -> list[str]:
+    """Returns what will disappoint about a valid config, whose schedule ends at `alpha_bar`, one line each."""
     train, texts = config.train, []
+    if alpha_bar > 0.05:
+        texts.append(
+            f"alpha_bar_T = {alpha_bar:.3f}: x_T still holds that share of the image, but sampling starts from pure "
+            "noise; choose another config.schedule.name or a larger config.schedule.num_steps"
+        )
     initial = train.ema_decay**train.num_steps
     if initial > 0.01 and not train.ema_warmup:
         texts.append(
@@ -169,9 +175,9 @@ def warnings(config: ConfigDict) -> list[str]:
             "the averaged parameters, which draw the samples, will still be the initial ones, and samples of those are "
             "noise; set config.train.ema_warmup=True, lower ema_decay or train for longer"
         )
-    if train.warmup_steps >= train.num_steps:
+    if train.warmup_steps > train.num_steps:
         texts.append(
-            f"config.train.warmup_steps={train.warmup_steps} is not below config.train.num_steps={train.num_steps}: "
+            f"config.train.warmup_steps={train.warmup_steps} exceeds config.train.num_steps={train.num_steps}: "
             f"the learning rate only reaches {train.num_steps / train.warmup_steps:.1%} of config.train.learning_rate="
             f"{train.learning_rate}; lower warmup_steps"
         )
