@@ -54,6 +54,7 @@ def get_config() -> ConfigDict:
     train.warmup_steps = 5000  # steps of linear warm-up from 0; 0: none
     train.grad_clip = 1.0  # largest norm of the gradient
     train.ema_decay = 0.9999  # decay per step of the parameters' average
+    train.ema_warmup = False  # True: the decay starts at 0.1 and rises to ema_decay, for runs of few steps
     train.max_bad_steps = 0  # consecutive non-finite steps to skip; one more stops the run
     train.log_every = 100  # steps between lines of metrics.jsonl
     train.checkpoint_every = 5000  # steps between checkpoints

@@ -1,8 +1,7 @@
 """DDPM as pure functions in JAX and Flax.
 
-A notebook needs `load` and `load_network`. The modules are imported by name, e.g.
-`from diffusion_jax import schedule, sampling`. The top of the package is the DDPM; the wings running, data,
-pictures, evaluation, planning and interop take care of it.
+A notebook needs `load` and `load_network`. The top of the package is the DDPM, e.g. `diffusion_jax.sampling`;
+the wings running, data, pictures, evaluation, planning and interop take care of it and are imported by name.
 """
 
 import importlib
@@ -20,17 +19,19 @@ _FUNCTIONS = {
     "load_exported": "diffusion_jax.interop.export",
 }
 
+_CORE = ("schedule", "process", "losses", "likelihood", "sampling", "unet", "parts", "step", "train", "sample")
 __all__ = ["__version__", "load", "load_exported", "load_network"]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
+    if name in _CORE:
+        return importlib.import_module(f"diffusion_jax.{name}")
     if name in _FUNCTIONS:
         return getattr(importlib.import_module(_FUNCTIONS[name]), name)
     raise AttributeError(f"module 'diffusion_jax' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    """Lists what there is to use; the modules are imported by name."""
-    core = ["schedule", "process", "losses", "likelihood", "sampling", "unet", "parts", "step", "train", "sample"]
-    return [*__all__, *core]
+    """Lists what there is to use."""
+    return [*__all__, *_CORE]

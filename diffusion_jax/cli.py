@@ -6,6 +6,7 @@ diffusion_jax --mode=sample --help
 """
 
 import logging as stdlib_logging
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -205,59 +206,45 @@ MODES = {
 }
 # Every mode takes these; the last four matter only to modes that use a device.
 _ALWAYS = ("mode", "help", "debug", "platform", "coordinator", "num_processes", "process_id")
-_MISSING = {
-    "config": "give a shipped config, e.g. --config=digits, or a file",
-    "workdir": "give the folder of the run",
-    "from": "give a folder of diffusers, a .safetensors file, or a repository's name",
-    "topology": "give a TPU and its shape, e.g. v5e:2x4, or cpu or gpu",
-}
-
-
 _SHOWS = ("interpolation", "progressive", "variations", "inpainting", "animation")
-_FLAGS: dict[str, tuple[Any, Any, str]] = {  # name: (type or values, default, help)
+_FLAGS: dict[str, tuple[Any, Any, str]] = {  # name: (its definition or values, default, help)
     "mode": (tuple(sorted({name.split(" ")[0] for name in MODES})), "train", "what to do"),
-    "help": (bool, False, "show the flags of the mode"),
-    "debug": (bool, False, "show the traceback of an error"),
-    "workdir": (str, None, "folder of the run: config, checkpoints, metrics, samples"),
-    "num": (int, None, "number of images to sample (default 64) or evaluate (all), or of rows of a figure"),
-    "seed": (int, 0, "seed of the samples or of the evaluation"),
-    "out": (str, None, "file or folder to write"),
+    "help": (flags.DEFINE_bool, False, "show the flags of the mode"),
+    "debug": (flags.DEFINE_bool, False, "show the traceback of an error"),
+    "workdir": (flags.DEFINE_string, None, "the folder of the run: config, checkpoints, metrics, samples"),
+    "num": (flags.DEFINE_integer, None, "number of images to sample (default 64) or evaluate (all); rows of a figure"),
+    "seed": (flags.DEFINE_integer, 0, "seed of the samples or of the evaluation"),
+    "out": (flags.DEFINE_string, None, "file or folder to write"),
     "sampler": (configs.CHOICES["sampling.sampler"], None, "sampler; default: the config's"),
-    "steps": (int, None, "steps of the sampler; default: the config's"),
-    "eta": (float, None, "noise of ddim; default: the config's"),
+    "steps": (flags.DEFINE_integer, None, "steps of the sampler; default: the config's"),
+    "eta": (flags.DEFINE_float, None, "noise of ddim; default: the config's"),
     "show": (_SHOWS, None, "the figure to draw"),
-    "images": (str, "", "folder or zip to interpolate or inpaint; default: the run's images"),
-    "splits": (list, [], "splits to evaluate; default: data.split and data.test_split"),
-    "samples": (str, "", "samples that --mode=sample wrote, to measure too"),
-    "inception": (str, "", "weights of Inception v3 (tools.convert_inception)"),
-    "reference": (str, "", "statistics-….npz of another evaluation"),
+    "images": (flags.DEFINE_string, "", "folder or zip to interpolate or inpaint; default: the run's images"),
+    "splits": (flags.DEFINE_list, [], "splits to evaluate; default: data.split and data.test_split"),
+    "samples": (flags.DEFINE_string, "", "samples that --mode=sample wrote, to measure too"),
+    "inception": (flags.DEFINE_string, "", "weights of Inception v3 (tools.convert_inception)"),
+    "reference": (flags.DEFINE_string, "", "statistics-….npz of another evaluation"),
     "format": (("jax", "diffusers", "svg", "png"), None, "export: jax or diffusers; report: charts as svg or png"),
-    "from": (str, "", "diffusers' folder, .safetensors file or repository"),
-    "topology": (str, "", "a TPU and its shape, e.g. v5e:2x4, or cpu or gpu"),
-    "search": (bool, True, "look for the largest batch that fits, after the table"),
+    "from": (flags.DEFINE_string, "", "diffusers' folder, .safetensors file or repository"),
+    "topology": (flags.DEFINE_string, "", "a TPU and its shape, e.g. v5e:2x4, or cpu or gpu"),
+    "search": (flags.DEFINE_bool, True, "look for the largest batch that fits, after the table"),
     "platform": (("", "tpu", "gpu", "cpu"), "", "where to compute; default: the best"),
-    "coordinator": (str, "", "host:port of process 0; Cloud TPU pods and Slurm know it"),
-    "num_processes": (int, 1, "number of processes, with --coordinator"),
-    "process_id": (int, 0, "number of this process, with --coordinator"),
+    "coordinator": (flags.DEFINE_string, "", "host:port of process 0; Cloud TPU pods and Slurm know it"),
+    "num_processes": (flags.DEFINE_integer, 1, "number of processes, with --coordinator"),
+    "process_id": (flags.DEFINE_integer, 0, "number of this process, with --coordinator"),
 }
-_DEFINE: dict[type, Callable] = {
-    str: flags.DEFINE_string,
-    int: flags.DEFINE_integer,
-    float: flags.DEFINE_float,
-    bool: flags.DEFINE_bool,
-    list: flags.DEFINE_list,
-}
+_RANGES = {"num": (1, 2**32), "seed": (0, 2**32 - 1), "num_processes": (1, 2**31 - 1), "process_id": (0, 2**31 - 2)}
 
 
 def _define(values: flags.FlagValues, argv: list[str]) -> None:
     """Defines every flag in `values`; the overrides of the config's keys are read from `argv`."""
-    text = "a shipped config (celeba) or a file"
+    text = "a shipped config, e.g. --config=digits, or a file"
     config_flags.DEFINE_config_file("config", None, text, flag_values=values, sys_argv=argv)
     for name, (kind, value, text) in _FLAGS.items():
         if isinstance(kind, tuple):
             flags.DEFINE_enum(name, value, kind, text, flag_values=values)
         else:
-            _DEFINE[kind](name, value, text, flag_values=values)
+            kind(name, value, text, flag_values=values)
 
 
 # ---------------------------------------------------------------- from arguments to a mode
@@ -265,7 +252,7 @@ def _define(values: flags.FlagValues, argv: list[str]) -> None:
 
 def _parse(argv: Sequence[str]) -> flags.FlagValues:
     """Parses the command line; refuses unknown flags, config keys and config files by their names."""
-    argv = [_with_config_file(arg) for arg in argv]
+    argv = [_with_files(arg) for arg in argv]
     for arg in argv:
         if arg.lstrip("-").startswith("config."):
             configs.check_key(arg.lstrip("-").removeprefix("config.").split("=")[0])
@@ -284,8 +271,10 @@ def _parse(argv: Sequence[str]) -> flags.FlagValues:
     return args
 
 
-def _with_config_file(arg: str) -> str:
-    """Replaces the name of a shipped config, --config=celeba, by its file."""
+def _with_files(arg: str) -> str:
+    """Replaces "~" at the start of a value by the home directory, and the name of a shipped config by its file."""
+    flag, value = re.fullmatch(r"(--?[\w.]+=)?(.*)", arg, re.DOTALL).groups("")
+    arg = flag + os.path.expanduser(value)
     match = re.fullmatch(r"(--?config=)([\w-]+)", arg)
     if not match:
         return arg
@@ -312,9 +301,10 @@ def _check_flags(name: str, mode: Mode, args: flags.FlagValues) -> None:
             raise UserError(f"--{flag} does not go with --mode={name}{why}: leave it out")
     for flag in mode.needs:
         if args[flag].value in (None, ""):
-            raise UserError(f"--{flag} is missing: {_MISSING[flag]}")
-    if args.num is not None and args.num < 1:
-        raise UserError(f"--num={args.num} must be at least 1")
+            raise UserError(f"--{flag} is missing: give {args[flag].help}")
+    for flag, (low, high) in _RANGES.items():
+        if args[flag].present:
+            configs.check_integer(f"--{flag}", args[flag].value, low, high)
 
 
 def _help(name: str, mode: Mode, args: flags.FlagValues) -> str:

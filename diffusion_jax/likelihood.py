@@ -163,7 +163,7 @@ def vlb_by_step(
     """
 
     def step(_, t):
-        noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, t), x_0.shape[1:]))(keys)
+        noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, t), x_0.shape[1:], jnp.float32))(keys)
         ts = jnp.full(x_0.shape[:1], t)
         return None, _term(eps_bar_fn, s, sigma, x_0, ts, noise, clip, decoder_std, exact)
 

@@ -107,7 +107,7 @@ def with_noise(loss: Callable[..., jax.Array], num_noises: int) -> Callable[...,
 
     def noisy_loss(eps_bar_fn, s, x_0, t, keys):
         def normal(key, k):
-            return jax.random.normal(jax.random.fold_in(key, k), x_0.shape[1:])
+            return jax.random.normal(jax.random.fold_in(key, k), x_0.shape[1:], jnp.float32)
 
         noises = [jax.vmap(normal, (0, None))(keys, k) for k in range(num_noises)]
         return loss(eps_bar_fn, s, x_0, t, *noises)

@@ -12,7 +12,7 @@ from diffusion_jax import parts, sampling
 from diffusion_jax.data.cache import Cached, OnTheFly
 from diffusion_jax.errors import UserError
 from diffusion_jax.parts import Parts
-from diffusion_jax.running import checkpoint
+from diffusion_jax.running import checkpoint, history
 from diffusion_jax.running import config as configs
 from diffusion_jax.running import workdir as workdirs
 from diffusion_jax.schedule import Schedule
@@ -118,13 +118,16 @@ def read_images(config: ConfigDict, workdir: epath.PathLike, split: str | None =
 
 
 def ema_params(run: Parts, workdir: epath.PathLike) -> tuple[int, dict]:
-    """Returns (step, averaged parameters) of the last checkpoint.
+    """Returns (step, averaged parameters) of the last checkpoint; reads nothing else of it.
 
     Raises:
-      UserError: there is no checkpoint, or none can be read.
+      UserError: there is no checkpoint, none can be read, or it does not belong to config.json.
     """
+    like = run.abstract_state()._replace(params=None, opt_state=None)
     with checkpoint.open_manager(workdir, read_only=True) as manager:
-        state = checkpoint.restore(manager, run.abstract_state())
-    if state is None:
-        raise UserError(f"--workdir={workdir} holds no checkpoint yet: train first")
+        state = checkpoint.restore(manager, like)
+        if state is None:
+            raise UserError(f"--workdir={workdir} holds no checkpoint yet: train first")
+        about = checkpoint.read_about(manager, int(state.step))
+    history.identity(workdirs.absolute(workdir), workdirs.read_config(workdir), about, int(state.step))
     return int(state.step), state.ema_params

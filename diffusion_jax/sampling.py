@@ -1,4 +1,7 @@
-"""From noise to data: chains of reverse steps (one `lax.scan` each), grids of steps, and samplers built on them."""
+"""From noise to data: chains of reverse steps (one `lax.scan` each), grids of steps, and samplers built on them.
+
+Arguments are checked where they are known, not traced: a ValueError or TypeError names the one that is wrong.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -12,19 +15,25 @@ from jax.typing import ArrayLike
 
 from diffusion_jax import process
 from diffusion_jax.process import Network
-from diffusion_jax.schedule import Schedule
+from diffusion_jax.schedule import Schedule, checked
 
 LATENT = 0  # fold_in(key, LATENT) is the key of x_T; fold_in(key, t) is the key of step t in 1..T
 
 
 def image_keys(rng: jax.Array, indices: ArrayLike) -> jax.Array:
-    """Returns one key for each image: fold_in(rng, i) for i in `indices`. int [n] -> keys [n]."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(rng, indices)
+    """Returns one key for each image: fold_in(rng, i) for i in `indices`, 0 <= i < 2^32. int [n] -> keys [n]."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(rng, checked("indices", indices, 0, 2**32 - 1, ndim=1))
+
+
+def image_numbers(first: int, num: int) -> np.ndarray:
+    """Returns first .. first + num − 1, uint32 [num]. Raises ValueError if one is outside 0..2^32 − 1."""
+    num = checked("num", num, 1, 2**32)
+    return np.arange(num, dtype=np.uint32) + np.uint32(checked("first", first, 0, 2**32 - int(num)))
 
 
 def normal(keys: jax.Array, t: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
     """Returns the standard normal noise of step t: float32 [B, *shape], example i from fold_in(keys[i], t)."""
-    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, t), shape))(keys)
+    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, t), shape, jnp.float32))(keys)
 
 
 class Window(NamedTuple):
@@ -76,21 +85,16 @@ def reverse_chain(
 
     Returns:
       [B, ...] x_stop.
-
-    Raises:
-      ValueError: start or stop is out of range.
     """
-    start = s.num_steps if start is None else start
-    if not s.num_steps >= start >= stop >= 0:
-        raise ValueError(f"start={start} and stop={stop} must satisfy T >= start >= stop >= 0 with T={s.num_steps}")
-
-    s, sigma = jax.tree.map(jnp.asarray, (s, sigma))
+    start = int(checked("start", s.num_steps if start is None else start, 0, s.num_steps))
+    stop = int(checked("stop", stop, 0, start))
+    s, sigma = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (s, sigma))
 
     def step(x, t_u):
         x, x_0 = ancestral_step(eps_bar_fn, s, sigma, x, keys, t_u[0], clip)
         return x, (x, x_0)
 
-    ts = jnp.arange(start, stop, -1)
+    ts = jnp.arange(start, stop, -1, dtype=jnp.int32)
     return _scan(step, x, ts, ts - 1, window)
 
 
@@ -109,6 +113,10 @@ def ancestral_step(
       t: int [] in 1..T.
       eps_bar_fn, sigma, keys, clip: see `reverse_chain`.
     """
+    checked("t", t, 1, s.num_steps)
+    if jnp.shape(sigma) != s.alpha.shape:
+        raise ValueError(f"sigma has shape {jnp.shape(sigma)}: it must be [T + 1], {s.alpha.shape}")
+    _check_keys(x, keys)
     x_0, eps_bar = _predict(eps_bar_fn, s, x, t, clip)
     noise = jnp.where(t > 1, sigma[t], 0.0) * normal(keys, t, x.shape[1:])
     if clip is None:
@@ -145,18 +153,18 @@ def ddim_chain(
 
     Returns:
       [B, ...] x_{ts[-1]}.
-
-    Raises:
-      ValueError: ts is not a falling grid.
     """
     grid = _checked_grid(s, ts)
+    _check_keys(x, keys)
+    if not isinstance(eta, jax.core.Tracer) and not np.all(np.isfinite(eta) & (np.asarray(eta) >= 0)):
+        raise ValueError(f"eta={eta} must be a number >= 0")
     s = jax.tree.map(jnp.asarray, s)
 
     def step(x, t_u):
         t, u = t_u
         x_0, eps_bar = _predict(eps_bar_fn, s, x, t, clip)
         share = s.beta_bar[u] / s.beta_bar[t]
-        deviation = eta * share * jnp.sqrt(process.variance_between(s, t, u))
+        deviation = jnp.asarray(eta, jnp.float32) * share * jnp.sqrt(process.variance_between(s, t, u))
         deviation = jnp.minimum(deviation, s.beta_bar[u])
         direction = jnp.sqrt((s.beta_bar[u] - deviation) * (s.beta_bar[u] + deviation))
         x = s.alpha_bar[u] * x_0 + direction * eps_bar + deviation * normal(keys, t, x.shape[1:])
@@ -185,9 +193,6 @@ def dpmpp_2m_chain(
 
     Returns:
       [B, ...] x_{ts[-1]}.
-
-    Raises:
-      ValueError: ts is not a falling grid.
     """
     grid = _checked_grid(s, ts)
     s = jax.tree.map(jnp.asarray, s)
@@ -204,7 +209,7 @@ def dpmpp_2m_chain(
         x = share * x + (s.alpha_bar[u] - s.alpha_bar[t] * share) * blend
         return (x, x_0, h), (x, x_0)
 
-    x, _, _ = _scan(step, (x, jnp.zeros_like(x), jnp.zeros(())), grid[:-1], grid[1:], window)
+    x, _, _ = _scan(step, (x, jnp.zeros_like(x), jnp.zeros_like(log_snr[0])), grid[:-1], grid[1:], window)
     return x
 
 
@@ -244,43 +249,29 @@ def _predict(eps_bar_fn, s, x, t, clip):
     return x_0, process.predict_eps_bar(s, x, t, x_0)
 
 
-def grid_uniform(s: Schedule, n: int) -> np.ndarray:
-    """Returns n steps of nearly equal length: int [n + 1] from T to 0.
+def _check_keys(x, keys):
+    if jnp.shape(keys)[:1] != jnp.shape(x)[:1]:
+        raise ValueError(f"keys has shape {jnp.shape(keys)}: it must hold one key for each of the {len(x)} examples")
 
-    Raises:
-      ValueError: n is outside 1..T.
-    """
-    _check_num_steps(s, n)
-    return _distinct(s, np.linspace(s.num_steps, 0, n + 1))
+
+def grid_uniform(s: Schedule, n: int) -> np.ndarray:
+    """Returns n steps of nearly equal length: int [n + 1] from T to 0."""
+    return _distinct(s, np.linspace(s.num_steps, 0, checked("n", n, 1, s.num_steps) + 1))
 
 
 def grid_quadratic(s: Schedule, n: int) -> np.ndarray:
-    """ts = T (1 − i/n)², i = 0..n, Song et al. (2021), appendix D: n steps that shorten towards 0, int [n + 1].
-
-    Raises:
-      ValueError: n is outside 1..T.
-    """
-    _check_num_steps(s, n)
-    return _distinct(s, s.num_steps * np.linspace(1, 0, n + 1) ** 2)
+    """ts = T (1 − i/n)², i = 0..n, Song et al. (2021), appendix D: n steps that shorten towards 0, int [n + 1]."""
+    return _distinct(s, s.num_steps * np.linspace(1, 0, checked("n", n, 1, s.num_steps) + 1) ** 2)
 
 
 def grid_log_snr(s: Schedule, n: int) -> np.ndarray:
-    """Returns n − 1 steps from T to 1, nearly equal in λ = log(ᾱ/β̄), and the step from 1 to 0: int [n + 1].
-
-    Raises:
-      ValueError: n is outside 1..T.
-    """
-    _check_num_steps(s, n)
+    """Returns n − 1 steps from T to 1, nearly equal in λ = log(ᾱ/β̄), and the step from 1 to 0: int [n + 1]."""
+    n = checked("n", n, 1, s.num_steps)
     alpha_bar, beta_bar = (np.asarray(x, np.float64)[1:] for x in (s.alpha_bar, s.beta_bar))
     log_snr = np.log(alpha_bar / beta_bar)  # falls with t
     targets = np.linspace(log_snr[-1], log_snr[0], n)
     ts = np.interp(-targets, -log_snr, np.arange(1, s.num_steps + 1))
     return _distinct(s, np.append(ts, 0))
-
-
-def _check_num_steps(s, n):
-    if not 1 <= n <= s.num_steps:
-        raise ValueError(f"a grid of n={n} steps needs 1 <= n <= T={s.num_steps}")
 
 
 def _distinct(s, ts):
@@ -293,13 +284,9 @@ def _distinct(s, ts):
 
 def _checked_grid(s, ts):
     """Returns ts as int32 [n + 1]. Raises ValueError unless it is a falling grid; traced values are not checked."""
-    traced = isinstance(ts, jax.core.Tracer)
-    ts = ts if traced else np.asarray(ts)
-    if ts.ndim != 1 or len(ts) < 2:
-        raise ValueError(f"ts has shape {ts.shape}: it must be a vector of at least 2 steps")
-    if not traced and ((np.diff(ts) >= 0).any() or ts[0] > s.num_steps or ts[-1] < 0):
-        values = np.array2string(ts, threshold=10, max_line_width=200)
-        raise ValueError(f"ts={values} must fall from at most T={s.num_steps} to at least 0")
+    ts = checked("ts", ts, 0, s.num_steps, ndim=1)
+    if len(ts) < 2 or (isinstance(ts, np.ndarray) and (np.diff(ts.astype(np.int64)) >= 0).any()):
+        raise ValueError(f"ts={ts} must fall from at most T={s.num_steps} to at least 0, in at least one step")
     return jnp.asarray(ts, jnp.int32)
 
 
@@ -353,7 +340,7 @@ def make_sample_fn(
       chain: (eps_bar_fn, s, sigma, x_T, keys, clip=clip, window=window) -> x_0; None is `reverse_chain`.
       window: observes the chain of each device, see `Window`.
     """
-    num, *image_shape = shape
+    num, *image_shape = checked("shape", shape, 1, 2**32, ndim=1).tolist()
     devices = jax.local_devices()[:num]
     per_device = -(-num // len(devices))
     sample = make_indexed_sample_fn(apply_fn, s, sigma, image_shape, clip, chain, window)
@@ -361,7 +348,7 @@ def make_sample_fn(
     pmapped = jax.pmap(sample, in_axes=(None, None, 0, None, None), devices=devices)
 
     def sample_fn(params, rng, first=0):
-        indices = first + np.arange(per_device * len(devices)).reshape(len(devices), per_device)
+        indices = np.resize(image_numbers(first, num), (len(devices), per_device))  # the rest repeats and is cut off
         images = pmapped(params, rng, indices, s, sigma)
         return images.reshape(-1, *image_shape)[:num]
 

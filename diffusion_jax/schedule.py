@@ -13,12 +13,14 @@ entry 0 is clean data (alpha_bar = 1, beta_bar = 0).
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
+
+MOST_STEPS = 2**24  # of a schedule: the network embeds t as a float32
 
 
 class Schedule(NamedTuple):
@@ -33,6 +35,23 @@ class Schedule(NamedTuple):
     def num_steps(self) -> int:
         """T, the number of steps."""
         return self.alpha.shape[0] - 1
+
+
+def checked(name: str, values: Any, low: int, high: int, ndim: int = 0) -> Any:
+    """Returns `values` as an integer, or as a vector of integers if ndim is 1, in low..high.
+
+    Traced numbers are unknown until the program runs, so that only their type and their shape are checked.
+
+    Raises:
+      ValueError: `values` are something else; the message begins with `name`.
+    """
+    is_traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
+    array = jnp.asarray(values) if is_traced else np.asarray(values)
+    holds = array.ndim == ndim and jnp.issubdtype(array.dtype, jnp.integer)
+    if not holds or (not is_traced and array.size and not (low <= array.min() and array.max() <= high)):
+        shown = repr(values) if is_traced else np.array2string(array, threshold=10)
+        raise ValueError(f"{name}={shown} must be {'a vector of integers' if ndim else 'an integer'} in {low}..{high}")
+    return array if is_traced else array[()]
 
 
 def from_beta_squared(beta_squared: ArrayLike | Sequence[float]) -> Schedule:
@@ -56,7 +75,8 @@ def from_beta_squared(beta_squared: ArrayLike | Sequence[float]) -> Schedule:
     beta_squared = np.concatenate([[0.0], beta_squared])
     alpha_bar_squared = np.cumprod(1 - beta_squared)
     squares = (1 - beta_squared, beta_squared, alpha_bar_squared, 1 - alpha_bar_squared)
-    return Schedule(*(jnp.asarray(np.sqrt(square), jnp.float32) for square in squares))
+    with jax.ensure_compile_time_eval():  # numbers, not tracers, inside a jit too: a grid of steps needs them
+        return Schedule(*(jnp.asarray(np.sqrt(square), jnp.float32) for square in squares))
 
 
 def su_linear(num_steps: int = 1000, scale: float = 0.02) -> Schedule:
@@ -65,17 +85,17 @@ def su_linear(num_steps: int = 1000, scale: float = 0.02) -> Schedule:
     β_T² equals `scale` for every T, so short chains leave signal in x_T: ᾱ_T is 0.0065
     at T = 1000 and 0.60 at T = 100. `Schedule.alpha_bar[-1]` holds ᾱ_T.
     """
-    return from_beta_squared(scale * np.arange(1, num_steps + 1) / num_steps)
+    return from_beta_squared(scale * np.arange(1, checked("num_steps", num_steps, 1, MOST_STEPS) + 1) / num_steps)
 
 
 def ho_linear(num_steps: int = 1000, start: float = 1e-4, end: float = 0.02) -> Schedule:
     """Ho et al. (2020), section 4: β_t² runs linearly from `start` at t = 1 to `end` at t = T."""
-    return from_beta_squared(np.linspace(start, end, num_steps))
+    return from_beta_squared(np.linspace(start, end, checked("num_steps", num_steps, 1, MOST_STEPS)))
 
 
 def cosine(num_steps: int) -> Schedule:
     """(17) of Nichol & Dhariwal (2021): ᾱ_t² ∝ cos²((t/T + 0.008)/1.008 · π/2), with β_t² capped at 0.999."""
-    f = np.cos((np.linspace(0, 1, num_steps + 1) + 0.008) / 1.008 * np.pi / 2) ** 2
+    f = np.cos((np.linspace(0, 1, checked("num_steps", num_steps, 1, MOST_STEPS) + 1) + 0.008) / 1.008 * np.pi / 2) ** 2
     return from_beta_squared(np.minimum(1 - f[1:] / f[:-1], 0.999))
 
 

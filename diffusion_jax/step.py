@@ -54,7 +54,7 @@ def abstract_state(
 
 def _init(model, optimizer, image_shape, seed):
     key = jax.random.fold_in(jax.random.key(seed), _INIT)
-    params = model.init(key, jnp.zeros((1, *image_shape)), jnp.ones(1, jnp.int32))["params"]
+    params = model.init(key, jnp.zeros((1, *image_shape), jnp.float32), jnp.ones(1, jnp.int32))["params"]
     return params, optimizer.init(params)
 
 
@@ -69,6 +69,7 @@ def make_step(
     t_probabilities: np.ndarray | None = None,
     flip: bool = False,
     accumulate: int = 1,
+    ema_warmup: bool = False,
 ) -> Callable:
     """Returns the step of one device, to be mapped over AXIS: (state, (batch, indices)) -> (state, metrics).
 
@@ -83,6 +84,7 @@ def make_step(
       flip: True mirrors each image left to right with probability 1/2.
       accumulate: number of parts of the device's batch. Their gradients are summed one after another, which
         saves memory and changes the step by rounding alone.
+      ema_warmup: True lowers the decay of the average to (1 + n)/(10 + n) after n steps, while that is less.
 
     The step takes a batch {"image": uint8 [B, H, W, C], …} and indices int [B], the device's share of the
     global batch; the state has no device axis (see `replicate`). Its metrics are the same on all devices:
@@ -114,7 +116,8 @@ def make_step(
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema_params = optax.incremental_update(params, state.ema_params, 1 - ema_decay)
+        share = jnp.maximum(1 - ema_decay, 9 / (10 + state.step.astype(jnp.float32))) if ema_warmup else 1 - ema_decay
+        ema_params = optax.incremental_update(params, state.ema_params, share)
         new = TrainState(state.step + 1, params, ema_params, opt_state)
         # A non-finite number would stay in Adam's moments and in the EMA for ever, so only the step advances.
         # (The norm of the new parameters would show it too, but costs another pass over all of them.)
@@ -140,7 +143,7 @@ def _accumulated(gradient, parts):
             return jax.tree.map(jnp.add, total, (loss, grads)), losses
 
         cut = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), examples)
-        zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
         total, losses = lax.scan(add, zeros, cut)
         loss, grads = jax.tree.map(lambda x: x / parts, total)
         return (loss, losses.reshape(-1)), grads
@@ -155,9 +158,9 @@ def _flipped(image, keys):
 
 def _draw_t(key, num_steps, probabilities):
     if probabilities is None:
-        return jax.random.randint(key, (), 1, num_steps + 1)
+        return jax.random.randint(key, (), 1, num_steps + 1, jnp.int32)
     below = np.cumsum(probabilities)[1:-1]  # P(t <= 1), …, P(t <= T − 1)
-    return 1 + jnp.searchsorted(jnp.asarray(below, jnp.float32), jax.random.uniform(key), side="right")
+    return 1 + jnp.searchsorted(jnp.asarray(below, jnp.float32), jax.random.uniform(key, (), jnp.float32), side="right")
 
 
 def _loss_by_quarter(losses, t, num_steps):

@@ -43,6 +43,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
       hosts.Stopped: a signal stopped the run after it saved its state.
     """
     began = time.monotonic()
+    configs.check(config)
     folder, run = workdirs.absolute(workdir), parts.build(config)
     sample_fn = run.sample_fn()
     with contextlib.ExitStack() as stack:
@@ -128,6 +129,7 @@ def prepare(config: ConfigDict) -> None:
     Raises:
       UserError: see `sources.open_source` and `cache.open_images`.
     """
+    configs.check(config)
     start = time.monotonic()
     images = parts.images(config)
     count, height, width, channels = images.shape
@@ -148,11 +150,8 @@ def _begin(config, folder, stack):
     hosts.on_main(lambda: workdirs.write_config(folder, config))
     hosts.check_shared(folder)
     alpha_bar = float(parts.schedule(config).alpha_bar[-1])
-    if jax.process_index() == 0 and alpha_bar > 0.05:
-        print(
-            f"warning: alpha_bar_T = {alpha_bar:.3f}: x_T still holds that share of the image, but sampling starts "
-            "from pure noise; choose another config.schedule.name or a larger config.schedule.num_steps"
-        )
+    for text in configs.warnings(config, alpha_bar) if jax.process_index() == 0 else ():
+        print(f"warning: {text}")
     return images, locks[0]
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import lax
 from jax.typing import DTypeLike
@@ -73,8 +74,8 @@ class GroupNorm(nn.Module):
         shifted = x.astype(jnp.float32) - shift
         mean = group_mean(shifted.mean(axis=(1, 2)))
         variance = group_mean((shifted**2).mean(axis=(1, 2))) - mean**2
-        scale = self.param("scale", nn.initializers.ones, (channels,))
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
         factor = lax.rsqrt(variance + _EPSILON) * scale[None]
         return ((shifted - mean[:, None, None]) * factor[:, None, None] + bias[None, None, None]).astype(self.dtype)
 
@@ -82,7 +83,7 @@ class GroupNorm(nn.Module):
 def time_embedding(t: jax.Array, features: int) -> jax.Array:
     """Returns Ho's sinusoidal embedding [sin | cos] of t in 0..T−1: [B] -> float32 [B, features]."""
     half = features // 2
-    frequencies = jnp.exp(-math.log(1e4) * jnp.arange(half) / (half - 1))
+    frequencies = jnp.exp(-math.log(1e4) * jnp.arange(half, dtype=jnp.float32) / (half - 1))
     angles = jnp.outer(t.astype(jnp.float32), frequencies)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
@@ -91,7 +92,7 @@ def drop(h: jax.Array, rate: float, keys: jax.Array) -> jax.Array:
     """Applies dropout to h [B, ...]. The mask of example i depends on keys[i] alone, not on its batch or device."""
 
     def keep(key):
-        return jax.random.bernoulli(key, 1 - rate, h.shape[1:])
+        return jax.random.bernoulli(key, np.float32(1 - rate), h.shape[1:])
 
     return jnp.where(jax.vmap(keep)(keys), h / (1 - rate), 0)
 

@@ -52,7 +52,7 @@ def _config_cases(config, new, files):
         "unknown section": (config("trian.num_steps", 3), r"trian\.num_steps .*nearest is config\.train\.num_steps"),
         "text for a number": (config("train.num_steps", "many"), r"train\.num_steps=many"),
         "fraction for a count": (config("train.batch_size", 7.5), r"train\.batch_size=7\.5"),
-        "no steps": (config("schedule.num_steps", 0), r"schedule\.num_steps=0 must be an integer >= 1"),
+        "no steps": (config("schedule.num_steps", 0), r"schedule\.num_steps=0 must be an integer in 1\.\.16,777,216"),
         "negative steps": (config("train.num_steps", -5), r"train\.num_steps=-5 must be"),
         "unknown schedule": (config("schedule.name", "linear"), r"schedule\.name='linear' must be one of su_linear"),
         "unknown loss": (config("train.loss", "l2"), r"train\.loss='l2' must be one of simple"),
@@ -76,16 +76,34 @@ def _config_cases(config, new, files):
         "ema of 1": (config("train.ema_decay", 1.0), r"ema_decay=1\.0 must be in \[0, 1\)"),
         "negative dropout": (config("model.dropout", -0.1), r"dropout=-0\.1 must be in \[0, 1\)"),
         "no number as rate": (config("train.learning_rate", "nan"), r"learning_rate=nan must be"),
-        "negative image size": (config("data.image_size", -8), r"image_size=-8 must be an integer >= 1"),
+        "negative image size": (config("data.image_size", -8), r"image_size=-8 must be an integer in 1\.\.8,192"),
         "dropout of 1": (config("model.dropout", 1.0), r"dropout=1\.0 must be in \[0, 1\)"),
-        "odd channels": (config("model.channels", 7), r"model\.channels=7 must be an even number"),
+        "odd channels": (config("model.channels", 7), r"model\.channels=7 must be even"),
         "no levels": (config("model.multipliers", "()"), r"multipliers=\(\) must be"),
-        "level of nothing": (config("model.multipliers", "(1,0)"), r"multipliers=\(1, 0\) must be integers >= 1"),
+        "level of nothing": (
+            config("model.multipliers", "(1,0)"),
+            r"multipliers=\(1, 0\) must be integers in 1\.\.",
+        ),
         "negative seed": (config("seed", -1), r"config\.seed=-1 must be"),
         "negative crop": (config("data.crop", -3), r"data\.crop=-3 must be"),
         "negative warm-up": (config("train.warmup_steps", -1), r"warmup_steps=-1 must be"),
         "negative limit": (config("data.cache_limit_gb", -1.0), r"cache_limit_gb=-1\.0 must be"),
         "no checkpoints kept": (config("train.keep_checkpoints", 0), r"keep_checkpoints=0 must be"),
+        "seed of 33 bits": (config("seed", 2**32), r"config\.seed=4294967296 must be an integer in 0\.\.4,294,967,295"),
+        "steps of 32 bits": (
+            config("train.num_steps", 2**31),
+            r"num_steps=2147483648 must be .* 1\.\.2,147,483,647",
+        ),
+        "batch of 64 bits": (
+            config("train.batch_size", 2**63),
+            r"batch_size=9223372036854775808 must be an integer",
+        ),
+        "too many blocks": (config("model.num_res_blocks", 10**9), r"num_res_blocks=1000000000 must be .* 1\.\.1,000"),
+        "rate beyond float32": (
+            config("train.learning_rate", 1e39),
+            r"learning_rate=1e\+39 must be .* float32's",
+        ),
+        "decay that rounds to 1": (config("train.ema_decay", 1 - 1e-9), r"ema_decay=0\.999999999 must be in \[0, 1\)"),
         "no config": ([new], r"--config is missing"),
         "missing config": (["--config=configs/nothing.py", new], r"--config: .*configs/nothing\.py"),
         "broken config": ([f"--config={files / 'broken.py'}", new], r"--config: .*broken\.py"),
@@ -103,6 +121,20 @@ def _command_line_cases(digits, files):
             [digits[0], f"--workdir={files / 'text.txt' / 'run'}"],
             r"text\.txt/run cannot be written",
         ),
+        "sampling seed of 33 bits": (
+            ["--mode=sample", "--workdir=run", f"--seed={2**32}"],
+            r"--seed=4294967296 must be an integer in 0\.\.4,294,967,295",
+        ),
+        "negative sampling seed": (
+            ["--mode=sample", "--workdir=run", "--seed=-1"],
+            r"--seed=-1 must be an integer",
+        ),
+        "seed of 64 bits": (
+            ["--mode=evaluate", "--workdir=run", f"--seed={2**63}"],
+            r"--seed=9223372036854775808 ",
+        ),
+        "samples of 33 bits": (["--mode=sample", "--workdir=run", f"--num={2**32 + 1}"], r"--num=4294967297 must be"),
+        "processes of 64 bits": ([*digits, f"--num_processes={2**63}"], r"--num_processes=9223372036854775808 must be"),
         "third of two processes": (
             [*digits, "--coordinator=127.0.0.1:1", "--num_processes=2", "--process_id=2"],
             r"--process_id=2 must be between 0 and 1 for --num_processes=2",
@@ -180,7 +212,7 @@ def _workdir_cases(command, run, files):
             ["--mode=sample", f"--workdir={run}", "--show=animation", "--out=x.png"],
             r"--out=x\.png must end in \.gif or \.webp",
         ),
-        "no samples": (["--mode=sample", f"--workdir={run}", "--num=0"], r"--num=0 must be at least 1"),
+        "no samples": (["--mode=sample", f"--workdir={run}", "--num=0"], r"--num=0 must be an integer in 1\.\."),
     }
 
 

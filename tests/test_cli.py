@@ -182,6 +182,19 @@ def test_a_config_is_a_shipped_name_or_a_file(done, command, tmp_path):
     assert code == 1 and "--config=tinny is not a shipped config: give one of celeba, celebahq256, cifar10, " in err
 
 
+def test_a_path_may_begin_in_the_home_directory(done, tmp_path, monkeypatch):
+    """A shell leaves --out=~/x as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.py").write_text("from diffusion_jax.configs.tiny import get_config\n")
+    done("--mode=audit", "--config=~/mine.py", "--out=~/audit.md")
+    assert (tmp_path / "audit.md").exists() and not (ROOT / "~").exists()
+    args = ["--workdir=~/run", "--images", "~/zip", "--samples=~/x/", "--config=tiny", "--config.data.path=~/faces"]
+    parsed = cli._parse(["diffusion_jax", *args, "--out=gs://bucket/~x", "--seed=1"])
+    assert (parsed.workdir, parsed.images) == (f"{tmp_path}/run", f"{tmp_path}/zip")
+    assert (parsed.samples, parsed.config.data.path) == (f"{tmp_path}/x/", f"{tmp_path}/faces")
+    assert parsed.out == "gs://bucket/~x"
+
+
 # ---------------------------------------------------------------- mistakes
 
 
@@ -294,7 +307,7 @@ def test_a_run_imported_without_images_takes_those_of_its_training(done, command
     content = json.loads(file.read_text())
     assert content["data"]["path"] == str(faces) and content["model"]["dropout"] == 0.2
     _, _, err = command(workdir, *config, "--config.data.path=elsewhere")
-    assert f"holds another run (config.data.path: '{faces}' there, 'elsewhere' here)" in err
+    assert f"holds another run (config.data.path: '{faces}' there, '{ROOT / 'elsewhere'}' here)" in err
 
 
 # ---------------------------------------------------------------- the package
@@ -306,6 +319,7 @@ def test_importing_touches_no_device_and_the_mathematics_needs_no_flax():
         "import sys, jax; from diffusion_jax import losses, sampling; "
         "assert not {'flax', 'orbax'} & sys.modules.keys(); "
         "import diffusion_jax; diffusion_jax.load, diffusion_jax.load_network, diffusion_jax.load_exported; "
+        "assert all(hasattr(diffusion_jax, name) for name in dir(diffusion_jax)); "
         "jax.config.update('jax_num_cpu_devices', 3); assert jax.device_count() == 3"
     )
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}

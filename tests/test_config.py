@@ -115,6 +115,68 @@ def test_the_same_model_is_told_from_another():
             configs.check_same_run(old, tiny_config(**change), "w")
 
 
+def test_every_integer_has_a_range():
+    """And a message that names its key."""
+    keys = [key for key, value in configs.flatten(default.get_config()).items() if type(value) is int]
+    assert len(keys) > 20
+    for key in keys:
+        for value in (10**30, -1):
+            config = default.get_config()
+            config.update_from_flattened_dict({key: value})
+            with pytest.raises(UserError, match=rf"config\.{key}={value} must be "):
+                configs.check(config)
+
+
+def test_the_ends_of_a_range_are_valid():
+    for key, (low, high) in configs._RANGES.items():
+        for value in (low, high):
+            configs.check_integer(key, value, low, high)
+        for value in (low - 1, high + 1, float(low), True, str(low)):
+            with pytest.raises(UserError, match=f"{key}=.* must be an integer in {low}"):
+                configs.check_integer(key, value, low, high)
+
+
+def test_paths_are_the_same_if_they_mean_the_same(tmp_path, monkeypatch):
+    """config.json holds absolute paths, so that a run resumes from another folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    workdirs.write_config("run", tiny_config(data__source="files", data__path="data", data__cache_dir="gs://b/c"))
+    old = workdirs.read_config("run")
+    assert old.data.path == str(tmp_path / "data") and old.data.cache_dir == "gs://b/c" and old.data.source == "files"
+    for path in ("data", "./data", "data/", "~/data", "run/../data", str(tmp_path / "data")):
+        configs.check_same_run(old, tiny_config(data__source="files", data__path=path), "w")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    configs.check_same_run(old, tiny_config(data__source="files", data__path="../data"), "w")
+    with pytest.raises(UserError, match=rf"data\.path: '{tmp_path}/data' there, '{tmp_path}/elsewhere/data' here"):
+        configs.check_same_run(old, tiny_config(data__source="files", data__path="data"), "w")
+    configs.check_same_run(tiny_config(data__source="../data"), tiny_config(data__source="../data/"), "w")
+    assert configs.with_absolute_paths(tiny_config(data__source="tfds:celeb_a")).data.source == "tfds:celeb_a"
+
+
+def test_what_a_short_run_is_warned_of():
+    def warned(**train):
+        config = tiny_config(**{f"train__{key}": value for key, value in train.items()})
+        configs.check(config)
+        return configs.warnings(config, 0.0)
+
+    (text,) = warned(num_steps=300, ema_decay=0.9999)
+    assert "ema_decay=0.9999 over config.train.num_steps=300: 97% of the averaged parameters" in text
+    assert warned(num_steps=300, ema_decay=0.9999, ema_warmup=True) == []
+    assert warned(num_steps=300, ema_decay=0.98) == []
+    (text,) = warned(num_steps=300, ema_decay=0.98, warmup_steps=5000)
+    assert "warmup_steps=5000 exceeds config.train.num_steps=300" in text and "6.0% of" in text
+    assert warned(num_steps=300, ema_decay=0.98, warmup_steps=300) == []
+    assert configs.warnings(config_of("digits"), 0.0065) == configs.warnings(config_of("cifar10"), 0.0065) == []
+
+
+def test_a_run_of_an_earlier_version_has_no_warmup_of_its_average(tmp_path):
+    config = tiny_config()
+    del config.train.ema_warmup
+    workdirs.write_config(tmp_path, config)
+    assert workdirs.read_config(tmp_path).train.ema_warmup is False
+
+
 def test_config_json_comes_back(tmp_path):
     config = tiny_config()
     workdirs.write_config(tmp_path / "run", config)

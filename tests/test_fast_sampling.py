@@ -145,8 +145,8 @@ def test_grids_fall_from_t_to_0(grid):
             ts = grid(s, n)
             assert ts.shape == (n + 1,) and ts[0] == s.num_steps and ts[-1] == 0
             assert (np.diff(ts) < 0).all()
-        for n in (0, s.num_steps + 1):
-            with pytest.raises(ValueError, match=f"a grid of n={n} steps needs 1 <= n <= T={s.num_steps}"):
+        for n in (0, s.num_steps + 1, -1, 2.5):
+            with pytest.raises(ValueError, match=rf"n={n} must be an integer in 1\.\.{s.num_steps}"):
                 grid(s, n)
 
 
@@ -164,11 +164,12 @@ def test_spacing_of_the_grids():
 @pytest.mark.parametrize(
     "ts, message",
     [
-        ([4], r"ts has shape \(1,\): "),
-        ([[4, 0]], r"ts has shape \(1, 2\): "),
+        ([4], r"ts=\[4\] must fall from at most T=4 to at least 0, in at least one step"),
+        ([[4, 0]], r"ts=\[\[4 0\]\] must be a vector of integers in 0\.\.4"),
+        ([4.0, 0.0], r"ts=\[4\. 0\.\] must be a vector of integers"),
         ([3, 3, 0], r"ts=\[3 3 0\] must fall from at most T=4 to at least 0"),
-        ([5, 0], r"ts=\[5 0\] must fall"),
-        ([2, -1], r"ts=\[ 2 -1\] must fall"),
+        ([5, 0], r"ts=\[5 0\] must be a vector of integers in 0\.\.4"),
+        ([2, -1], r"ts=\[ 2 -1\] must be"),
         ([0, 4], r"ts=\[0 4\] must fall"),
     ],
 )
@@ -200,8 +201,23 @@ def test_a_traced_grid_gives_the_bits_of_the_concrete_grid(chain):
         np.testing.assert_array_equal(traced(ts, X), concrete)
         np.testing.assert_array_equal(jax.jit(lambda x, ts=ts: chain(jnp.asarray(ts), x))(X), concrete)
     assert len(traces) == 1  # one program for every grid of 4 steps
-    with pytest.raises(ValueError, match=r"ts has shape \(1,\)"):
+    with pytest.raises(ValueError, match=r"ts=.* must fall .* in at least one step"):
         traced(np.array([4]), X)
+    with pytest.raises(ValueError, match=r"ts=.* must be a vector of integers"):
+        traced(np.array([4.0, 0.0]), X)
+
+
+@pytest.mark.parametrize("chain", TRACED.values(), ids=TRACED)
+def test_a_grid_may_be_made_inside_a_program(chain):
+    expected = jax.jit(lambda x: chain(np.array([20, 10, 0]), x))(X)
+    for grid in (lambda t: jnp.arange(20, -1, -10), lambda t: t - jnp.array([0, 10, 20]), lambda t: [t, 10, 0]):
+        np.testing.assert_array_equal(jax.jit(lambda t, x, grid=grid: chain(grid(t), x))(20, X), expected)
+
+
+@pytest.mark.parametrize("eta", [-0.1, np.nan, np.inf])
+def test_an_eta_that_is_no_scale_is_rejected(rough, eta):
+    with pytest.raises(ValueError, match=f"eta={eta} must be a number >= 0"):
+        sampling.ddim_chain(network, rough, [4, 0], X, KEYS, eta)
 
 
 def test_an_image_does_not_depend_on_its_batch(rough):

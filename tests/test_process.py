@@ -88,3 +88,28 @@ def test_vmap_over_t_equals_a_loop(rough):
     batch = jax.vmap(process.reverse_step, (None, 0, 0, 0))(rough, x, t, eps)
     for i in range(3):
         np.testing.assert_allclose(batch[i], process.reverse_step(rough, x[i], t[i], eps[i]), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "formula",
+    [
+        lambda s, t: process.forward_step(s, X_0, t, EPS[1]),
+        lambda s, t: process.forward(s, X_0, t, EPS[1]),
+        lambda s, t: process.step_noise(s, EPS[1], t),
+        lambda s, t: process.reverse_step(s, X_0, t, EPS[1]),
+        lambda s, t: process.predict_x_0(s, X_0, t, EPS[1]),
+        lambda s, t: process.predict_eps_bar(s, X_0, t, EPS[1]),
+        lambda s, t: process.velocity(s, X_0, t, EPS[1]),
+        lambda s, t: process.predict_eps_bar_from_velocity(s, X_0, t, EPS[1]),
+        lambda s, t: process.variance_between(s, t, 0),
+        lambda s, t: process.posterior_mean(s, X_0, EPS[1], t),
+    ],
+)
+def test_a_t_that_is_no_step_is_rejected(rough, formula):
+    """JAX would clamp 5 to 4 and take -1 for 4; a vector of steps would be broadcast along the last axis."""
+    formula(rough, 4), formula(rough, np.int32(1))
+    for t in (5, -1, 1.0, [1], np.array([1, 2, 3, 4, 1]), "1"):
+        with pytest.raises(ValueError, match=r"t=.* must be an integer in [01]\.\.4"):
+            formula(rough, t)
+    with pytest.raises(ValueError, match=r"t=.* must be an integer"):
+        jax.jit(lambda t: formula(rough, t))(np.array([1, 2, 3, 4, 1]))

@@ -51,10 +51,40 @@ def test_chains_compose_bit_for_bit(rough, clip):
         np.testing.assert_array_equal(chain(chain(X, 4, k), k, 0), whole)
 
 
-@pytest.mark.parametrize("start, stop", [(5, 0), (2, 3), (4, -1)])
-def test_start_and_stop_out_of_range_are_rejected(rough, start, stop):
-    with pytest.raises(ValueError, match=f"start={start} and stop={stop} must satisfy .* T=4"):
+@pytest.mark.parametrize(
+    "start, stop, message",
+    [
+        (5, 0, r"start=5 must be an integer in 0\.\.4"),
+        (2.5, 0, r"start=2\.5 must be an integer"),
+        ([3], 0, r"start=\[3\] must be an integer"),
+        (2, 3, r"stop=3 must be an integer in 0\.\.2"),
+        (4, -1, r"stop=-1 must be"),
+    ],
+)
+def test_start_and_stop_out_of_range_are_rejected(rough, start, stop, message):
+    with pytest.raises(ValueError, match=message):
         sampling.reverse_chain(network, rough, np.zeros(5), X, KEYS, start, stop)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"t": 0}, r"t=0 must be an integer in 1\.\.4"),
+        ({"t": 5}, "t=5 must be"),
+        ({"t": [3]}, r"t=\[3\] must be an integer"),
+        ({"t": np.array([1, 2, 3])}, r"t=\[1 2 3\] must be an integer"),
+        ({"t": 1.0}, r"t=1\.0? must be an integer"),
+        ({"sigma": np.zeros(4)}, r"sigma has shape \(4,\): it must be \[T \+ 1\]"),
+        ({"sigma": 0.1}, r"sigma has shape \(\)"),
+        ({"keys": KEYS[:1]}, r"keys has shape \(1,\): it must hold one key for each of the 3 examples"),
+        ({"keys": KEYS[0]}, r"keys has shape \(\)"),
+    ],
+)
+def test_a_step_with_wrong_arguments_is_rejected(rough, change, message):
+    """JAX would clamp an index, or broadcast, without a word."""
+    given = {"sigma": np.zeros(5), "x": X, "keys": KEYS, "t": 3} | change
+    with pytest.raises(ValueError, match=message):
+        sampling.ancestral_step(network, rough, **given)
 
 
 # ---------------------------------------------------------------- Gaussian data, whose optimal network is known
@@ -128,6 +158,9 @@ def test_image_keys_fold_in_the_index(rng):
         np.testing.assert_array_equal(*map(jax.random.key_data, (actual, expected)))
 
 
+KEY5 = jax.random.key(5)
+
+
 def apply(variables, x, t):
     return network(x, t) * variables["params"]
 
@@ -144,6 +177,43 @@ def test_image_i_depends_on_the_key_and_i_alone(rough, rng):
         np.testing.assert_array_equal(sampler(rough, num)(1.0, rng), images[:num])
     np.testing.assert_array_equal(sampler(rough, 3)(1.0, rng, 5), images[5:])
     assert len(np.unique(images)) == images.size
+
+
+def test_images_are_numbered_by_32_bits(rough):
+    sample_fn = sampler(rough, 3)
+    last = sample_fn(1.0, jax.random.key(5), 2**32 - 3)
+    keys = jnp.stack([jax.random.fold_in(jax.random.key(5), np.uint32(2**32 - 3 + i)) for i in range(3)])
+    np.testing.assert_array_equal(
+        jax.random.key_data(sampling.image_keys(jax.random.key(5), sampling.image_numbers(2**32 - 3, 3))),
+        jax.random.key_data(keys),
+    )
+    assert not (last == sample_fn(1.0, jax.random.key(5))).any()
+    np.testing.assert_array_equal(sample_fn(1.0, jax.random.key(5), jnp.int32(2)), sampler(rough, 5)(1.0, KEY5)[2:])
+    for first in (-1, 2**32 - 2, 2**32, 2**63, 2**64, 1.5, "0", [0]):
+        with pytest.raises(ValueError, match=r"first=.* must be an integer in 0\.\.4294967293"):
+            sample_fn(1.0, jax.random.key(5), first)
+    for indices in (3, [-1], [2**32], [0.0]):
+        with pytest.raises(ValueError, match=r"indices=.* must be a vector of integers in"):
+            sampling.image_keys(jax.random.key(5), indices)
+    with pytest.raises(ValueError, match=r"shape=\[0 2 2 1\] must be"):
+        sampler(rough, 0)
+
+
+def test_double_precision_changes_no_sample(rough):
+    """With JAX_ENABLE_X64 noise without a dtype would be other numbers."""
+    images = sampler(rough, 4)(1.0, jax.random.key(5))
+    noise = sampling.normal(KEYS, 3, (2, 2, 1))
+    with jax.enable_x64(True):
+        wide = sampler(rough, 4)(1.0, jax.random.key(5))
+        np.testing.assert_array_equal(sampling.normal(KEYS, 3, (2, 2, 1)), noise, strict=True)
+        for chain in (
+            lambda: sampling.reverse_chain(network, rough, np.full(5, 0.1), X, KEYS),
+            lambda: sampling.dpmpp_2m_chain(network, rough, [4, 2, 0], X),
+            lambda: sampling.ddim_chain(network, rough, [4, 2, 0], X, KEYS, np.float64(0.5)),
+        ):
+            assert jax.eval_shape(chain) == jax.ShapeDtypeStruct(X.shape, np.float32)
+    assert wide.dtype == np.float32
+    np.testing.assert_allclose(wide, images, atol=1e-6)
 
 
 def test_sample_fn_is_the_chain_from_its_latent(rough):

@@ -1,7 +1,8 @@
+import jax
 import numpy as np
 import pytest
 
-from diffusion_jax import schedule
+from diffusion_jax import sampling, schedule
 
 BETA_SQUARED = np.array([0.3, 0.05, 0.6, 0.2])
 
@@ -33,9 +34,17 @@ def test_beta_squared_out_of_range_is_rejected(values, number):
 
 
 @pytest.mark.parametrize("named", [schedule.su_linear, schedule.ho_linear, schedule.cosine])
-def test_zero_steps_are_rejected(named):
-    with pytest.raises(ValueError, match="T >= 1"):
-        named(0)
+def test_steps_that_are_no_count_are_rejected(named):
+    for num_steps in (0, -1, 1.5, "3", True, 2**24 + 1, 2**64):
+        with pytest.raises(ValueError, match=r"num_steps='?\S+ must be an integer in 1\.\.16777216"):
+            named(num_steps)
+
+
+def test_a_schedule_made_inside_a_program_has_a_grid():
+    """Its numbers are no tracers."""
+    grids = []
+    jax.jit(lambda: grids.append(sampling.grid_log_snr(schedule.ho_linear(20), 5)))()
+    np.testing.assert_array_equal(grids[0], sampling.grid_log_snr(schedule.ho_linear(20), 5))
 
 
 def test_arrays_are_rounded_to_float32_once():

@@ -85,6 +85,39 @@ def test_one_step_against_its_parts():
     assert int(after.step) == 1
 
 
+@pytest.mark.parametrize("done", [0, 5, 12_000])
+def test_the_decay_of_the_average_rises_with_the_steps_done(done):
+    """To min(decay, (1 + n)/(10 + n)) after n steps, however often the run resumed."""
+    config = tiny_config(train__ema_decay=0.999)
+    before = linear_state(parts.optimizer(config), done)
+    take = step.pmapped(make_step(config, apply_fn=linear, ema_warmup=True))
+    after = jax.device_get(take(step.replicate(before), batch())[0])
+    decay = {0: 0.1, 5: 0.4, 12_000: 0.999}[done]
+    for new, old, average in zip(*map(jax.tree.leaves, (after.params, before.params, after.ema_params)), strict=True):
+        assert abs(new - old).max() > 1e-4
+        np.testing.assert_allclose(average - old, (1 - decay) * (new - old), rtol=1e-3, atol=1e-7)
+
+
+def test_double_precision_changes_no_type_and_no_draw():
+    """With JAX_ENABLE_X64 a number without a dtype is a float64, and random bits depend on the dtype."""
+    config = tiny_config(train__accumulate=2, data__flip=True, train__ema_warmup=True, train__warmup_steps=1)
+
+    def stepped():
+        state = step.replicate(linear_state(parts.optimizer(config), 1))
+        taken = make_step(config, apply_fn=linear, flip=True, accumulate=2, ema_warmup=True)
+        return jax.device_get(step.pmapped(taken)(state, batch()))
+
+    shapes, (state, metrics) = parts.abstract_state(config), stepped()
+    with jax.enable_x64(True):
+        assert parts.abstract_state(config) == shapes
+        assert parts.schedule(config).beta.dtype == parts.sigma(config).dtype == np.float32
+        wide_state, wide_metrics = stepped()
+    for a, b in zip(*map(jax.tree.leaves, (state, wide_state)), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    assert metrics["loss"][0] == pytest.approx(wide_metrics["loss"][0], rel=1e-5)
+
+
 def test_randomness_is_of_seed_step_and_index():
     """An example has the t and the keys of its index, wherever in the batch and on whichever device it is."""
     config, streams = tiny_config(), []

@@ -25,6 +25,7 @@ from diffusion_jax.running import files
 from diffusion_jax.running.config import with_sampling
 from diffusion_jax.running.workdir import read_config
 from diffusion_jax.sample import ema_params
+from diffusion_jax.sampling import image_numbers
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -109,7 +110,7 @@ def load_exported(path: epath.PathLike) -> tuple[Callable, dict]:
     params = unflatten_dict(flat, sep="/")
 
     def sample_fn(params, rng, num, first=0):
-        return call(params, jax.random.key_data(rng), np.arange(first, first + num, dtype=np.int32))
+        return call(params, jax.random.key_data(rng), image_numbers(first, num).view(np.int32))
 
     return sample_fn, params
 

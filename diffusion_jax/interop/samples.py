@@ -16,7 +16,7 @@ from diffusion_jax.data import pixels
 from diffusion_jax.errors import UserError
 from diffusion_jax.pictures import grids
 from diffusion_jax.running import checkpoint, files
-from diffusion_jax.running.config import with_sampling
+from diffusion_jax.running.config import check_integer, check_seed, with_sampling
 from diffusion_jax.running.workdir import read_config
 from diffusion_jax.sample import ema_params
 
@@ -39,8 +39,8 @@ def write_samples(workdir: epath.PathLike, num: int, seed: int, out: str, **sett
     """
     if not (out.endswith((".png", ".npz", "/"))):
         raise UserError(f"--out={out} must end in .png (a grid), .npz (an array) or / (a folder of arrays)")
-    if num < 1:
-        raise UserError(f"--num={num} must be at least 1")
+    check_integer("--num", num, 1, 2**32)
+    check_seed(seed)
     config = with_sampling(read_config(workdir), **settings)
     run = parts.build(config)
     per_call = -(-min(num, run.num_samples) // jax.process_count())

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from diffusion_jax import process, sampling
 from diffusion_jax.process import Network
-from diffusion_jax.schedule import Schedule
+from diffusion_jax.schedule import Schedule, checked
 
 
 def interpolate(
@@ -41,9 +41,9 @@ def interpolate(
     Returns:
       [n, ...]. Weights 0 and 1 give reconstructions of x_0 and y_0.
     """
-    eps_bar = jax.random.normal(jax.random.fold_in(key, sampling.LATENT), jnp.shape(x_0))
+    eps_bar = jax.random.normal(jax.random.fold_in(key, sampling.LATENT), jnp.shape(x_0), jnp.float32)
     x_t, y_t = (process.forward(s, image, t, eps_bar) for image in (x_0, y_0))
-    mixed = jax.vmap(lambda weight: (1 - weight) * x_t + weight * y_t)(jnp.asarray(weights))
+    mixed = jax.vmap(lambda weight: (1 - weight) * x_t + weight * y_t)(jnp.asarray(weights, jnp.float32))
     keys = jnp.broadcast_to(key, mixed.shape[:1])
     return sampling.reverse_chain(eps_bar_fn, s, sigma, mixed, keys, start=t, clip=clip)
 
@@ -68,16 +68,16 @@ def progressive(
     Returns:
       [k, B, ...], entry j predicted from x_t with t = at[j]. Step 0 gives the finished images.
     """
-    s, sigma = jax.tree.map(jnp.asarray, (s, sigma))
-    steps = jnp.asarray(at).reshape(-1, *[1] * jnp.ndim(x))
+    s, sigma = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (s, sigma))
+    steps = jnp.asarray(checked("at", at, 0, s.num_steps, ndim=1), jnp.int32).reshape(-1, *[1] * jnp.ndim(x))
 
     def step(carry, t):
         x, predictions = carry
         x, x_0 = sampling.ancestral_step(eps_bar_fn, s, sigma, x, keys, t, clip)
         return (x, jnp.where(steps == t, x_0[None], predictions)), None
 
-    predictions = jnp.zeros((len(steps), *x.shape))
-    (x, predictions), _ = lax.scan(step, (x, predictions), jnp.arange(s.num_steps, 0, -1))
+    predictions = jnp.zeros((len(steps), *x.shape), jnp.float32)
+    (x, predictions), _ = lax.scan(step, (x, predictions), jnp.arange(s.num_steps, 0, -1, dtype=jnp.int32))
     return jnp.where(steps == 0, x[None], predictions)
 
 
@@ -118,12 +118,12 @@ def inpaint(
     Returns:
       [B, ...], equal to x_0 at known pixels, bit for bit.
     """
-    s, sigma = jax.tree.map(jnp.asarray, (s, sigma))
+    s, sigma = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (s, sigma))
 
     def step(x, t):
         noise = sampling.normal(keys, s.num_steps + t, x.shape[1:])
         x = jnp.where(known, process.forward(s, x_0, t, noise), x)
         return sampling.ancestral_step(eps_bar_fn, s, sigma, x, keys, t, clip)[0], None
 
-    x, _ = lax.scan(step, x, jnp.arange(s.num_steps, 0, -1))
+    x, _ = lax.scan(step, x, jnp.arange(s.num_steps, 0, -1, dtype=jnp.int32))
     return jnp.where(known, x_0, x)

@@ -10,6 +10,7 @@ from diffusion_jax import parts, sample, sampling
 from diffusion_jax.data import pipeline, pixels
 from diffusion_jax.errors import UserError
 from diffusion_jax.pictures import figures, grids
+from diffusion_jax.running.config import check_integer, check_seed
 from diffusion_jax.running.workdir import read_config
 
 FRAMES = 50  # frames of an animation
@@ -30,8 +31,9 @@ def show(workdir: epath.PathLike, name: str, seed: int, out: str, num: int | Non
     endings = (".gif", ".webp") if name == "animation" else (".png",)
     if not out.endswith(endings):
         raise UserError(f"--out={out} must end in {' or '.join(endings)} for --show={name}")
-    if num is not None and num < 1:
-        raise UserError(f"--num={num} must be at least 1")
+    if num is not None:
+        check_integer("--num", num, 1, 2**32)
+    check_seed(seed)
     run = _Run(workdir, seed, path)
     SHOWS[name](run, out, *() if num is None else (num,))
     if jax.process_index() == 0:

@@ -6,8 +6,10 @@ object: `diffusion_jax.parts` does.
 
 import difflib
 import importlib.resources
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flax import traverse_util
@@ -15,6 +17,7 @@ from ml_collections import ConfigDict  # noqa: TID251 (the type of a config)
 
 from diffusion_jax.configs import default
 from diffusion_jax.errors import UserError
+from diffusion_jax.schedule import MOST_STEPS
 from diffusion_jax.unet import check_image_size
 
 CHOICES = {
@@ -28,34 +31,42 @@ CHOICES = {
     "sampling.sigma": ("zero", "beta", "posterior"),
     "data.channels": (1, 3),
 }
-_AT_LEAST_1 = (
-    "data.image_size",
-    "schedule.num_steps",
-    "model.num_res_blocks",
-    "model.num_groups",
-    "train.num_steps",
-    "train.batch_size",
-    "train.accumulate",
-    "train.steps_per_dispatch",
-    "train.log_every",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "sampling.num",
-)
-_AT_LEAST_0 = (
-    "seed",
-    "data.crop",
-    "train.warmup_steps",
-    "train.max_bad_steps",
-    "train.sample_every",
-    "train.evaluate_every",
-)
+_INT32 = 2**31 - 1
+_RANGES = {  # the smallest and the largest integer
+    "seed": (0, 2**32 - 1),  # JAX takes seeds modulo 2^32
+    "data.image_size": (1, 8192),  # the largest image that can be read has 50,000,000 pixels
+    "data.crop": (0, _INT32),
+    "schedule.num_steps": (1, MOST_STEPS),
+    "model.channels": (4, 2**16),  # 2^63 numbers are the limit of an array
+    "model.num_res_blocks": (1, 1000),
+    "model.num_groups": (1, _INT32),
+    "train.num_steps": (1, _INT32),  # the step is an int32
+    "train.batch_size": (1, _INT32),
+    "train.accumulate": (1, _INT32),
+    "train.steps_per_dispatch": (1, _INT32),
+    "train.warmup_steps": (0, _INT32),
+    "train.max_bad_steps": (0, _INT32),
+    "train.log_every": (1, _INT32),
+    "train.checkpoint_every": (1, _INT32),
+    "train.keep_checkpoints": (1, _INT32),
+    "train.evaluate_every": (0, _INT32),
+    "train.sample_every": (0, _INT32),
+    "sampling.num": (1, _INT32),
+}
+_LARGEST, _SMALLEST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
 # These identify a run; the other keys may change when it resumes.
 _IDENTITY = (
     *("data.source", "data.path", "data.split", "data.image_size", "data.channels", "data.crop"),
     *("schedule.", "model."),
 )
-SAME_NETWORK = ("model.attention",)  # may change: its choices compute the same output
+_MAY_CHANGE = ("model.attention",)  # its choices compute the same output
+# A checkpoint fits another value of these.
+SAME_PARAMETERS = ("model.attention", "model.dtype", "model.dropout")
+# A config of an earlier version may lack others.
+_ALWAYS_THERE = (
+    *("data.image_size", "data.channels", "schedule.name", "schedule.num_steps"),
+    *("model.channels", "model.multipliers", "model.num_res_blocks", "model.attention_resolutions"),
+)
 # An imported run takes these from the config that starts its training.
 _OF_TRAINING = ("data.source", "data.path", "data.split", "data.crop", "model.dropout")
 
@@ -70,6 +81,14 @@ def flatten(config: ConfigDict) -> dict[str, object]:
     """Returns {"seed": 0, "train.loss": "simple", …}, lists as tuples."""
     flat = traverse_util.flatten_dict(config.to_dict(), sep=".")
     return {key: tuple(value) if isinstance(value, list) else value for key, value in flat.items()}
+
+
+def missing(content: dict[str, Any]) -> list[str]:
+    """Returns the sections and keys that every config has, whatever its version, and that `content` lacks."""
+    sections = [name for name, value in default.get_config().items() if isinstance(value, ConfigDict)]
+    lacking = [f"config.{name}" for name in sections if not isinstance(content.get(name), dict)]
+    keys = [key.split(".") for key in _ALWAYS_THERE]
+    return lacking or [f"config.{section}.{key}" for section, key in keys if key not in content[section]]
 
 
 def complete(config: ConfigDict) -> ConfigDict:
@@ -126,24 +145,75 @@ def check(config: ConfigDict) -> None:
     _check_types(config)
     for key, names in CHOICES.items():
         _need(config, key, lambda value, names=names: value in names, f"one of {', '.join(map(str, names))}")
-    for key in _AT_LEAST_1:
-        _need(config, key, lambda value: value >= 1, "an integer >= 1")
-    for key in _AT_LEAST_0:
-        _need(config, key, lambda value: value >= 0, "an integer >= 0")
+    flat = flatten(config)
+    for key, (low, high) in _RANGES.items():
+        check_integer(f"config.{key}", flat[key], low, high)
     for key in ("train.learning_rate", "train.grad_clip"):
-        _need(config, key, lambda value: 0 < value < float("inf"), "a number > 0")
+        _need(config, key, lambda value: _SMALLEST <= value <= _LARGEST, "a number > 0 within float32's range")
     _need(config, "data.cache_limit_gb", lambda value: value >= 0, "a number >= 0")
     for key in ("model.dropout", "train.ema_decay"):
-        _need(config, key, lambda value: 0 <= value < 1, "in [0, 1)")
-    _need(config, "model.channels", lambda value: value >= 4 and value % 2 == 0, "an even number >= 4")
-    for key in ("model.multipliers", "model.attention_resolutions"):
-        _need(config, key, lambda value: all(isinstance(n, int) and n >= 1 for n in value), "integers >= 1")
+        _need(config, key, lambda value: 0 <= value <= 1 - 2**-24, "in [0, 1), at most 1 - 2^-24 (float32)")
+    _need(config, "model.channels", lambda value: value % 2 == 0, "even")
+    for key, high in (("model.multipliers", 1024), ("model.attention_resolutions", _INT32)):
+        wanted = f"integers in 1..{high:,}"
+        _need(config, key, lambda value, high=high: all(type(n) is int and 1 <= n <= high for n in value), wanted)
     _need(config, "model.multipliers", lambda value: len(value) >= 1, "one multiplier per level, e.g. (1, 2, 2)")
     _check_sampling(config)
     _check_vlb(config)
     _check_attention(config)
     _check_length(config)
     _check_image_size(config)
+
+
+def check_integer(name: str, value: object, low: int, high: int) -> None:
+    """Raises UserError unless `value` is an integer in low..high; `name` is its key or flag, e.g. "--seed"."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
+        raise UserError(f"{name}={value!r} must be an integer in {low}..{high:,}")
+
+
+def check_seed(seed: object) -> None:
+    """Raises UserError unless --seed is in 0..2^32 - 1: JAX takes seeds modulo 2^32, so others repeat a seed."""
+    check_integer("--seed", seed, *_RANGES["seed"])
+
+
+def warnings(config: ConfigDict, alpha_bar: float) -> list[str]:
+    """Returns what will disappoint about a valid config, whose schedule ends at `alpha_bar`, one line each."""
+    train, texts = config.train, []
+    if alpha_bar > 0.05:
+        texts.append(
+            f"alpha_bar_T = {alpha_bar:.3f}: x_T still holds that share of the image, but sampling starts from pure "
+            "noise; choose another config.schedule.name or a larger config.schedule.num_steps"
+        )
+    initial = train.ema_decay**train.num_steps
+    if initial > 0.01 and not train.ema_warmup:
+        texts.append(
+            f"config.train.ema_decay={train.ema_decay} over config.train.num_steps={train.num_steps}: {initial:.0%} of "
+            "the averaged parameters, which draw the samples, will still be the initial ones, and samples of those are "
+            "noise; set config.train.ema_warmup=True, lower ema_decay or train for longer"
+        )
+    if train.warmup_steps > train.num_steps:
+        texts.append(
+            f"config.train.warmup_steps={train.warmup_steps} exceeds config.train.num_steps={train.num_steps}: "
+            f"the learning rate only reaches {train.num_steps / train.warmup_steps:.1%} of config.train.learning_rate="
+            f"{train.learning_rate}; lower warmup_steps"
+        )
+    return texts
+
+
+def with_absolute_paths(config: ConfigDict) -> ConfigDict:
+    """Returns a copy whose data.* paths do not depend on the working directory; URLs (gs://…) stay as they are."""
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        for key in ("source", "path", "manual_dir", "cache_dir"):
+            value = config.data[key]
+            if value and "://" not in value and not (key == "source" and _is_name(value)):
+                config.data[key] = os.path.abspath(os.path.expanduser(value))
+    return config
+
+
+def _is_name(source):
+    """Returns True for a data.source that is no path."""
+    return source in ("digits", "files") or source.startswith("tfds:")
 
 
 def check_key(key: str) -> None:
@@ -157,15 +227,16 @@ def check_key(key: str) -> None:
 def check_same_run(old: ConfigDict, new: ConfigDict, workdir: object) -> None:
     """Raises UserError, naming the keys, if the configs differ in network, schedule or data set.
 
+    Paths are the same if they mean the same file: "./data", "data/" and "~/data" in the home directory.
     A run that was imported without images has no data set yet and takes the one of `new`.
     """
     chosen = has_images(old)
-    before, now = flatten(old), flatten(new)
+    before, now = (flatten(with_absolute_paths(config)) for config in (old, new))
     changed = [
         f"{key}: {before[key]!r} there, {now[key]!r} here"
         for key in sorted(before)
         if key.startswith(_IDENTITY)
-        and key not in SAME_NETWORK
+        and key not in _MAY_CHANGE
         and (chosen or key not in _OF_TRAINING)
         and before[key] != now[key]
     ]
@@ -214,7 +285,7 @@ def _check_sampling(config):
     """Checks that sampling.sampler, steps and eta suit each other and the schedule."""
     steps, num_steps = config.sampling.steps, config.schedule.num_steps
     _need(config, "sampling.steps", lambda value: 0 <= value <= num_steps, f"in 1..{num_steps}, or 0 for all")
-    _need(config, "sampling.eta", lambda value: 0 <= value < float("inf"), "a number >= 0")
+    _need(config, "sampling.eta", lambda value: 0 <= value <= _LARGEST, "a number >= 0 within float32's range")
     if config.sampling.sampler == "ancestral" and steps not in (0, num_steps):
         raise UserError(
             f"config.sampling.steps={steps} does not fit config.sampling.sampler='ancestral', which takes all "

@@ -60,7 +60,7 @@ def new_identity() -> str:
     return secrets.token_hex(8)
 
 
-def identity(folder: epath.Path, config: ConfigDict, about: dict[str, Any], step: int) -> str:
+def identity(folder: epath.Path, config: ConfigDict, about: dict[str, Any], step: int | None) -> str:
     """Returns the identity of the run in a workdir, which its checkpoint `step` must share.
 
     A workdir without run.json takes the identity of its checkpoint. A checkpoint of an earlier version has none.
@@ -82,7 +82,7 @@ def identity(folder: epath.Path, config: ConfigDict, about: dict[str, Any], step
     differing = [
         f"config.{key}: {before[key]!r} in the checkpoint, {now[key]!r} in config.json"
         for key in sorted(before.keys() & now.keys())
-        if key.startswith(configs.DECIDE_THE_NETWORK) and key not in configs.SAME_NETWORK and before[key] != now[key]
+        if key.startswith(("schedule.", "model.")) and key not in configs.SAME_PARAMETERS and before[key] != now[key]
     ]
     if differing:
         raise UserError(
@@ -94,4 +94,4 @@ def identity(folder: epath.Path, config: ConfigDict, about: dict[str, Any], step
 
 def _flat(config):
     """Returns the flat config as it comes back from JSON."""
-    return json.loads(json.dumps(configs.flatten(config)))
+    return json.loads(json.dumps(configs.flatten(configs.with_absolute_paths(config))))

@@ -38,13 +38,14 @@ def check_name(folder: epath.Path) -> None:
 
 
 def write_config(workdir: epath.PathLike, config: ConfigDict) -> None:
-    """Writes config.json, and creates the workdir if it is missing.
+    """Writes config.json, its paths absolute, and creates the workdir if it is missing.
 
     Raises:
       UserError: the workdir cannot be written.
     """
+    text = json.dumps(configs.with_absolute_paths(config).to_dict(), indent=2) + "\n"
     try:
-        files.write_text(absolute(workdir) / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
+        files.write_text(absolute(workdir) / "config.json", text)
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be written ({error}): give another folder") from None
 
@@ -65,12 +66,11 @@ def read_config(workdir: epath.PathLike) -> ConfigDict:
         raise UserError(f"--workdir={workdir} holds no run (no config.json): give the workdir of a training run")
     try:
         content = json.loads(file.read_text())
-        missing = configs.missing(content) if isinstance(content, dict) else None
-        if missing is None:
-            raise ValueError("it is no object of sections")
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not a config ({error}): restore it from run.json, or give another workdir") from None
-    if missing:
+    if missing := configs.missing(content):
         raise UserError(f"{file} lacks {', '.join(missing)}: restore it from run.json, or give another workdir")
     try:
         config = configs.complete(ConfigDict(content))

@@ -111,8 +111,9 @@ def test_samples_state_their_origin(workdir, tmp_path):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"num": 0}, "num=0 must be an integer >= 1"),
-        ({"num": -1}, "num=-1 must be an integer >= 1"),
+        ({"num": 0}, r"num=0 must be an integer in 1\.\."),
+        ({"num": 2**32}, r"num=4294967296 must be an integer in 1\.\."),
+        ({"num": -1}, r"num=-1 must be an integer in 1\.\."),
         ({"num": 2.0}, r"num=2\.0 must be of type int"),
         ({"num": True}, "num=True must be of type int"),
         ({"clip": (-1, 1)}, r"clip=\(-1, 1\) must be of type bool"),

@@ -86,3 +86,15 @@ def test_inpainting_with_independent_pixels_is_the_plain_chain(rough):
     images = np.where(known, IMAGES, np.nan)  # unknown values must not be used
     actual = figures.inpaint(network, rough, sigma, images, known, X, KEYS)
     np.testing.assert_allclose(actual, np.where(known, IMAGES, plain), rtol=1e-5, atol=1e-6)
+
+
+def test_steps_out_of_range_are_rejected(rough):
+    sigma, image = schedule.sigma_beta(rough), IMAGES[0]
+    for at in ([5], [-1], [1.0], 3):
+        with pytest.raises(ValueError, match=r"at=.* must be a vector of integers in 0\.\.4"):
+            figures.progressive(network, rough, sigma, X, KEYS, at)
+    for t in (5, 1.0, [3]):
+        with pytest.raises(ValueError, match=r"t=.* must be an integer in 0\.\.4"):
+            figures.interpolate(network, rough, sigma, image, image, t, np.zeros(2, np.float32), KEYS[0])
+        with pytest.raises(ValueError, match=r"start=.* must be an integer in 0\.\.4"):
+            figures.variations(network, rough, sigma, image, t, KEYS)

@@ -85,8 +85,11 @@ def test_unusable_arguments_are_refused(run, tmp_path):
         shows.show(run, "variations", 0, "x.jpg")
     with pytest.raises(UserError, match=r"must end in \.gif or \.webp for --show=animation"):
         shows.show(run, "animation", 0, "x.png")
-    with pytest.raises(UserError, match="--num=0 must be at least 1"):
+    with pytest.raises(UserError, match=r"--num=0 must be an integer in 1\.\.4,294,967,296"):
         shows.show(run, "variations", 0, "x.png", num=0)
+    for seed in (-1, 2**32, 1.5):
+        with pytest.raises(UserError, match=rf"--seed={seed} must be an integer in 0\.\.4,294,967,295"):
+            shows.show(run, "variations", seed, "x.png")
     with pytest.raises(UserError, match="holds no run"):
         shows.show(tmp_path, "variations", 0, "x.png")
 
