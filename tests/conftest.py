@@ -1,7 +1,6 @@
 """Every test runs on 4 CPU devices; silent broadcasting between ranks is an error."""
 
 import atexit
-import functools
 import os
 import shutil
 import tempfile
@@ -15,8 +14,8 @@ from diffusion_jax.configs import tiny
 from diffusion_jax.running import checkpoint
 from diffusion_jax.running import workdir as workdirs
 
-# LLVM at level 1: the tests compile thousands of programs and run each for milliseconds, so that level 3 costs them a
-# quarter of their time and gains nothing. Processes that a test starts inherit it.
+# The tests compile thousands of programs and run each for milliseconds: with less of LLVM's optimisation they take a
+# quarter less time. (Without any, two programs of one formula round differently.) Processes inherit the flag.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=1".strip()
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
@@ -35,10 +34,6 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 def pytest_collection_modifyitems(items):
     """The slow tests first: at the end one worker would wait for them."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
-
-
-# Compiles without LLVM's optimisation, in a third of the time: for tests that compare numbers, not bits.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})
 
 
 def tiny_config(**overrides):

@@ -55,7 +55,7 @@ def start(*args, devices=1, **env):
         os.environ
         | {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
             "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
@@ -100,7 +100,7 @@ def together(*args):
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     group = [f"--coordinator={address}", "--num_processes=2"]
-    flags = f"--xla_force_host_platform_device_count=2 {torture.CACHEABLE}"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2 {torture.CACHEABLE}"
     pair = [start(*args, *group, f"--process_id={i}", XLA_FLAGS=flags) for i in range(2)]
     errors = [running.communicate(timeout=300)[1] for running in pair]
     return [running.returncode for running in pair], errors

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import Examples, assert_same, quick_jit, tiny_config
+from conftest import Examples, assert_same, tiny_config
 
 from diffusion_jax import losses, parts, schedule, step
 from diffusion_jax.data import pipeline
@@ -69,7 +69,7 @@ def test_one_step_against_its_parts():
 
         return losses.simple_loss(eps_bar_fn, s, x_0, t, eps_bar).mean()
 
-    value, grads = quick_jit(jax.value_and_grad(loss))(start.params)
+    value, grads = jax.jit(jax.value_and_grad(loss))(start.params)
     norm = optax.tree.norm(grads)
     scale = min(1.0, 1.0 / float(norm))
     expected = jax.tree.map(lambda p, g: p - 2e-3 * scale * g / (abs(scale * g) + 1e-8), start.params, grads)

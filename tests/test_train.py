@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_same, quick_jit, tiny_config
+from conftest import assert_same, tiny_config
 from tensorboardX.proto import event_pb2
 
 from diffusion_jax import losses, parts, process, sample, sampling, train
@@ -174,7 +174,7 @@ def test_losses_teach_to_predict_the_noise(tmp_path, loss):
     t = np.arange(256) % 20 + 1
     eps_bar = np.random.default_rng(0).standard_normal(x_0.shape).astype(np.float32)
 
-    @quick_jit
+    @jax.jit
     def error(params):
         def eps_bar_fn(x, t):
             return parts.model(config).apply({"params": params}, x, t)

@@ -3,7 +3,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import quick_jit
 
 from diffusion_jax import unet
 
@@ -35,7 +34,7 @@ def small():
 
 def apply(model, params, *args, **kwargs):
     """Applies the network as one program; op by op it takes seconds."""
-    return quick_jit(lambda params: model.apply({"params": params}, *args, **kwargs))(params)
+    return jax.jit(lambda params: model.apply({"params": params}, *args, **kwargs))(params)
 
 
 # ---------------------------------------------------------------- Ho et al.'s weights
@@ -66,7 +65,7 @@ def test_parameter_names_are_hos_scopes():
 
 def test_initial_scales():
     """variance_scaling(1, fan_avg, uniform) has the bound sqrt(3 / fan_avg); residual branches end in 1e-5 of it."""
-    params = quick_jit(unet.UNet(**SMALL).init)(jax.random.key(0), X, T)["params"]
+    params = jax.jit(unet.UNet(**SMALL).init)(jax.random.key(0), X, T)["params"]
     assert all(np.all(leaf == 0) for path, leaf in jax.tree.leaves_with_path(params) if path[-1].key == "bias")
     block = params["mid_block_1"]
     bound = np.sqrt(3 / (9 * 16))
@@ -190,11 +189,11 @@ def test_the_step_and_every_weight_matter(small):
     def loss(params, t):
         return jnp.sum(model.apply({"params": params}, X, t) ** 2)
 
-    compiled = quick_jit(loss)
+    compiled = jax.jit(loss)
     assert not np.isclose(compiled(params, T), compiled(params, T + 1), rtol=1e-4)
     dead = [
         jax.tree_util.keystr(path)
-        for path, gradient in jax.tree.leaves_with_path(quick_jit(jax.grad(loss))(params, T))
+        for path, gradient in jax.tree.leaves_with_path(jax.jit(jax.grad(loss))(params, T))
         if not np.any(gradient)
     ]
     # Ho's network has a bias of the keys, but a shift of all keys does not change the softmax.
@@ -272,7 +271,7 @@ def test_every_block_has_its_own_dropout_keys(small, monkeypatch):
     block_keys = []
     monkeypatch.setattr(unet, "drop", lambda h, rate, keys: block_keys.append(jax.random.key_data(keys)) or h)
 
-    @quick_jit
+    @jax.jit
     def keys():
         model.clone(dropout=0.1).apply({"params": params}, X, T, True, jax.random.split(jax.random.key(0), 2))
         return jnp.concatenate(block_keys)

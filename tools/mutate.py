@@ -8,13 +8,18 @@ mutant for each new formula. Exit code 1 if a mutant survives; takes a few minut
 """
 
 import concurrent.futures
+import contextlib
+import multiprocessing
 import os
 import pathlib
 import shutil
-import subprocess
 import sys
 import tempfile
 
+import pytest
+
+# Libraries that the tests import and no mutant changes; the mutants' processes are forked after they are imported.
+PRELOAD = ["jax", "flax.linen", "optax", "orbax.checkpoint", "grain", "PIL.Image", "tensorboardX", "pytest"]
 ROOT = pathlib.Path(__file__).parent.parent
 TESTS = [
     *("tests/test_schedule.py", "tests/test_process.py", "tests/test_losses.py", "tests/test_likelihood.py"),
@@ -156,8 +161,8 @@ MUTANTS = [
 ]
 
 
-def run(mutant) -> bool:
-    """Returns True if the tests pass with one mutant planted (None: none)."""
+def run(mutant, markers=("not slow", "slow")) -> str:
+    """Returns the marker of the tests that catch a mutant (None: no mutant), "" if all pass. Has its own process."""
     with tempfile.TemporaryDirectory() as copy:
         for folder in ("diffusion_jax", "configs", "tests"):
             shutil.copytree(ROOT / folder, f"{copy}/{folder}", ignore=shutil.ignore_patterns("__pycache__"))
@@ -166,19 +171,26 @@ def run(mutant) -> bool:
             module, before, after = mutant
             file = pathlib.Path(copy, "diffusion_jax", f"{module}.py")
             file.write_text(file.read_text().replace(before, after))
+        os.chdir(copy)
         # The tests of its own module come first: most mutants go no further.
         own = [name for name in TESTS if mutant and f"test_{mutant[0].split('/')[-1]}.py" in name]
         others = [name for name in TESTS if name not in own]
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-p", "no:cacheprovider", "-m"]
-        for tests in (["not slow", *own], ["not slow", *others], ["slow", *TESTS]):
-            if len(tests) == 1:
-                continue
-            code = subprocess.run([*command, *tests], cwd=copy, capture_output=True, check=False).returncode
-            if code not in (0, 1, 2):  # 1: a test failed, 2: the mutant cannot be imported
-                raise RuntimeError(f"pytest ended with {code} for {mutant}: the machine, not the mutant, stopped it")
-            if code:
-                return False
-        return True
+        for marker in markers:
+            if not all(passes(marker, files, mutant) for files in (own, others) if files):
+                return marker
+        return ""
+
+
+def passes(marker, files, mutant) -> bool:
+    """Runs the tests of the copy that is the current folder."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        code = pytest.main(["-x", "-q", "-n0", "-p", "no:cacheprovider", "-m", marker, *files])
+    if code not in (0, 1, 2, 4, 5):  # 1: a test failed; 2, 4: the mutant cannot be imported; 5: none has this marker
+        raise RuntimeError(f"pytest ended with {code} for {mutant}: the machine, not the mutant, stopped it")
+    planted = sys.modules.get("diffusion_jax")
+    if code == 0 and (planted is None or pathlib.Path(planted.__file__).parent.parent != pathlib.Path.cwd()):
+        raise RuntimeError(f"the tests of {mutant} imported {planted}, not the copy")
+    return code in (0, 5)
 
 
 def main():
@@ -187,15 +199,20 @@ def main():
         if count != 1:
             sys.exit(f"{module}.py holds {before!r} {count} times, not once: mend MUTANTS")
     survivors = 0
-    with tempfile.TemporaryDirectory() as cache, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    with tempfile.TemporaryDirectory() as cache:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache)  # compiled programs, for all
-        passes, *results = [pool.submit(run, mutant) for mutant in (None, *MUTANTS)]
-        if not passes.result():
+        pool = concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=context, max_tasks_per_child=1)
+        unharmed, *results = [pool.submit(run, None, ["not slow"]), *(pool.submit(run, mutant) for mutant in MUTANTS)]
+        if unharmed.result():
             pool.shutdown(cancel_futures=True)
             sys.exit("the tests fail without any mutant")
         for mutant, result in zip(MUTANTS, results, strict=True):
-            survivors += result.result()
-            print("SURVIVED" if result.result() else "caught", *mutant, sep=" | ", flush=True)
+            survivors += not result.result()
+            print("caught" if result.result() else "SURVIVED", *mutant, sep=" | ", flush=True)
+        if any(result.result() == "slow" for result in results) and pool.submit(run, None, ["slow"]).result():
+            sys.exit("the slow tests fail without any mutant")
     print(f"{len(MUTANTS) - survivors} of {len(MUTANTS)} mutants caught")
     sys.exit(survivors > 0)
 
