@@ -69,10 +69,9 @@ def _loop(config, run, folder, images, lock, manager, state, about, look, began)
     state, batch = step.replicate(state), next(feed)
     feed = itertools.chain([batch], feed)
     fit.foresee(config, program(dispatches[0][0]), (state, (batch, indices)), config.train.num_steps - start)
-    is_main_process = jax.process_index() == 0  # it writes and prints
     with (
         hosts.StopSignals() as signals,
-        MetricsLog(folder, start, config.train.log_every, pending) if is_main_process else contextlib.nullcontext() as log,
+        _log(folder, start, config.train.log_every, pending) as log,
         _progress(start, config.train.num_steps) as bar,
     ):
         watch = Watch(config.train, manager, log, bar, began)
@@ -138,7 +137,7 @@ def prepare(config: ConfigDict) -> None:
 
 
 def _begin(config, folder, stack):
-    """Validates everything, locks the workdir, writes config.json and returns the images and the lock."""
+    """Validates everything, locks the workdir and returns the images and the lock."""
     hosts.check_same(configs.flatten(config) | {"workdir": folder})
     configs.check_batch(config, jax.device_count())
     workdirs.check_name(folder)
@@ -147,7 +146,6 @@ def _begin(config, folder, stack):
         configs.check_same_run(workdirs.read_config(folder), config, folder)
     images = parts.images(config)
     locks = locks or [stack.enter_context(Lock(folder))]
-    hosts.on_main(lambda: workdirs.write_config(folder, config))
     hosts.check_shared(folder)
     alpha_bar = float(parts.schedule(config).alpha_bar[-1])
     for text in configs.warnings(config, alpha_bar) if jax.process_index() == 0 else ():
@@ -156,13 +154,14 @@ def _begin(config, folder, stack):
 
 
 def _resume(config, run, folder, manager):
-    """Returns (the state to start from, what its checkpoints say about it), and records the start in run.json."""
+    """Returns (the state to start from, what its checkpoints say about it), and records the config in config.json, run.json."""
     state, about = checkpoint.restore(manager, run.abstract_state(), set_aside=True), {}
     if state is not None:
         about = checkpoint.read_about(manager, int(state.step))
     identity = history.identity(folder, config, about, None if state is None else int(state.step))
     state = run.init_state() if state is None else state
     start = int(state.step)
+    hosts.on_main(lambda: workdirs.write_config(folder, config))
     changes = hosts.on_main(lambda: history.record(folder, identity, start, config))
     if jax.process_index() == 0:
         num_parameters = sum(x.size for x in jax.tree.leaves(state.params))
@@ -248,6 +247,13 @@ def _draw_grid(sample_fn, state, seed, folder) -> epath.Path:
         if jax.process_index() == 0:
             grids.save_png(path, grids.grid(pixels.to_uint8(x)))
     return path
+
+
+def _log(folder, start, every, pending):
+    """Opens the metrics of the run in process 0, which writes and prints."""
+    if jax.process_index() == 0:
+        return MetricsLog(folder, start, every, pending)
+    return contextlib.nullcontext()
 
 
 def _progress(start, num_steps):

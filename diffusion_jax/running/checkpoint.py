@@ -18,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp  # noqa: TID251 (the only importer of Orbax)
 import tensorstore  # Orbax writes with it
 from etils import epath
+
 from diffusion_jax.errors import UserError, one_line
 from diffusion_jax.running import hosts
 from diffusion_jax.running.workdir import absolute
@@ -141,14 +142,14 @@ def restore(manager: ocp.CheckpointManager, like: Any, set_aside: bool = False) 
                 damaged[step] = str(error)
                 continue
             for bad, reason in damaged.items():
-                if hosts.on_main(lambda bad=bad: (manager.directory / str(bad)).exists()):
+                if hosts.on_main((manager.directory / str(bad)).exists):
                     print(f"checkpoint {bad} is damaged ({reason}): resuming from checkpoint {step}")
                     if set_aside:
                         _set_aside(manager, bad)
             return state
         if not damaged:
             return None
-        hosts.on_main(lambda: time.sleep(1))  # a training deletes the files of a checkpoint one by one
+        time.sleep(1)  # a training deletes the files of a checkpoint one by one
         manager.reload()
         if sorted(manager.all_steps(), reverse=True) == steps:
             break

@@ -41,7 +41,9 @@ def record(folder: epath.Path, run: str, step: int, config: ConfigDict) -> list[
     history, now = read(folder), _flat(config)
     before = history["starts"][-1]["config"] if history["starts"] else now
     changes = [
-        f"config.{key}: {before.get(key)!r} before, {value!r} now" for key, value in now.items() if before.get(key) != value
+        f"config.{key}: {before.get(key)!r} before, {value!r} now"
+        for key, value in now.items()
+        if before.get(key) != value
     ]
     if changes or not history["starts"] or history["run"] != run:
         start = {"step": step, "time": time.strftime("%F %T %Z"), "config": now}
@@ -75,8 +77,8 @@ def identity(folder: epath.Path, config: ConfigDict, about: dict[str, Any], step
     theirs = about.get("run", "")
     if run and theirs and run != theirs:
         raise UserError(
-            f"checkpoint {step} in {folder}/checkpoints belongs to another run ({theirs}; run.json names {run}): remove "
-            "it, or copy that run's whole workdir and use the copy"
+            f"checkpoint {step} in {folder}/checkpoints belongs to another run ({theirs}; run.json names {run}): "
+            "remove it, or copy that run's whole workdir and use the copy"
         )
     before, now = about.get("config", {}), _flat(config)
     differing = [

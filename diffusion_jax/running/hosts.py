@@ -176,7 +176,9 @@ def check_same(settings: Mapping[str, Any]) -> None:
             if all_settings[0].get(key) != others.get(key)
         ]
         if differing:
-            raise UserError(f"the processes were started differently ({', '.join(differing)}): give all the same command")
+            raise UserError(
+                f"the processes were started differently ({', '.join(differing)}): give all the same command"
+            )
 
 
 def check_shared(workdir: epath.Path) -> None:

@@ -122,7 +122,7 @@ class Lock:
 
     def _taken(self, holder):
         return UserError(
-            f"--workdir={self._path.parent} is in use by {_named(holder)}: wait for it, stop it, or give another workdir"
+            f"--workdir={self._path.parent} is in use by {_named(holder)}: wait for it, stop it, or give another folder"
         )
 
 

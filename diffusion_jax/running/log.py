@@ -26,9 +26,7 @@ class MetricsLog:
     interval that began before `start` come from the checkpoint, so the lines do not depend on where a run stopped.
     """
 
-    def __init__(
-        self, workdir: epath.Path, start: int, every: int, pending: Sequence[dict[str, float]] = ()
-    ) -> None:
+    def __init__(self, workdir: epath.Path, start: int, every: int, pending: Sequence[dict[str, float]] = ()) -> None:
         """Opens the log; `pending` is `self.pending` at `start`."""
         self._every = every
         self.pending: list[dict[str, float]] = list(pending)  # the steps since the last line

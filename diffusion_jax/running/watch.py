@@ -17,9 +17,7 @@ from diffusion_jax.running.log import MetricsLog
 class Watch:
     """Reads the metrics of the steps two dispatches late, so that the devices never wait for the host."""
 
-    def __init__(
-        self, train: ConfigDict, manager: Any, log: MetricsLog | None, bar: tqdm.tqdm, began: float
-    ) -> None:
+    def __init__(self, train: ConfigDict, manager: Any, log: MetricsLog | None, bar: tqdm.tqdm, began: float) -> None:
         """Takes train.* of the config, the checkpoint manager, process 0's log, the bar and the time of the start."""
         self._train = train
         self._manager, self._log, self._bar, self._began = manager, log, bar, began

@@ -69,7 +69,7 @@ def read_config(workdir: epath.PathLike) -> ConfigDict:
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}")
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not a config ({error}): restore it from run.json, or give another workdir") from None
+        raise UserError(f"{file} is no config ({error}): restore it from run.json, or give another workdir") from None
     if missing := configs.missing(content):
         raise UserError(f"{file} lacks {', '.join(missing)}: restore it from run.json, or give another workdir")
     try:
