@@ -2,7 +2,9 @@
 
 import sys
 
-from diffusion_jax import cli
-
 if __name__ == "__main__":
+    try:
+        from diffusion_jax import cli
+    except KeyboardInterrupt:  # the imports take seconds
+        sys.exit("stopped by Ctrl-C")
     sys.exit(cli.main(sys.argv))

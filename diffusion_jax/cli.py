@@ -8,6 +8,7 @@ diffusion_jax --mode=sample --help
 import logging as stdlib_logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -337,6 +338,10 @@ def run(argv: Sequence[str]) -> None:
         _silence_libraries()
     if mode.on_device:
         hosts.initialize(args.platform, args.coordinator, args.num_processes, args.process_id)
+        config = {} if args.config is None else configs.flatten(args.config)
+        own = ("config", "process_id", "debug")  # flags that may differ between processes; "config" is a file
+        asked = {f"--{flag}": args[flag].value for flag in _FLAGS if flag not in own}
+        hosts.check_same(asked | {f"config.{key}": value for key, value in config.items()})
     mode.run(args)
 
 
@@ -365,4 +370,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0

@@ -138,7 +138,7 @@ def prepare(config: ConfigDict) -> None:
 
 def _begin(config, folder, stack):
     """Validates everything, locks the workdir and returns the images and the lock."""
-    hosts.check_same(configs.flatten(config) | {"workdir": folder})
+    hosts.check_same({f"config.{key}": value for key, value in configs.flatten(config).items()} | {"workdir": folder})
     configs.check_batch(config, jax.device_count())
     workdirs.check_name(folder)
     locks = [stack.enter_context(Lock(folder))] if hosts.on_main(folder.exists) else []  # before the long work
@@ -154,7 +154,7 @@ def _begin(config, folder, stack):
 
 
 def _resume(config, run, folder, manager):
-    """Returns (the state to start from, what its checkpoints say about it), and records the config in config.json, run.json."""
+    """Returns (the state to start from, what its checkpoints say about it), and writes config.json and run.json."""
     state, about = checkpoint.restore(manager, run.abstract_state(), set_aside=True), {}
     if state is not None:
         about = checkpoint.read_about(manager, int(state.step))

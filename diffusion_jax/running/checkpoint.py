@@ -82,7 +82,7 @@ def save(manager: ocp.CheckpointManager, step: int, state: Any, about: dict[str,
     check(manager)
     _check_room(manager, step, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
     args = ocp.args.Composite(
-        state=ocp.args.StandardSave(state),
+        state=ocp.args.PyTreeSave(state),
         checksums=ocp.args.JsonSave(checksums(state)),
         about=ocp.args.JsonSave(about or {}),
     )
@@ -149,6 +149,8 @@ def restore(manager: ocp.CheckpointManager, like: Any, set_aside: bool = False) 
             return state
         if not damaged:
             return None
+        if set_aside:  # the training itself
+            break
         time.sleep(1)  # a training deletes the files of a checkpoint one by one
         manager.reload()
         if sorted(manager.all_steps(), reverse=True) == steps:

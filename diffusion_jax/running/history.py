@@ -25,6 +25,7 @@ def read(folder: epath.Path) -> dict[str, Any]:
         history = json.loads(file.read_text())
         if isinstance(history["run"], str) and all(isinstance(start["config"], dict) for start in history["starts"]):
             return history
+        raise ValueError("it is no history")
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError, TypeError):

@@ -16,6 +16,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.running import files, hosts
 
 BEAT = 10  # seconds between two signs of life of a training whose workdir has no file locks
+PAUSE = 2  # seconds in which a second newcomer would show
 DEAD = 35  # seconds without a sign of life after which such a training has ended
 
 
@@ -36,7 +37,7 @@ class Lock:
         self._holder = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T %Z")}
         self._holder["token"] = secrets.token_hex(8)
         self._ended = threading.Event()
-        self._lost = False
+        self._made = self._lost = False
 
     def __enter__(self) -> Self:
         hosts.on_main(self._take)
@@ -51,8 +52,9 @@ class Lock:
         elif self._holder.get("beat") and not self._lost:
             with contextlib.suppress(OSError):
                 self._path.unlink()
-        with contextlib.suppress(OSError):  # only an empty folder: the run was refused before it began
-            os.rmdir(self._path.parent)
+        if self._made:
+            with contextlib.suppress(OSError):  # only an empty folder: the run was refused before it began
+                os.rmdir(self._path.parent)
 
     def check(self) -> None:
         """Raises UserError if another training has taken the workdir from this one, which had given no sign of life."""
@@ -61,6 +63,7 @@ class Lock:
 
     def _take(self):
         try:
+            self._made = not self._path.parent.exists()
             self._path.parent.mkdir(parents=True, exist_ok=True)
             if "://" in str(self._path) or not self._lock():
                 self._lease()
@@ -94,20 +97,22 @@ class Lock:
             while time.monotonic() < end and (now := self._read()):
                 if now != before:
                     raise self._taken(now)
-                time.sleep(1)
+                time.sleep(PAUSE / 2)
         self._beat()
-        time.sleep(2)  # two newcomers: the one that wrote last has the workdir
+        time.sleep(PAUSE)  # two newcomers: the one that wrote last has the workdir
         if self._read().get("token") != self._holder["token"]:
             raise self._taken(self._read())
         threading.Thread(target=self._live, daemon=True).start()
 
     def _live(self):
-        while not self._ended.wait(BEAT):
+        while not self._ended.wait(BEAT) and not self._lost:
             with contextlib.suppress(OSError):  # the next beat may succeed
-                self._lost = self._read().get("token", self._holder["token"]) != self._holder["token"]
-                if self._lost:
-                    return
-                self._beat()
+                self._live_once()
+
+    def _live_once(self):
+        self._lost = self._read().get("token", self._holder["token"]) != self._holder["token"]
+        if not self._lost:
+            self._beat()
 
     def _beat(self):
         self._holder["beat"] = self._holder.get("beat", 0) + 1

@@ -32,7 +32,7 @@ class MetricsLog:
         self.pending: list[dict[str, float]] = list(pending)  # the steps since the last line
         self._path = workdir / "metrics.jsonl"
         # Files in a bucket cannot grow: metrics.jsonl is rewritten, and events are copied from a local folder.
-        self._remote = "://" in str(workdir)
+        self._remote = self._is_remote()
         self._content, self._last = self._drop_lines_after(start)
         self._events_folder = epath.Path(tempfile.mkdtemp()) if self._remote else workdir
         # The usual writer's thread dies when the disk is full, and its queue then blocks the run for ever.
@@ -133,6 +133,9 @@ class MetricsLog:
             for file in self._events_folder.iterdir():
                 file.copy(self._path.parent / file.name, overwrite=True)
 
+    def _is_remote(self):
+        return "://" in str(self._path)
+
     def _drop_lines_after(self, step):
         """Cuts the file after the last line of the steps up to `step`.
 
@@ -144,6 +147,8 @@ class MetricsLog:
         if self._remote:
             content = self._path.read_bytes()
             end, last = _end(content, step, self._every)
+            with files.replacing(self._path) as file:
+                file.write(content[:end])
             return content[:end], last
         with open(self._path, "r+b") as file:
             if not file.seek(0, os.SEEK_END):
