@@ -11,7 +11,7 @@ import pytest
 
 from diffusion_jax import parts, schedule
 from diffusion_jax.configs import tiny
-from diffusion_jax.running import checkpoint
+from diffusion_jax.running import checkpoint, history
 from diffusion_jax.running import workdir as workdirs
 
 # The tests compile thousands of programs and run each for milliseconds: with less of LLVM's optimisation they take a
@@ -66,13 +66,15 @@ def assert_same(a, b):
 
 
 def write_random_run(workdir, **overrides):
-    """Writes a run of configs/tiny.py with a checkpoint of step 0 whose values are random."""
-    config, rng = tiny_config(**overrides), np.random.default_rng(0)
+    """Writes a run of configs/tiny.py with a checkpoint of step 0 whose values are random; returns its identity."""
+    config, rng, run = tiny_config(**overrides), np.random.default_rng(0), history.new_identity()
     workdirs.write_config(workdir, config)
+    history.record(workdirs.absolute(workdir), run, 0, config)
     shapes = parts.abstract_state(config)
     state = jax.tree.map(lambda leaf: np.asarray(rng.normal(0, 0.1, leaf.shape)).astype(leaf.dtype), shapes)
     with checkpoint.open_manager(workdir) as manager:
-        checkpoint.save(manager, 0, state)
+        checkpoint.save(manager, 0, state, history.about(run, config))
+    return run
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -238,6 +238,16 @@ def test_celeba_without_data_says_what_to_do(command, tmp_path):
     assert re.search(r"error: .*tfds:celeb_a.*requirements-prepare\.txt.*folder or a zip.*\n", err)
 
 
+@pytest.mark.parametrize("mode", [["--mode=sample"], ["--mode=report"], ["--config=tiny"]])
+def test_ctrl_c_ends_a_mode_with_one_line(command, tmp_path, monkeypatch, mode):
+    def interrupted(*args, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "MODES", {name: row._replace(run=interrupted) for name, row in cli.MODES.items()})
+    code, _, err = command(*mode, f"--workdir={tmp_path}")
+    assert (code, err) == (130, "stopped by Ctrl-C\n")
+
+
 def test_debug_shows_the_traceback(command, tmp_path):
     with pytest.raises(diffusion_jax.errors.UserError):
         command("--config=tiny", f"--workdir={tmp_path / 'new'}", "--config.schedule.num_steps=0", "--debug")

@@ -1,12 +1,13 @@
 import glob
 import json
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_same, tiny_config
+from conftest import assert_same, tiny_config, write_random_run
 from tensorboardX.proto import event_pb2
 
 from diffusion_jax import losses, parts, process, sample, sampling, train
@@ -15,8 +16,10 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.interop import samples
 from diffusion_jax.interop.samples import write_samples
 from diffusion_jax.planning import programs
-from diffusion_jax.running import checkpoint
+from diffusion_jax.running import checkpoint, hosts
 from diffusion_jax.running import workdir as workdirs
+from diffusion_jax.running.lock import Lock
+from tools import torture
 
 
 def run(workdir, **overrides):
@@ -51,6 +54,69 @@ def test_resumed_run_ends_bit_for_bit_where_the_uninterrupted_ends(uninterrupted
     assert_same(resumed, whole)
     assert (tmp_path / "samples/6.png").read_bytes() == (whole_workdir / "samples/6.png").read_bytes()
     assert without_speed(lines(tmp_path)) == without_speed(lines(whole_workdir))
+
+
+def test_a_stop_where_a_grid_is_due_loses_nothing(uninterrupted, tmp_path, monkeypatch, capsys):
+    """The grid, the line of an interval that is cut, and that of the last, shorter interval."""
+    own = {"train__sample_every": 3, "train__log_every": 4}
+    run(tmp_path / "whole", **own)
+    monkeypatch.setattr(hosts.StopSignals, "agreed", lambda self, manager, step: 15 if step == 3 else None)
+    with pytest.raises(hosts.Stopped, match="stopped by a signal after step 3, which is saved"):
+        run(tmp_path / "stopped", **own)
+    assert not (tmp_path / "stopped/samples/3.png").exists()
+    monkeypatch.undo()
+    run(tmp_path / "stopped", **own)
+    for grid in ("3.png", "6.png"):
+        assert (tmp_path / "stopped/samples" / grid).read_bytes() == (tmp_path / "whole/samples" / grid).read_bytes()
+    assert without_speed(lines(tmp_path / "stopped")) == without_speed(lines(tmp_path / "whole"))
+    assert [line["step"] for line in lines(tmp_path / "whole")] == [4, 6]
+
+    grid = tmp_path / "whole/samples/6.png"
+    whole = grid.read_bytes()
+    grid.write_bytes(whole[:100])  # as after a kill while an earlier version drew it
+    capsys.readouterr()
+    run(tmp_path / "whole", **own | {"train__num_steps": 5})
+    assert grid.read_bytes() == whole
+    assert "the run has taken more steps than config.train.num_steps=5: nothing to do" in capsys.readouterr().out
+
+
+def test_a_second_training_in_the_workdir_is_refused(tmp_path):
+    write_random_run(tmp_path)
+    before = (tmp_path / "config.json").read_text()
+    with Lock(workdirs.absolute(tmp_path)), pytest.raises(UserError, match="is in use by a training in process"):
+        run(tmp_path, seed=1)
+    assert (tmp_path / "config.json").read_text() == before
+
+
+def test_a_checkpoint_of_another_run_is_neither_trained_nor_sampled(tmp_path):
+    own, other = (write_random_run(tmp_path / name) for name in ("own", "other"))
+    shutil.rmtree(tmp_path / "own/checkpoints")
+    shutil.copytree(tmp_path / "other/checkpoints", tmp_path / "own/checkpoints")
+    for use in (run, sample.load, sample.load_network):
+        with pytest.raises(UserError, match=rf"belongs to another run \({other}; run.json names {own}\)"):
+            use(tmp_path / "own")
+
+
+def test_a_config_that_was_edited_is_not_sampled(tmp_path):
+    write_random_run(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(file.read_text().replace("su_linear", "cosine"))
+    with pytest.raises(UserError, match=r"config.schedule.name: 'su_linear' in the checkpoint, 'cosine' in config.json"):
+        sample.load(tmp_path)
+    with pytest.raises(UserError, match=r"holds another run .config.schedule.name: 'cosine' there, 'su_linear' here"):
+        run(tmp_path)
+
+
+def test_a_first_save_that_cannot_be_read_back_stops_the_run(uninterrupted, tmp_path, monkeypatch):
+    def save(manager, step, state, about):
+        write(manager, step, state, about)
+        checkpoint.wait(manager)
+        torture.DAMAGE["array files missing"](tmp_path / "checkpoints" / str(step))
+
+    write = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", save)
+    with pytest.raises(UserError, match=r"checkpoint 3 was written to .*, but cannot be read back"):
+        run(tmp_path)
 
 
 def forget_position(monkeypatch):

@@ -101,7 +101,7 @@ class MetricsLog:
           UserError: the log cannot be written.
         """
         loss = _mean([m["loss"] for m in self.pending]) if self.pending else self._last.get("loss")
-        self._last = {"step": step, "loss": loss} | metrics
+        self._last = {"step": step, "loss": loss} | {name: _mean([value]) for name, value in metrics.items()}
         self._write_or_raise(self._last)
         self._read += seconds
         self._started += seconds

@@ -6,9 +6,11 @@ import jax
 import numpy as np
 import pytest
 from conftest import assert_same
+from etils import epath
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.running import checkpoint
+from diffusion_jax.running import workdir as workdirs
 from tools import torture
 
 
@@ -54,6 +56,73 @@ def test_only_the_latest_are_kept(tmp_path):
         for step in (1, 2, 3, 4):
             checkpoint.save(manager, step, state(step))
     assert names(tmp_path) == ["3", "4"]
+
+
+def test_checkpoints_in_between_push_out_no_others(tmp_path):
+    """A grid at every step, checkpoints at every third: the last two of those stay, and the newest."""
+    with checkpoint.open_manager(tmp_path, keep=2, every=3) as manager:
+        for step in range(1, 12):
+            checkpoint.save(manager, step, state(step))
+    assert names(tmp_path) == ["11", "6", "9"]
+
+
+def test_what_is_known_about_a_checkpoint(run):
+    with checkpoint.open_manager(run) as manager:
+        checkpoint.save(manager, 40, state(40), {"run": "ab", "metrics": [{"loss": 0.5}]})
+    shutil.rmtree(run / "checkpoints" / "30" / "about")  # as earlier versions
+    with checkpoint.open_manager(run, read_only=True) as manager:
+        assert checkpoint.read_about(manager, 40) == {"run": "ab", "metrics": [{"loss": 0.5}]}
+        assert checkpoint.read_about(manager, 30) == {}
+    assert_same(restore(run), state(40))
+
+
+def test_a_field_alone(run):
+    with checkpoint.open_manager(run, read_only=True) as manager:
+        assert_same(checkpoint.restore(manager, LIKE._replace(params=None)), state(30)._replace(params=None))
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read(run, monkeypatch, capsys):
+    read, reads = checkpoint._read, []
+
+    def slow_read(manager, step, like):
+        reads.append(step)
+        if len(reads) == 1:
+            with checkpoint.open_manager(run, keep=1) as training:
+                checkpoint.save(training, 40, state(40))
+            raise checkpoint._Damaged("a file is missing")
+        return read(manager, step, like)
+
+    monkeypatch.setattr(checkpoint, "_read", slow_read)
+    monkeypatch.setattr(checkpoint.time, "sleep", lambda seconds: None)
+    assert_same(restore(run), state(40))
+    assert "damaged" not in capsys.readouterr().out
+
+
+def test_a_save_that_cannot_be_read_back_is_noticed(run):
+    with checkpoint.open_manager(run) as manager:
+        checkpoint.verify(manager, 30, LIKE)
+        torture.DAMAGE["array files missing"](run / "checkpoints" / "30")
+        with pytest.raises(UserError, match=r"checkpoint 30 was written to .* cannot be read back .*: give a workdir"):
+            checkpoint.verify(manager, 30, LIKE)
+
+
+@pytest.mark.parametrize(
+    "name", ["run#2", "100%20", "a b", "a:b", "~", "$HOME", "Ωλ字", "a\nb", "{a,b}", "it's", "-x", "a&b=c"]
+)
+def test_any_name_of_a_folder_works(tmp_path, name):
+    workdirs.check_name(epath.Path(tmp_path / name))
+    with checkpoint.open_manager(tmp_path / name) as manager:
+        checkpoint.save(manager, 7, state(7))
+        checkpoint.verify(manager, 7, LIKE)
+    assert_same(restore(tmp_path / name), state(7))
+
+
+@pytest.mark.parametrize("name", ["t_[br]", "a*b", "a?", "back\\slash"])
+def test_names_that_orbax_misreads_are_refused(tmp_path, name):
+    with pytest.raises(
+        UserError, match=r"--workdir=.* in its path, where checkpoints cannot be written: give "
+    ):
+        workdirs.check_name(epath.Path(tmp_path / name))
 
 
 def test_what_is_saved_is_a_copy(tmp_path):

@@ -16,6 +16,20 @@ def test_signals_wait_for_the_training_loop():
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
+def test_a_lost_terminal_stops_the_run_as_sigterm_does_unless_nohup_ignores_it():
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        with hosts.StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.agreed(None, 2) == signal.SIGHUP
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with hosts.StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.agreed(None, 2) is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_second_interrupt_ends_the_process_at_once(capsys):
     with hosts.StopSignals() as signals:
         os.kill(os.getpid(), signal.SIGINT)
@@ -49,6 +63,35 @@ def test_a_missing_platform_is_an_error():
         hosts._check_devices("gpu")
     hosts._check_devices("cpu")
     hosts._check_devices("")
+
+
+@pytest.mark.parametrize(
+    "device, vendor_file, vendor, found",
+    [
+        ("dev/accel0", "sys/class/accel/accel0/device/vendor", "0x1ae0", True),
+        ("dev/accel0", None, None, True),  # no /sys in the container
+        ("dev/accel0", "sys/class/accel/accel0/device/vendor", "0x8086", False),
+        ("dev/accel/accel0", "sys/class/accel/accel0/device/vendor", "0x8086", False),  # a laptop's NPU
+        ("dev/vfio/5", "sys/kernel/iommu_groups/5/devices/0000:00:05.0/vendor", "0x1ae0", True),
+        ("dev/vfio/5", "sys/kernel/iommu_groups/5/devices/0000:00:05.0/vendor", "0x10de", False),
+        ("dev/vfio/vfio", None, None, False),
+    ],
+)
+def test_only_googles_accelerators_are_tpus(tmp_path, device, vendor_file, vendor, found):
+    for file, text in ((device, ""), (vendor_file, vendor)):
+        if file:
+            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / file).write_text(f"{text}\n")
+    assert hosts._accelerators(tmp_path) == ([str(tmp_path / device)] if found else [])
+
+
+def test_processes_that_were_started_differently_are_refused(monkeypatch):
+    asked = {"--seed": 0, "config.train.num_steps": 10}
+    monkeypatch.setattr(hosts, "gather", lambda mine: [mine, mine, mine | {"config.train.num_steps": "20"}])
+    with pytest.raises(UserError, match=r"\(config.train.num_steps: 10 in process 0, 20 in process 2\): give all "):
+        hosts.check_same(asked)
+    monkeypatch.setattr(hosts, "gather", lambda mine: [mine, mine])
+    hosts.check_same(asked)
 
 
 def test_a_tpu_machine_never_uses_its_cpu_silently(monkeypatch):

@@ -23,11 +23,10 @@ def held_elsewhere(folder):
 
 
 def test_a_second_training_is_refused_and_a_killed_one_blocks_nobody(tmp_path):
-    other = held_elsewhere(tmp_path / "run")
-    with pytest.raises(UserError, match=rf"in use by a training in process {other.pid} on .+ since 20\d\d-"):
-        Lock(epath.Path(tmp_path / "run")).__enter__()
-    other.kill()
-    other.wait()
+    with held_elsewhere(tmp_path / "run") as other:
+        with pytest.raises(UserError, match=rf"in use by a training in process {other.pid} on .+ since 20\d\d-"):
+            Lock(epath.Path(tmp_path / "run")).__enter__()
+        other.kill()
     with Lock(epath.Path(tmp_path / "run")) as own:
         own.check()
         assert json.loads((tmp_path / "run" / ".training").read_text())["process"] == os.getpid()
