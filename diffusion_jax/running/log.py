@@ -115,6 +115,16 @@ class MetricsLog:
         return kept
 
 
+def parse_line(text: bytes) -> dict | None:
+    """Returns a line of metrics.jsonl, or None if it is damaged: no JSON object, or no integer "step" from 0."""
+    try:
+        line = json.loads(text)
+        step = line["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):  # RecursionError: nested too deeply
+        return None
+    return line if isinstance(line, dict) and type(step) is int and 0 <= step < 2**63 else None
+
+
 def _step(line):
     """Returns the step of a line, or infinity for an incomplete line, which a killed process leaves."""
     try:
