@@ -101,7 +101,7 @@ def test_a_config_that_was_edited_is_not_sampled(tmp_path):
     write_random_run(tmp_path)
     file = tmp_path / "config.json"
     file.write_text(file.read_text().replace("su_linear", "cosine"))
-    with pytest.raises(UserError, match=r"config.schedule.name: 'su_linear' in the checkpoint, 'cosine' in config.json"):
+    with pytest.raises(UserError, match=r"schedule.name: 'su_linear' in the checkpoint, 'cosine' in config.json"):
         sample.load(tmp_path)
     with pytest.raises(UserError, match=r"holds another run .config.schedule.name: 'cosine' there, 'su_linear' here"):
         run(tmp_path)

@@ -26,9 +26,8 @@ def open_source(source: str, path: str, *, split: str = "train", manual_dir: str
     Raises:
       UserError: the source does not exist, or has no images.
     """
-    name = source.removeprefix("tfds:")
-    if source.startswith("tfds:") and (not path or _is_tfds_folder(Path(os.path.expanduser(path)), name)):
-        return tfds(name, data_dir=path, manual_dir=manual_dir, split=split)
+    if source.startswith("tfds:") and name_of(source, path) == source:
+        return tfds(source.removeprefix("tfds:"), data_dir=path, manual_dir=manual_dir, split=split)
     split, bounds = _parse_split(split)
     if source == "digits" and not path:
         return _part(digits(split), bounds)
@@ -40,6 +39,13 @@ def open_source(source: str, path: str, *, split: str = "train", manual_dir: str
     if path:
         raise UserError(f"config.data.path={path!r} does not exist: give a folder, a zip or an idx file")
     raise UserError(f"config.data.source={source!r} must be 'digits', 'tfds:<name>', 'files' or an existing path")
+
+
+def name_of(source: str, path: str) -> str:
+    """Returns what `open_source` reads: `source`, or `path` where it takes precedence."""
+    name = source.removeprefix("tfds:")
+    in_folder = source.startswith("tfds:") and _is_tfds_folder(Path(os.path.expanduser(path)), name)
+    return source if not path or in_folder else path
 
 
 def _parse_split(split):

@@ -15,6 +15,7 @@ from scipy.special import gammaln
 from diffusion_jax import likelihood, sampling
 from diffusion_jax.data import pixels
 from diffusion_jax.data.cache import Cached, OnTheFly
+from diffusion_jax.errors import one_line
 from diffusion_jax.parts import Parts
 from diffusion_jax.pictures import grids
 from diffusion_jax.running import files
@@ -82,7 +83,7 @@ def _bound(run, sigma, params, dataset, chosen, seed, batch_size, partial, ident
     processes, devices = jax.process_count(), jax.local_device_count()
     per_device = max(1, batch_size // (processes * devices))
     batch = per_device * devices * processes
-    each, sums = _read_partial(partial, identity, run.schedule.num_steps)
+    each, sums = _read_partial(partial, identity, len(chosen), run.schedule.num_steps)
     bound, params, rng = _bound_fn(run, sigma), jax.device_put(params), jax.random.key(seed)
     if processes > 1:
         multihost_utils.sync_global_devices("read")  # before process 0 writes
@@ -119,13 +120,23 @@ def _bound_fn(run: Parts, sigma: jax.Array) -> Callable:
     return jax.pmap(bound, in_axes=(None, None, 0, 0))
 
 
-def _read_partial(path, identity, num_steps):
-    """Returns the content of the file, or empty arrays if it is missing or has another identity."""
-    if path.exists():
-        with path.open("rb") as file, np.load(file) as content:
-            if str(content["identity"]) == identity:
-                return content["each"], content["sums"]
-    return np.zeros((0, 4)), np.zeros((3, num_steps))
+def _read_partial(path, identity, num, num_steps):
+    """Returns the content of the file, or empty arrays if it is missing, damaged or of another identity."""
+    empty = np.zeros((0, 4)), np.zeros((3, num_steps))
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
+            if str(content["identity"]) != identity:
+                return empty
+            each, sums = content["each"], content["sums"]
+        if each.shape != (min(len(each), num), 4) or sums.shape != (3, num_steps):
+            raise ValueError(f"arrays {each.shape} and {sums.shape}")
+        return np.float64(each), np.float64(sums)
+    except FileNotFoundError:
+        return empty
+    except Exception as error:  # NumPy and zipfile raise many types
+        if jax.process_index() == 0:
+            print(f"{path} is damaged ({one_line(error, 200)}): measuring its images again")
+        return empty
 
 
 def _write_partial(path, each, sums, identity):

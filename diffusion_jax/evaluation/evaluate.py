@@ -4,18 +4,18 @@ All files go to <workdir>/evaluation/<step>/: evaluation.json for machines, eval
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from etils import epath
 
 from diffusion_jax import likelihood, parts, schedule
-from diffusion_jax.errors import UserError
+from diffusion_jax.data import sources
+from diffusion_jax.errors import UserError, one_line
 from diffusion_jax.evaluation import bound, inception, metrics, monitor, quality
 from diffusion_jax.evaluation.report import report
 from diffusion_jax.pictures import grids
@@ -53,20 +53,22 @@ def evaluate(
       The content of evaluation.json.
 
     Raises:
-      UserError: there is no run, no checkpoint or no such split; samples or statistics cannot be used.
+      UserError: there is no run, no checkpoint or no such split; samples or statistics cannot be used. Nothing has
+        been measured then.
     """
     if num is not None and num < 1:
         raise UserError(f"--num={num} must be at least 1")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed={seed} must be in 0 … 2^32 - 1")
     config = read_config(workdir)
     run = parts.build(config)
-    splits = splits or tuple(filter(None, (config.data.split, config.data.test_split)))
-    extractor = _extractor(inception_path)
-    generated = quality.read_samples(samples) if samples else None
-    saved = quality.load_statistics(reference) if reference else None
-    if reference and generated is None:
-        raise UserError(f"--reference={reference} needs --samples to compare with: give a file or a folder")
-    datasets = {split: read_images(config, workdir, split) for split in splits}
+    if not all(splits):
+        raise UserError(f"--splits={','.join(splits)} has an empty name: give splits such as train,test")
+    generated, extractor, saved = _read_samples(config, run.image_shape, samples, inception_path, reference)
     step, params = ema_params(run, workdir)
+    datasets = _datasets(config, workdir, splits)
+    if generated is not None and saved is None:
+        quality.check_sizes(extractor.num_features, len(generated), len(next(iter(datasets.values()))))
     folder = absolute(workdir) / "evaluation" / str(step)
     sigma_name, sigma = _deviations(config, run)
     result = {"step": step, "seed": seed, "protocol": _protocol(run, sigma_name, seed), "splits": {}}
@@ -90,13 +92,31 @@ def evaluate(
     return result
 
 
+def _datasets(config, workdir, splits):
+    """Returns {split: images} of `splits`, or else of the config's."""
+    if not splits:
+        named = config.data.split, *filter(None, [config.data.test_split])
+        return {split: read_images(config, workdir, split) for split in named}
+    try:
+        return {split: read_images(config, workdir, split) for split in splits}
+    except UserError as error:
+        raise UserError(f"--splits={','.join(splits)}: {error}") from None
+
+
 def _earlier_samples(folder):
     """Returns the sample sections of an earlier evaluation of the step, to be replaced one by one."""
     try:
         earlier = json.loads((folder / "evaluation.json").read_text())
-        return {name: earlier[name] for name in _SECTIONS if name in earlier}
-    except (OSError, ValueError):
+        sections = {name: earlier[name] for name in _SECTIONS if name in earlier}
+        for section in sections.values():
+            _section(section)
+    except FileNotFoundError:
         return {}
+    except Exception as error:  # JSON of any content
+        if jax.process_index() == 0:
+            print(f"{folder}/evaluation.json is damaged ({one_line(error, 200)}): its samples are left out")
+        return {}
+    return sections
 
 
 def _stem(split):
@@ -133,33 +153,67 @@ def _protocol(run, sigma_name, seed):
 # ---------------------------------------------------------------- samples
 
 
-def _extractor(path):
-    """Returns (name, checksum, features) of Inception v3 at `path`, or of pixels if it is ""."""
+class _Extractor(NamedTuple):
+    name: str
+    checksum: str
+    num_features: int
+    features: quality.Features
+
+
+def _extractor(path, image_shape):
+    """Returns the features of Inception v3 at `path`, or pixels if it is ""."""
     if not path:
-        return "pixels", "", quality.pixels
+        return _Extractor("pixels", "", math.prod(image_shape), quality.pixels)
     features, checksum = inception.load_features(path)
-    return "inception-2015-12-05", checksum, features
+    return _Extractor("inception-2015-12-05", checksum, 2048, features)
+
+
+def _describe(config, images, extractor, origin):
+    """Returns the protocol of features of images of the run's size."""
+    resize = f"bicubic, antialiased, centre crop {config.data.crop or 'of the largest square'}"
+    return quality.protocol(images, extractor.name, extractor.checksum, resize, origin)
+
+
+def _read_samples(config, image_shape, path, inception_path, reference):
+    """Returns (the samples or None, their extractor, saved statistics or None), and refuses what cannot be compared."""
+    extractor = _extractor(inception_path, image_shape)
+    for flag, value in (("reference", reference), ("inception", inception_path)):
+        if value and not path:
+            raise UserError(f"--{flag}={value} needs --samples to compare with: give a file or a folder")
+    if not path:
+        return None, extractor, None
+    generated = quality.read_samples(path)
+    if generated.shape[1:] != image_shape:
+        raise UserError(
+            f"--samples={path} holds images of {generated.shape[1:]}, but the run's are {image_shape}: give samples of "
+            "this run"
+        )
+    if not reference:
+        quality.check_sizes(extractor.num_features, len(generated), quality.K_DENSITY + 1)  # whatever the split has
+        return generated, extractor, None
+    statistics, protocol = quality.load_statistics(reference)
+    quality.check_comparable(_describe(config, generated, extractor, path), protocol)
+    if len(statistics.mean) != extractor.num_features:
+        raise UserError(
+            f"--reference={reference} has {len(statistics.mean)} features, not {extractor.num_features}: give a "
+            "statistics-….npz file from --mode=evaluate"
+        )
+    quality.check_sizes(extractor.num_features, len(generated), None)
+    return generated, extractor, (statistics, protocol)
 
 
 def _evaluate_samples(config, generated, path, datasets, extractor, saved, seed, folder):
     """Compares the samples with `saved` statistics, or else with the first split and its nearest images."""
-    name, checksum, features = extractor
-    split, dataset = next(iter(datasets.items()))
-    resize = f"bicubic, antialiased, centre crop {config.data.crop or 'of the largest square'}"
-    describe = functools.partial(quality.protocol, name=name, checksum=checksum, resize=resize)
-    protocol = describe(generated, origin=path) | {"made_by": quality.read_about(path)}
-    if generated.shape[1:] != dataset.shape[1:]:
-        raise UserError(
-            f"--samples={path} holds images of {generated.shape[1:]}, but the run's are {dataset.shape[1:]}: give "
-            "samples of this run"
-        )
+    protocol = _describe(config, generated, extractor, path) | {"made_by": quality.read_about(path)}
     if saved is not None:
-        return quality.frechet_to_statistics(generated, features, protocol, *saved, seed)
-    reference = describe(dataset, origin=f"{config.data.source} {config.data.path} {split}".replace("  ", " "))
+        return quality.frechet_to_statistics(generated, extractor.features, protocol, *saved, seed)
+    split, dataset = next(iter(datasets.items()))
+    origin = f"{sources.name_of(config.data.source, config.data.path)} {split}"
+    reference, (name, _, num_features, features) = _describe(config, dataset, extractor, origin), extractor
     distances = quality.compare(generated, dataset, features, seed)
     nearest, nearest_settings = _nearest(generated, datasets, folder)
     settings = distances.pop("settings") | {"nearest_training_image": nearest_settings}
-    if dataset.shape[1] ** 2 * dataset.shape[3] <= quality.MAX_FEATURES or name != "pixels":
+    if num_features <= quality.MAX_FEATURES:
         statistics = quality.moments(dataset, features)
         if jax.process_index() == 0:
             quality.save_statistics(folder / f"statistics-{name}-{_stem(split)}.npz", statistics, reference)
@@ -220,13 +274,18 @@ def markdown(result: dict[str, Any]) -> str:
         lines += ["", f"## Progressive coding, {split}", ""]
         rows = [[t[i], rate[i], distortion[i], x["loss_by_t"]["loss"][i]] for i in shown]
         lines += markdown_table(["t", "rate, bits/dim", "distortion", "loss (15)"], rows, _cell)
-    for section in [name for name in _SECTIONS if name in result]:
-        values = dict(result[section])
-        protocols = values.pop("protocol")
-        lines += ["", f"## {_SECTIONS[section]}", "", *markdown_table(["", "value"], values.items(), _cell), ""]
-        for name, settings in protocols.items():
-            lines.append(f"- {name}: {'; '.join(f'{key}: {_cell(value)}' for key, value in settings.items())}")
+    for name, title in _SECTIONS.items():
+        lines += ["", f"## {title}", "", *_section(result[name])] if name in result else []
     return "\n".join(lines) + "\n"
+
+
+def _section(section):
+    """Returns the lines of a section of samples: its values, and the protocol of each."""
+    values = [(name, value) for name, value in section.items() if name != "protocol"]
+    lines = [*markdown_table(["", "value"], values, _cell), ""]
+    for name, settings in section["protocol"].items():
+        lines.append(f"- {name}: {'; '.join(f'{key}: {_cell(value)}' for key, value in settings.items())}")
+    return lines
 
 
 def _cell(value):

@@ -191,7 +191,7 @@ def load_features(path: epath.PathLike) -> tuple[Callable[..., jax.Array], str]:
     Raises:
       UserError: the file is missing or damaged, or an array is missing or has another shape or type.
     """
-    arrays = _read(epath.Path(path))
+    arrays = _read(epath.Path(path).expanduser())
     variables = jax.tree.map_with_path(lambda keys, _: jnp.asarray(_to_flax(arrays[_torch_name(keys)])), _variables())
 
     @jax.jit
@@ -234,7 +234,7 @@ def _read(path):
     """Reads and checks a weights file: returns {name: array} with torch's names and layout."""
     remedy = "convert the weights again with tools.convert_inception"
     if not path.exists():
-        raise UserError(f"{path} does not exist: give a file that tools.convert_inception wrote")
+        raise UserError(f"--inception={path} does not exist: give a file that tools.convert_inception wrote")
     expected = shapes()
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
@@ -247,6 +247,8 @@ def _read(path):
         array = arrays[name]
         if array.shape != shape or array.dtype != np.float32:
             raise UserError(f"{path} has {name} as {array.dtype} {array.shape}, not float32 {shape}: {remedy}")
+        if not np.isfinite(array).all():
+            raise UserError(f"{path} has values in {name} that are not finite: {remedy}")
     return arrays
 
 

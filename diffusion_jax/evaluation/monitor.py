@@ -9,6 +9,7 @@ from etils import epath
 from diffusion_jax import losses, sampling
 from diffusion_jax.data import pixels
 from diffusion_jax.data.cache import Cached, OnTheFly
+from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import metrics, quality
 from diffusion_jax.parts import Parts
 from diffusion_jax.pictures import grids
@@ -29,9 +30,17 @@ class Monitor:
       run: the parts of the run.
       train_images: the training images.
       held_out: held-out images, or None.
+
+    Raises:
+      UserError: there are fewer than 2 images to compare samples with.
     """
 
     def __init__(self, run: Parts, train_images: Cached | OnTheFly, held_out: Cached | OnTheFly | None = None) -> None:
+        if (n := len(train_images if held_out is None else held_out)) < 2:
+            raise UserError(
+                f"train.evaluate_every compares samples with at least 2 images, not {n}: give a larger "
+                f"data.{'split' if held_out is None else 'test_split'}, or train.evaluate_every=0"
+            )
         self._key, self._num_steps = jax.random.key(run.seed), run.schedule.num_steps
         self._train = _some(train_images)
         self._held_out = None if held_out is None else _some(held_out)

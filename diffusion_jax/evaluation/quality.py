@@ -10,11 +10,12 @@ from typing import Any
 
 import jax
 import numpy as np
+import tqdm
 from etils import epath
 from jax.experimental import multihost_utils
 
 from diffusion_jax.data.pixels import from_uint8
-from diffusion_jax.errors import UserError
+from diffusion_jax.errors import UserError, one_line
 from diffusion_jax.evaluation import metrics
 from diffusion_jax.running import files
 
@@ -23,6 +24,7 @@ MAX_NEIGHBOURS = 10_000  # rows whose neighbours are searched, as is usual: 10^8
 K, K_DENSITY = 3, 5  # neighbours for precision and recall, and for density and coverage, as in the papers
 SUBSETS = 100  # in the kernel distance
 DIRECTIONS = 512  # in the sliced Wasserstein distance
+_JACKKNIFE = {"method": "infinitesimal jackknife"}
 _BATCH = 256  # images in a call of the feature extractor
 _COMPARABLE = ("features", "checksum", "image_size", "channels", "resize")  # keys that must be equal in both protocols
 
@@ -57,7 +59,8 @@ def extract(images: Any, features: Features) -> np.ndarray:
 def _batches(images, features, indices=None):
     """Yields the float32 features of each batch of images (those at `indices`), without those of the padding."""
     indices = np.arange(len(images)) if indices is None else indices
-    for first in range(0, len(indices), _BATCH):
+    quiet = jax.process_index() != 0
+    for first in tqdm.tqdm(range(0, len(indices), _BATCH), desc="features", delay=2, leave=False, disable=quiet):
         batch = np.asarray(images[indices[first : first + _BATCH]])
         padded = np.concatenate([batch, np.repeat(batch[:1], _BATCH - len(batch), axis=0)])
         yield np.asarray(features(padded), np.float32)[: len(batch)]
@@ -93,15 +96,20 @@ def load_statistics(path: epath.PathLike) -> tuple[metrics.Moments, dict[str, An
     Raises:
       UserError: the file is missing, or has other content.
     """
-    path = epath.Path(path)
+    path = epath.Path(path).expanduser()
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
-            statistics = metrics.Moments(int(content["count"]), content["mean"], content["scatter"])
-            return statistics, json.loads(str(content["protocol"]))
+            mean, scatter = (np.asarray(content[name], np.float64) for name in ("mean", "scatter"))
+            statistics = metrics.Moments(int(content["count"]), mean, scatter)
+            protocol = json.loads(str(content["protocol"]))
+        if statistics.count < 2 or not isinstance(protocol, dict) or not {*_COMPARABLE} <= {*protocol}:
+            raise ValueError(f"{statistics.count} rows, protocol {protocol}")
     except Exception as error:  # NumPy and zipfile raise many types
         raise UserError(
-            f"--reference={path} holds no statistics ({error}): give a statistics-….npz file from --mode=evaluate"
+            f"--reference={path} holds no statistics ({one_line(error, 200)}): give a statistics-….npz file from "
+            "--mode=evaluate"
         ) from None
+    return statistics, protocol
 
 
 def check_comparable(protocol: dict[str, Any], other: dict[str, Any]) -> None:
@@ -123,7 +131,7 @@ def frechet_to_statistics(
 ) -> dict[str, Any]:
     """Returns the Fréchet distance of samples to saved statistics, with the keys of `compare`.
 
-    The statistics are fixed: the interval covers new samples, not a new reference.
+    The statistics are fixed: the standard error is over new samples, not over a new reference.
 
     Args:
       samples: uint8 [n, H, W, C].
@@ -131,19 +139,21 @@ def frechet_to_statistics(
       samples_protocol: protocol of the samples.
       reference: the saved moments.
       reference_protocol: protocol of the saved moments.
-      seed: seed of the bootstrap and of the subsets.
+      seed: seed of the subsets of the extrapolation.
 
     Raises:
-      UserError: the protocols differ, or there are too many features.
+      UserError: the protocols differ, there are too few samples or too many features.
     """
     check_comparable(samples_protocol, reference_protocol)
-    _check_dimension(next(_batches(samples, features)).shape[1], 0)
+    check_sizes(len(reference.mean), len(samples), None)
     x, rng = extract(samples, features).astype(np.float64), np.random.default_rng(seed)
     moments = metrics.Moments.of(x)
-    distance = metrics.frechet(moments.mean, moments.covariance, reference.mean, reference.covariance)
-    settings = {"frechet_95": _interval_settings(x) | {"drawn_again": "samples"}, "seed": seed}
+    measures: dict[str, Callable] = {
+        "frechet": lambda: metrics.frechet(moments.mean, moments.covariance, reference.mean, reference.covariance)
+    }
+    settings = {"frechet_standard_error": _JACKKNIFE | {"over": "new samples"}, "seed": seed}
     protocols = {"samples": samples_protocol, "reference": reference_protocol, "metrics": settings}
-    return {"protocol": protocols, "frechet": distance} | _uncertainty(x, reference, rng)
+    return {"protocol": protocols} | _measured(measures | _uncertainty(x, reference, rng))
 
 
 def compare(samples: Any, reference: Any, features: Features, seed: int = 0) -> dict[str, Any]:
@@ -153,31 +163,40 @@ def compare(samples: Any, reference: Any, features: Features, seed: int = 0) -> 
       samples: uint8 [n, H, W, C].
       reference: uint8 [m, H, W, C], the whole data set and not its moments.
       features: the feature extractor.
-      seed: seed of the bootstrap, the subsets and the directions.
+      seed: seed of the halves, the subsets and the directions.
 
     Returns:
-      {"frechet": …, "frechet_95": [low, high], "frechet_extrapolated": [value, standard error], or None with
-      too few images, "frechet_floor": the distance between the halves of the reference, "kernel_distance":
-      [mean, standard error], "precision", "recall", "density" and "coverage" among "neighbours_among": [rows of
-      the reference, rows of the samples], "sliced_wasserstein": …, "settings": the settings of the metrics}.
+      {"frechet": …, "frechet_standard_error": over new sets of the same sizes, "frechet_extrapolated": [value,
+      standard error], or None with too few images, "frechet_floor": the distance between the halves of the
+      reference, "kernel_distance": [mean, standard error], "precision", "recall", "density" and "coverage" among
+      "neighbours_among": [rows of the reference, rows of the samples], "sliced_wasserstein": …, "settings": the
+      settings of the metrics}.
 
     Raises:
-      UserError: there are too many features.
+      UserError: there are too few images or too many features.
     """
-    _check_dimension(next(_batches(samples, features)).shape[1], min(len(samples), len(reference)))
-    x, y = (extract(images, features).astype(np.float64) for images in (samples, reference))
-    rng = np.random.default_rng(seed)
-    shuffled = rng.permutation(len(y))
-    result = {"frechet": metrics.frechet_of_features(x, y)} | _uncertainty(x, y, rng)
-    result["frechet_floor"] = metrics.frechet_of_features(y[shuffled[::2]], y[shuffled[1::2]])
+    x, rng = extract(samples, features).astype(np.float64), np.random.default_rng(seed)
+    d = x.shape[1]
+    check_sizes(d, len(samples), len(reference))
+    y = extract(reference, features).astype(np.float64)
+    most = len(y) if d <= MAX_FEATURES else MAX_FEATURES  # rows of a half, so that it needs no larger covariance
+    halves = [y[half[:most]] for half in np.array_split(rng.permutation(len(y)), 2)]
     subsets = {"num_subsets": SUBSETS, "subset_size": min(1000, len(x), len(y))}
-    result["kernel_distance"] = list(metrics.kernel_distance(x, y, rng, **subsets))
     real, fake = (rows[rng.permutation(len(rows))[:MAX_NEIGHBOURS]] for rows in (y, x))
-    result |= metrics.precision_recall(real, fake, K, K_DENSITY)._asdict()
-    result["neighbours_among"] = [len(real), len(fake)]
-    result["sliced_wasserstein"] = metrics.sliced_wasserstein(x, y, rng, DIRECTIONS)
+    measures: dict[str, Callable] = {"frechet": lambda: metrics.frechet_of_features(x, y)} | _uncertainty(x, y, rng)
+    result = _measured(
+        measures
+        | {
+            "frechet_floor": lambda: metrics.frechet_of_features(*halves),
+            "kernel_distance": lambda: list(metrics.kernel_distance(x, y, rng, **subsets)),
+            "precision_recall": lambda: metrics.precision_recall(real, fake, K, K_DENSITY)._asdict(),
+            "sliced_wasserstein": lambda: metrics.sliced_wasserstein(x, y, rng, DIRECTIONS),
+        }
+    )
+    result |= result.pop("precision_recall") | {"neighbours_among": [len(real), len(fake)]}
     result["settings"] = {
-        "frechet_95": _interval_settings(x) | {"drawn_again": "samples and reference"},
+        "frechet_standard_error": _JACKKNIFE | {"over": "new samples and reference"},
+        "frechet_floor": {"rows": [len(half) for half in halves]},
         "kernel_distance": {"kernel": "(a·b/d + 1)³"} | subsets,
         "precision_recall": {"k": K},
         "density_coverage": {"k": K_DENSITY},
@@ -188,20 +207,34 @@ def compare(samples: Any, reference: Any, features: Features, seed: int = 0) -> 
 
 
 def _uncertainty(x, reference, rng):
-    """Returns the interval and the extrapolation of the Fréchet distance of x [n, d] to rows or Moments."""
-    interval = metrics.frechet_interval(x, reference, rng, num=_interval_settings(x)["draws"])
-    enough = len(x) >= 4 * x.shape[1]
-    extrapolated = list(metrics.frechet_extrapolated(x, reference, rng)) if enough else None
-    return {"frechet_95": list(interval), "frechet_extrapolated": extrapolated}
+    """Returns the functions that measure the error and the extrapolation of `frechet`, x [n, d] to rows or Moments."""
+    enough = len(x) >= metrics.EXTRAPOLATED * x.shape[1] and x.shape[1] <= MAX_FEATURES
+    return {
+        "frechet_standard_error": lambda: metrics.frechet_standard_error(x, reference),
+        "frechet_extrapolated": lambda: list(metrics.frechet_extrapolated(x, reference, rng)) if enough else None,
+    }
 
 
-def _interval_settings(x):
-    return {"method": "bootstrap", "draws": 20 if x.shape[1] > 1000 else 200}
+def _measured(measures):
+    """Returns {name: measure()}, and shows the name of the measure that is running."""
+    result = {}
+    with tqdm.tqdm(measures.items(), desc="metrics", leave=False, disable=jax.process_index() != 0) as bar:
+        for name, measure in bar:
+            bar.set_postfix_str(name)
+            result[name] = measure()
+    return result
 
 
-def _check_dimension(d, n):
-    """Raises UserError if d features are too many for a covariance, unless 0 < n <= d rows need none."""
-    if d > MAX_FEATURES and not 0 < n <= d:
+def check_sizes(d: int, num_samples: int, num_reference: int | None) -> None:
+    """Raises UserError if sets of these sizes with d features cannot be compared; None is for saved statistics."""
+    least = 2 if num_reference is None else K + 1
+    if num_samples < least:
+        raise UserError(f"--samples holds {num_samples} images, too few to compare: give at least {least}")
+    if num_reference is not None and num_reference <= K_DENSITY:
+        raise UserError(
+            f"--samples cannot be compared with {num_reference} images: give a split of at least {K_DENSITY + 1}"
+        )
+    if d > MAX_FEATURES and (num_reference is None or min(num_samples, num_reference) > d):
         raise UserError(
             f"{d} features are more than the {MAX_FEATURES} of the largest covariance: for images of this size give "
             "--inception, which has 2048 features"
@@ -214,33 +247,35 @@ def read_samples(path: epath.PathLike) -> np.ndarray:
     Raises:
       UserError: the file is missing, or holds no images.
     """
-    path = epath.Path(path)
-    paths = sorted(path.glob("*-*.npz")) if path.is_dir() else [path]
-    try:
-        shards = []
-        for file in paths:
+    path = epath.Path(path).expanduser()
+    # A longer shard replaces a shorter one of the same start, which a kill may have left.
+    shards = (
+        {shard.name.split("-")[0]: shard for shard in sorted(path.glob("*-*.npz"))} if path.is_dir() else {"": path}
+    )
+    arrays, remedy = [], "give an .npz or a folder that --mode=sample wrote"
+    for file in shards.values():
+        try:
             with file.open("rb") as opened, np.load(opened, allow_pickle=False) as content:
-                shards.append(content["arr_0"])
-        samples = np.concatenate(shards)
-    except Exception as error:  # NumPy and zipfile raise many types
-        raise UserError(
-            f"--samples={path} holds no samples ({error}): give an .npz or a folder that --mode=sample wrote"
-        ) from None
-    if samples.ndim != 4 or samples.dtype != np.uint8 or not len(samples):
-        raise UserError(
-            f"--samples={path} holds {samples.dtype} {samples.shape}, not images uint8 [n, H, W, C]: give an .npz or "
-            "a folder that --mode=sample wrote"
-        )
-    return samples
+                arrays.append(content["arr_0"])
+        except Exception as error:  # NumPy and zipfile raise many types
+            raise UserError(f"--samples={file} holds no samples ({one_line(error, 200)}): {remedy}") from None
+    for array in arrays or [np.zeros(0)]:
+        if array.ndim != 4 or array.dtype != np.uint8 or not len(array) or array.shape[1:] != arrays[0].shape[1:]:
+            raise UserError(
+                f"--samples={path} holds {array.dtype} {array.shape}, not images uint8 [n, H, W, C]: {remedy}"
+            )
+    return np.concatenate(arrays)
 
 
 def read_about(path: epath.PathLike) -> dict[str, Any] | str:
     """Returns the settings that `--mode=sample` stored with the samples at `path`, or "unknown" if there are none."""
-    path = epath.Path(path)
+    path = epath.Path(path).expanduser()
     try:
         if path.is_dir():
-            return json.loads((path / "samples.json").read_text())
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as content:
-            return json.loads(str(content["about"]))
-    except (OSError, ValueError, KeyError):
+            about = json.loads((path / "samples.json").read_text())
+        else:
+            with path.open("rb") as opened, np.load(opened, allow_pickle=False) as content:
+                about = json.loads(str(content["about"]))
+    except Exception:  # NumPy and zipfile raise many types, JSON that is nested too deeply RecursionError
         return "unknown"
+    return about if isinstance(about, dict) else "unknown"

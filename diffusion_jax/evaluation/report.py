@@ -3,12 +3,12 @@
 matplotlib draws the charts and Jinja2 fills report.html.jinja. No checkpoint is read and no device is used.
 """
 
+import array
 import base64
 import datetime
 import io
 import json
 import math
-import operator
 import re
 from typing import NamedTuple
 
@@ -20,9 +20,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from diffusion_jax import parts
+from diffusion_jax.data.sources import name_of
 from diffusion_jax.errors import UserError, one_line
 from diffusion_jax.running import files
 from diffusion_jax.running.config import flatten
+from diffusion_jax.running.log import parse_line
 from diffusion_jax.running.workdir import absolute, read_config
 
 GRIDS = 12  # grids of samples on the page, at most
@@ -30,6 +32,8 @@ RECENT = 10  # lines of metrics.jsonl whose median is the speed
 LONG = 8  # a longer list of numbers becomes a chart
 MANY = 400  # a metric with more values is drawn faint, with a curve of about MEANS means over it
 MEANS = 200
+POINTS = 1000  # points of a line, at most: of more values it shows the least and greatest of each stretch
+LARGEST = float(np.finfo(np.float32).max)  # training computes in float32, and matplotlib overflows near 1e308
 
 # (title, metrics that share the chart, log scale); any other metric gets a chart of its own.
 CHARTS = (
@@ -40,10 +44,11 @@ CHARTS = (
     ("Learning rate", ("learning_rate",), False),
     ("Images per second", ("images_per_second",), False),
 )
+LATEST = 10**11  # seconds since 1970: the year 5138, which dates can still show
 NOT_DRAWN = ("step", "steps_per_second")  # images_per_second draws the same curve as steps_per_second
 STYLE = {
     "font.size": 9,
-    "path.simplify_threshold": 0.5,  # pixels: 8,000 lines of metrics make 0.6 MB instead of 1.6
+    "path.simplify_threshold": 0.5,  # pixels
     "svg.fonttype": "none",  # text takes fewer bytes than outlines of letters
     "svg.hashsalt": "report",  # equal charts have equal bytes
     "text.parse_math": False,  # a "$" in a name does not start a formula
@@ -82,14 +87,15 @@ def report(workdir: epath.PathLike, out: epath.PathLike | None = None, chart_for
     config = read_config(workdir)
     workdir = absolute(workdir)
     out = epath.Path(out).expanduser() if out else workdir / "report.html"
-    with matplotlib.style.context(STYLE, after_reset=True):  # ignores the user's matplotlibrc
+    # The style ignores the user's matplotlibrc; ticks of numbers below 1e-307 overflow.
+    with matplotlib.style.context(STYLE, after_reset=True), np.errstate(over="ignore"):
         contents = _contents(workdir, config)
         folder = out.with_name(f"{out.stem}-charts")
         contents_by_path = _chart_files(contents, folder, chart_format) if chart_format else {}
     loader = jinja2.PackageLoader(__package__, "")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["cell"] = _cell
-    contents_by_path[out] = environment.get_template("report.html.jinja").render(contents).encode()
+    contents_by_path[out] = environment.get_template("report.html.jinja").render(contents).encode(errors="replace")
     try:
         for path, content in contents_by_path.items():
             with files.replacing(path) as file:
@@ -115,6 +121,7 @@ def _contents(workdir, config):
         "facts": _facts(workdir, flat, step, checkpoints, parts.num_parameters(config), curves),
         "charts": _charts(curves, group, flat["schedule.num_steps"]),
         "group": group,
+        "points": _cell(POINTS),
         "num_damaged": num_damaged,
         "grids": [_picture(grids[i][1], f"step {grids[i][0]:,}") for i in indices],
         "num_grids": len(grids),
@@ -139,19 +146,35 @@ def _chart_files(contents, folder, chart_format):
 
 
 def _read_curves(path):
-    """Returns {metric: float [2, n], its steps and values} and the number of damaged lines; NaN stands for null."""
-    points, num_damaged = {"step": []}, 0
-    for text in path.read_bytes().decode(errors="replace").splitlines() if path.exists() else ():
-        try:
-            line = json.loads(text)
-            step = operator.index(line["step"])
-        except (ValueError, KeyError, TypeError):
-            num_damaged += 1
-            continue
-        for name, value in line.items():
-            if value is None or _is_number(value):
-                points.setdefault(name, []).append((step, value))
-    return {name: np.array(pairs, float).reshape(-1, 2).T for name, pairs in points.items()}, num_damaged
+    """Returns {metric: float [2, n], its steps and values} and the number of damaged lines.
+
+    NaN stands for null, and for values beyond LARGEST, whose lines count as damaged.
+    """
+    points, num_damaged = {"step": (array.array("d"), array.array("d"))}, 0
+    with path.open("rb") if path.exists() else io.BytesIO() as file:
+        for text in file:
+            line = parse_line(text) or {}
+            damaged = not line
+            for name, value in line.items():
+                if value is None or type(value) is float or _is_number(value):  # the call takes time
+                    if name not in points:
+                        points[name] = array.array("d"), array.array("d")
+                    steps, values = points[name]
+                    steps.append(line["step"])
+                    values.append(number := _float(value))
+                    damaged |= number != number and value is not None
+            num_damaged += damaged
+    return {_printable(name): np.array(pair) for name, pair in points.items()}, num_damaged
+
+
+def _float(value):
+    """Returns a number or null as a float that matplotlib can draw, or NaN."""
+    return value if value is not None and -LARGEST <= value <= LARGEST else math.nan
+
+
+def _printable(text):
+    """Replaces lone surrogates, which JSON may hold and UTF-8 may not."""
+    return text.encode(errors="replace").decode()
 
 
 def _by_step(folder, suffix=""):
@@ -162,9 +185,9 @@ def _by_step(folder, suffix=""):
 
 def _picture(path, title):
     """Returns a PNG file as a picture, or a note if it is not one."""
-    content = path.read_bytes()
-    if not content.startswith(b"\x89PNG\r\n\x1a\n"):
-        return Picture(title, f"{path.name} is not a PNG: it is left out.")
+    content = path.read_bytes() if path.is_file() else b""
+    if not content.startswith(b"\x89PNG\r\n\x1a\n") or b"IEND" not in content[-12:]:
+        return Picture(title, f"{path.name} is not a PNG, or damaged: it is left out.")
     return Picture(title, alt=path.name, content=content)
 
 
@@ -182,14 +205,14 @@ def _by_group(flat):
 
 def _facts(workdir, flat, step, checkpoints, num_parameters, curves):
     """Returns the rows of the first table; a row without data is None."""
-    source = " ".join(filter(None, (flat["data.source"], flat["data.path"])))
+    source = name_of(flat["data.source"], flat["data.path"])
     shape = [str(flat[f"data.{key}"]) for key in ("image_size", "image_size", "channels")]
     loss, speed = (_finite(curves, name)[1] for name in ("loss", "images_per_second"))
     return {
         "step": f"{_cell(step)} of {_cell(flat['train.num_steps'])}",
         "checkpoints": checkpoints or None,
         "parameters": num_parameters,
-        "data": [source, " × ".join(shape)] if source else None,
+        "data": [source, " × ".join(shape)],
         "images seen": step * flat["train.batch_size"],
         "loss": f"{_cell(loss[-1])}, least {_cell(loss.min())}" if len(loss) else None,
         "images per second": float(np.median(speed[-RECENT:])) if len(speed) else None,
@@ -208,10 +231,10 @@ def _times(workdir, steps, steps_per_second):
     steps, steps_per_second = steps[steps_per_second > 0], steps_per_second[steps_per_second > 0]
     seconds = np.sum(np.diff(steps, prepend=0) / steps_per_second)
     starts = [path.name.split(".")[3] for path in workdir.glob("events.out.tfevents.*")]  # TensorBoard's file names
-    starts = [int(start) for start in starts if start.isdecimal()]
+    starts = [int(start) for start in starts if start.isdecimal() and int(start) < LATEST]
     metrics = workdir / "metrics.jsonl"
     return {
-        "time of the steps": str(datetime.timedelta(seconds=round(seconds))) if len(steps) else None,
+        "time of the steps": str(datetime.timedelta(seconds=round(seconds))) if 0 < seconds < LATEST else None,
         "first started": _date(min(starts)) if starts else None,
         "last line of metrics": _date(metrics.stat().mtime) if metrics.exists() else None,
     }
@@ -248,10 +271,10 @@ def _evaluation(folder):
     blocks = [("note", f"Step {step:,}.")]
     try:
         values = json.loads((folder / "evaluation.json").read_text())
-        blocks += _nested("", {"": values if isinstance(values, dict) else {"value": values}}, 2)
-    except FileNotFoundError:
+        blocks += list(_nested("", {"": values if isinstance(values, dict) else {"value": values}}, 2))
+    except OSError:
         blocks.append(("note", f"The evaluation has no numbers (evaluation/{step}/evaluation.json)."))
-    except ValueError:
+    except (ValueError, RecursionError):  # RecursionError: nested too deeply
         blocks.append(("note", f"evaluation/{step}/evaluation.json is not JSON: its numbers are left out."))
     pictures = [("picture", _picture(path, path.name)) for path in sorted(folder.glob("*.png"))]
     return blocks + (pictures or [("note", f"The evaluation has no pictures (evaluation/{step}/*.png).")])
@@ -271,7 +294,7 @@ def _nested(title, columns, level):
     keys = list(dict.fromkeys(key for column in columns.values() for key in column))
     nested = [key for key in keys if any(isinstance(column.get(key), dict) for column in columns.values())]
     drawn = [key for key in keys if any(_is_long(column.get(key)) for column in columns.values())]
-    rows = [(key, *(column.get(key) for column in columns.values())) for key in keys if key not in nested + drawn]
+    rows = [(key, *(_cell(x.get(key)) for x in columns.values())) for key in keys if key not in nested + drawn]
     if rows:
         yield "table", (() if list(columns) == [""] else ("", *columns), rows)
     if drawn:
@@ -301,10 +324,12 @@ def _list_charts(columns, keys):
         aligned = all(_is_long(x.get(x_name)) and len(x[x_name]) == len(x[y_name]) for x in lists.values())
         x_name = x_name if aligned else "index"
         series = {
-            name: np.array([x[x_name] if aligned else range(len(x[y_name])), x[y_name]], float)
+            name: np.array(
+                [[*map(_float, x[x_name] if aligned else range(len(x[y_name])))], [*map(_float, x[y_name])]], float
+            )
             for name, x in lists.items()
         }
-        yield "picture", _chart(f"{y_name} over {x_name}", x_name, y_name, series)
+        yield "picture", _chart(*map(_printable, (f"{y_name} over {x_name}", x_name, y_name)), series)
 
 
 def _cell(value):
@@ -332,7 +357,7 @@ def _chart(title, x_name, y_name, series, log=None, group=1):
       log: True uses a log scale if all y are above 0, None if they also span a factor of 50.
       group: number of neighbouring values in a mean; 1 draws no means.
     """
-    series = {name: np.where(np.isfinite(xy).all(axis=0), xy, np.nan) for name, xy in series.items()}
+    series = {_printable(name): np.where(np.isfinite(xy).all(axis=0), xy, np.nan) for name, xy in series.items()}
     values = np.concatenate([y[np.isfinite(y)] for _, y in series.values()])
     if not len(values):
         return Picture(title, "No finite value.")
@@ -351,13 +376,25 @@ def _chart(title, x_name, y_name, series, log=None, group=1):
 
 def _draw(axes, color, xy, group):
     """Draws one line: means over faint values if `group` > 1. A value between two gaps is a dot."""
-    means = xy[:, : xy.shape[1] // group * group].reshape(2, -1, group).mean(axis=2)
+    means, xy = xy[:, : xy.shape[1] // group * group].reshape(2, -1, group).mean(axis=2), _thinned(xy)
     if group > 1 and np.isfinite(means).any():
         axes.plot(*xy, color=color, alpha=0.25, linewidth=0.6)
         xy = means
     finite = np.pad(np.isfinite(xy[1]), 1)
     alone = np.flatnonzero(finite[1:-1] & ~finite[:-2] & ~finite[2:])
     return axes.plot(*xy, color=color, linewidth=1.3, marker=".", markevery=alone)[0]
+
+
+def _thinned(xy):
+    """Returns all points of a line, or the least and the greatest of each stretch if there are more than POINTS."""
+    n = xy.shape[1]
+    if n <= POINTS:
+        return xy
+    size = -(-n // (POINTS // 2))
+    y = np.pad(xy[1], (0, -n % size), constant_values=np.nan).reshape(-1, size)
+    extremes = [np.where(np.isnan(y), np.inf, y).argmin(axis=1), np.where(np.isnan(y), -np.inf, y).argmax(axis=1)]
+    indices = np.sort(np.stack(extremes, axis=1) + np.arange(0, y.size, size)[:, None], axis=1)
+    return xy[:, indices.ravel()]
 
 
 def _set_ticks(axes, values, log):

@@ -1,5 +1,6 @@
 """The evaluation of a run: its numbers equal those of the functions, survive interruptions and state their protocol."""
 
+import io
 import json
 import math
 
@@ -7,15 +8,14 @@ import jax
 import numpy as np
 import pytest
 from conftest import tiny_config
+from etils import epath
 from PIL import Image
 
 from diffusion_jax import likelihood, parts, sample, train
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation import bound, evaluate, quality
+from diffusion_jax.evaluation import bound, evaluate, inception, quality
 from diffusion_jax.interop.samples import write_samples
 from diffusion_jax.running import workdir as workdirs
-
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +30,7 @@ def folder(run):
     return run / "evaluation" / "3"
 
 
+@pytest.mark.slow
 def test_bound_equals_that_of_all_images_at_once(run):
     """The evaluation takes batches of 8 on 4 devices, of which the last is not full; `likelihood.vlb` takes all."""
     result = evaluate.evaluate(run, seed=5, num=21)
@@ -71,6 +72,7 @@ def test_bound_equals_that_of_all_images_at_once(run):
         assert piece in text
 
 
+@pytest.mark.slow
 def test_interrupted_evaluation_resumes(run, monkeypatch):
     whole = evaluate.evaluate(run, seed=6, num=20)["splits"]
     for file in folder(run).glob("bound-*"):
@@ -94,6 +96,7 @@ def test_interrupted_evaluation_resumes(run, monkeypatch):
     assert len(batches) == 12  # other noise, other images
 
 
+@pytest.mark.slow
 def test_samples_are_compared_with_the_first_split(run, tmp_path):
     write_samples(run, 40, 0, str(tmp_path / "samples.npz"))
     values = evaluate.evaluate(run, num=8, samples=str(tmp_path / "samples.npz"))["samples"]
@@ -102,12 +105,13 @@ def test_samples_are_compared_with_the_first_split(run, tmp_path):
     real = parts.images(config)[:]
     x, y = quality.pixels(generated), quality.pixels(real)
     assert values["frechet"] == pytest.approx(quality.metrics.frechet_of_features(x, y))
-    assert values["frechet_95"][0] < values["frechet"] < values["frechet_95"][1]
+    assert values["frechet_standard_error"] == pytest.approx(quality.metrics.frechet_standard_error(x, y))
     assert values["frechet_extrapolated"] is None  # 40 images of 64 numbers
     assert 0 < values["frechet_floor"] < values["frechet"]
     assert values["protocol"]["samples"]["n"] == 40
     assert values["protocol"]["reference"]["n"] == 100
     assert values["protocol"]["reference"]["features"] == "pixels"
+    assert values["protocol"]["reference"]["origin"] == "digits train[:100]"
     least = min(np.linalg.norm(y - row, axis=1).min() for row in x)
     assert values["nearest_training_image"]["least"] == pytest.approx(least, rel=1e-5)
     config.data.split = "train[100:130]"
@@ -119,14 +123,16 @@ def test_samples_are_compared_with_the_first_split(run, tmp_path):
     both = evaluate.evaluate(run, num=8, samples=str(tmp_path / "samples.npz"), reference=str(statistics))
     again = both["samples_to_statistics"]
     assert again["frechet"] == pytest.approx(values["frechet"])
-    assert again["frechet_95"][0] < again["frechet"] < again["frechet_95"][1]
-    assert again["protocol"]["metrics"]["frechet_95"] == {"method": "bootstrap", "draws": 200, "drawn_again": "samples"}
+    error = quality.metrics.frechet_standard_error(x, quality.metrics.Moments.of(y))
+    assert again["frechet_standard_error"] == pytest.approx(error, rel=1e-4)
+    assert again["protocol"]["metrics"]["frechet_standard_error"]["over"] == "new samples"
     assert both["samples"] == values  # the section of the earlier evaluation stays
     text = (folder(run) / "evaluation.md").read_text()
     assert "## Samples\n" in text and "## Samples against saved statistics\n" in text
     assert evaluate.evaluate(run, num=8)["samples"] == values
 
 
+@pytest.mark.slow
 def test_protocol_of_samples_states_their_origin(run, tmp_path):
     write_samples(run, 9, 3, str(tmp_path / "samples.npz"), sampler="ddim", steps=5)
     write_samples(run, 9, 3, f"{tmp_path}/shards/", sampler="ddim", steps=5)
@@ -139,7 +145,8 @@ def test_protocol_of_samples_states_their_origin(run, tmp_path):
     assert made_by["samples.npz"] == made_by["shards"] | {"first": 0, "num": 9}
     assert (made_by["shards"]["step"], made_by["shards"]["steps"], made_by["shards"]["seed"]) == (3, 5, 3)
     assert protocol["metrics"] == {
-        "frechet_95": {"method": "bootstrap", "draws": 200, "drawn_again": "samples and reference"},
+        "frechet_standard_error": {"method": "infinitesimal jackknife", "over": "new samples and reference"},
+        "frechet_floor": {"rows": [50, 50]},
         "kernel_distance": {"kernel": "(a·b/d + 1)³", "num_subsets": 100, "subset_size": 9},
         "precision_recall": {"k": 3},
         "density_coverage": {"k": 5},
@@ -155,31 +162,167 @@ def test_protocol_of_samples_states_their_origin(run, tmp_path):
         assert piece in text
 
 
-def test_unusable_arguments_are_refused(run, tmp_path):
+@pytest.mark.slow
+def test_unusable_arguments_are_refused(run, tmp_path, monkeypatch):
     write_samples(run, 5, 0, str(tmp_path / "samples.npz"))
     samples = str(tmp_path / "samples.npz")
     images = np.zeros((5, 8, 8, 1), np.uint8)
     protocol = quality.protocol(images, "pixels", "", "bicubic", "x")
     statistics = str(tmp_path / "statistics.npz")
     quality.save_statistics(statistics, quality.moments(images, quality.pixels), protocol)
-    with pytest.raises(UserError, match=r"different protocols .*resize: bicubic, antialiased.* and bicubic\)"):
-        evaluate.evaluate(run, num=2, samples=samples, reference=statistics)
-    with pytest.raises(UserError, match=r"reference=.*npz needs --samples to compare with"):
-        evaluate.evaluate(run, num=2, reference=statistics)
-    with pytest.raises(UserError, match=r"--reference=.*samples\.npz holds no statistics"):
-        evaluate.evaluate(run, num=2, samples=samples, reference=samples)
-    with pytest.raises(UserError, match=r"--samples=.*statistics\.npz holds no samples"):
-        evaluate.evaluate(run, num=2, samples=statistics)
     np.savez(tmp_path / "other.npz", np.zeros((2, 4, 4, 1), np.uint8))
-    with pytest.raises(UserError, match=r"holds images of \(4, 4, 1\), but the run's are \(8, 8, 1\)"):
-        evaluate.evaluate(run, num=2, samples=str(tmp_path / "other.npz"))
-    with pytest.raises(UserError, match=r"split='test': the digits"):
-        evaluate.evaluate(run, num=2, splits=("test",))
-    with pytest.raises(UserError, match="holds no run"):
-        evaluate.evaluate(tmp_path)
+    np.savez(tmp_path / "three.npz", np.zeros((3, 8, 8, 1), np.uint8))
+    np.savez(tmp_path / "one.npz", np.zeros((1, 8, 8, 1), np.uint8))
+    own = protocol | {"resize": "bicubic, antialiased, centre crop of the largest square"}
+    quality.save_statistics(tmp_path / "own.npz", quality.moments(images, quality.pixels), own)
+    quality.save_statistics(tmp_path / "narrow.npz", quality.moments(images[:, :4], quality.pixels), own)
+    file = {name: str(tmp_path / f"{name}.npz") for name in ("other", "three", "one", "own", "narrow")}
+
+    def refused(message, workdir=run, **arguments):
+        with pytest.raises(UserError, match=message) as raised:
+            evaluate.evaluate(workdir, **({"num": 2} | arguments))
+        assert "\n" not in str(raised.value)
+
+    # A refusal comes before the long work.
+    monkeypatch.setattr(bound, "evaluate_split", lambda *_: pytest.fail("the bound was measured"))
+    differing = r"different protocols .*resize: bicubic, antialiased.* and bicubic\)"
+    refused(differing, samples=samples, reference=statistics)
+    refused(r"reference=.*npz needs --samples to compare with", reference=statistics)
+    refused(r"--inception=.*none.npz does not exist", samples=samples, inception_path="none.npz")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inception, "load_features", lambda path: (quality.pixels, "checksum"))
+        refused(r"inception=x.npz needs --samples to compare with", inception_path="x.npz")
+    refused(r"--reference=.*samples\.npz holds no statistics", samples=samples, reference=samples)
+    refused(r"--samples=.*statistics\.npz holds no samples", samples=statistics)
+    refused(r"holds images of \(4, 4, 1\), but the run's are \(8, 8, 1\)", samples=file["other"])
+    refused("--samples holds 3 images, too few to compare: give at least 4", samples=file["three"])
+    refused("--samples holds 1 images, too few to compare: give at least 2", samples=file["one"], reference=file["own"])
+    refused("cannot be compared with 5 images: give a split of at least 6", samples=samples, splits=("train[:5]",))
+    refused("has 32 features, not 64", samples=samples, reference=file["narrow"])
+    refused(r"--splits=train,test: config.data.split='test': the digits", splits=("train", "test"))
+    refused("--splits=train,,test has an empty name", splits=("train", "", "test"))
+    refused("holds no run", workdir=tmp_path)
     for num in (0, -3):
-        with pytest.raises(UserError, match=f"--num={num} must be at least 1"):
-            evaluate.evaluate(run, num=num)
+        refused(f"--num={num} must be at least 1", num=num)
+    for seed in (-1, 2**32):
+        refused(f"--seed={seed} must be in 0", seed=seed)
+
+
+DAMAGE = {
+    "empty": lambda content: b"",
+    "truncated": lambda content: content[: len(content) // 2],
+    "text": lambda content: b"no archive",
+    "nested": lambda content: b"[" * 100_000,
+    "another archive": lambda content: _npz(arr_0=np.zeros(3)),
+}
+
+
+def _npz(**arrays):
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_damaged_bounds_are_measured_again(tmp_path, capsys, damage):
+    path, each, sums = epath.Path(tmp_path / "bound-train.npz"), np.ones((4, 4)), np.ones((3, 20))
+    bound._write_partial(path, each, sums, "a")
+    assert bound._read_partial(path, "a", 5, 20)[0].shape == (4, 4)
+    assert bound._read_partial(path, "b", 5, 20)[0].shape == (0, 4) and not capsys.readouterr().out
+    path.write_bytes(damage(path.read_bytes()))
+    each, sums = bound._read_partial(path, "a", 5, 20)
+    assert (each.shape, sums.shape) == ((0, 4), (3, 20)) and not sums.any()
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+@pytest.mark.parametrize("num, num_steps", [(3, 20), (5, 19)])
+def test_bounds_of_another_size_are_measured_again(tmp_path, capsys, num, num_steps):
+    path = epath.Path(tmp_path / "bound-train.npz")
+    bound._write_partial(path, np.ones((4, 4)), np.ones((3, 20)), "a")
+    assert len(bound._read_partial(path, "a", num, num_steps)[0]) == 0
+    assert "is damaged (arrays (4, 4) and (3, 20))" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_damaged_files_of_the_user_are_refused_in_one_line(tmp_path, damage):
+    images = np.zeros((5, 8, 8, 1), np.uint8)
+    statistics, samples = tmp_path / "statistics.npz", tmp_path / "shards" / "00000000-00000004.npz"
+    quality.save_statistics(statistics, quality.moments(images, quality.pixels), PROTOCOL)
+    assert quality.load_statistics(statistics)[1] == PROTOCOL
+    samples.parent.mkdir()
+    np.savez(samples, images)
+    (samples.parent / "samples.json").write_text('{"seed": 1}')
+    assert quality.read_about(samples.parent) == {"seed": 1}
+    for file in (statistics, samples, samples.parent / "samples.json"):
+        file.write_bytes(damage(file.read_bytes()))
+    for read, path in ((quality.load_statistics, statistics), (quality.read_samples, samples.parent)):
+        with pytest.raises(UserError, match=r"holds") as raised:
+            read(path)
+        assert "\n" not in str(raised.value) and len(str(raised.value)) < 500
+    assert quality.read_about(samples.parent) == quality.read_about(samples) == "unknown"
+
+
+PROTOCOL = quality.protocol(np.zeros((5, 8, 8, 1), np.uint8), "pixels", "", "bicubic", "x")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"count": 1},
+        {"mean": np.full(64, np.nan)},
+        {"mean": np.zeros(63)},
+        {"scatter": np.full((64, 64), np.inf)},
+        {"mean": np.full(64, "a")},
+        {"protocol": "[]"},
+        {"protocol": "3"},
+        {"protocol": json.dumps({"features": "pixels"})},
+        {"protocol": "[" * 100_000},
+    ],
+)
+def test_statistics_of_other_content_are_refused(tmp_path, change):
+    content = {"count": 5, "mean": np.zeros(64), "scatter": np.eye(64), "protocol": json.dumps(PROTOCOL)}
+    np.savez(tmp_path / "statistics.npz", **(content | change))
+    with pytest.raises(UserError, match=r"statistics\.npz holds no statistics \(.*give a statistics"):
+        quality.load_statistics(tmp_path / "statistics.npz")
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "3", "null", "[" * 100_000, '{"samples": 3}', '{"samples": {}}', '{"samples": {"protocol": [1]}}'],
+)
+def test_damaged_evaluations_are_replaced(tmp_path, capsys, content):
+    (tmp_path / "evaluation.json").write_text(content)
+    assert evaluate._earlier_samples(epath.Path(tmp_path)) == {}
+    assert capsys.readouterr().out.count("\n") == (content != "[]")
+
+
+def test_paths_of_flags_may_begin_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    images = np.zeros((5, 8, 8, 1), np.uint8)
+    quality.save_statistics(tmp_path / "s.npz", quality.moments(images, quality.pixels), PROTOCOL)
+    np.savez(tmp_path / "x.npz", images, about='{"seed": 1}')
+    assert quality.load_statistics("~/s.npz")[1] == PROTOCOL
+    assert quality.read_samples("~/x.npz").shape == images.shape and quality.read_about("~/x.npz") == {"seed": 1}
+    with pytest.raises(UserError, match=f"--inception={tmp_path}/none.npz does not exist"):
+        inception.load_features("~/none.npz")
+
+
+def test_a_longer_shard_replaces_a_shorter_one(tmp_path):
+    """Sampling with a larger --num writes the longer shard, and a kill may come before it deletes the shorter."""
+    for first, last in ((0, 3), (0, 5), (6, 7)):
+        np.savez(tmp_path / f"{first:08d}-{last:08d}.npz", np.full((last - first + 1, 8, 8, 1), last, np.uint8))
+    assert quality.read_samples(tmp_path)[:, 0, 0, 0].tolist() == [5] * 6 + [7] * 2
+
+
+def test_few_samples_with_many_features():
+    """More features than a covariance may have: fewer samples than features need none, and nor does the floor."""
+    rng = np.random.default_rng(0)
+    samples, reference = (rng.integers(0, 256, (n, 4, 4, 1), np.uint8) for n in (5, 90))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(quality, "MAX_FEATURES", 8)
+        values = quality.compare(samples, reference, quality.pixels)
+    assert values["settings"]["frechet_floor"] == {"rows": [8, 8]} and values["frechet_extrapolated"] is None
+    assert values["frechet_standard_error"] > 0
 
 
 def test_statistics_count_every_image_once():
@@ -194,10 +337,10 @@ def test_statistics_count_every_image_once():
 
 
 def test_too_many_features_are_refused():
-    images = np.zeros((3, 40, 40, 3), np.uint8)
-    protocol = quality.protocol(images, "a", "", "", "")
-    with pytest.raises(UserError, match="4800 features are more than the 4096"):
-        quality.frechet_to_statistics(images, quality.pixels, protocol, None, protocol)
+    for sizes in ((5000, 6000), (6000, 5000), (3, None)):
+        with pytest.raises(UserError, match="4800 features are more than the 4096"):
+            quality.check_sizes(4800, *sizes)
+    quality.check_sizes(4800, 4800, 6000)  # no more samples than features need no covariance
 
 
 def test_coders_of_constants_coins_and_noise():

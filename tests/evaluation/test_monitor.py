@@ -8,11 +8,19 @@ from etils import epath
 
 from diffusion_jax import parts
 from diffusion_jax.data import pixels
+from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import metrics, monitor, quality
 
-pytestmark = pytest.mark.slow
+
+def test_a_single_image_is_refused():
+    run, one, two = parts.build(tiny_config()), np.zeros((1, 8, 8, 1), np.uint8), np.zeros((2, 8, 8, 1), np.uint8)
+    with pytest.raises(UserError, match=r"not 1: give a larger data\.test_split, or train\.evaluate_every=0"):
+        monitor.Monitor(run, two, one)
+    with pytest.raises(UserError, match=r"not 1: give a larger data\.split,"):
+        monitor.Monitor(run, one)
 
 
+@pytest.mark.slow
 def test_distances_of_samples_to_held_out_and_training_images(tmp_path):
     config = tiny_config(data__split="train[:100]", data__test_split="train[100:130]")
     run, train, held_out = parts.build(config), parts.images(config), parts.images(config, config.data.test_split)

@@ -13,8 +13,10 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 from conftest import tiny_config
+from etils import epath
 
 from diffusion_jax import parts
+from diffusion_jax.data import sources
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import report
 from diffusion_jax.pictures import grids
@@ -149,12 +151,57 @@ def test_rare_and_unknown_metrics_are_drawn(run):
     assert "held_out_loss from 2 at step 0 to 2 at step 6" in page.all("img")[0]["alt"]
 
 
-@pytest.mark.parametrize("losses", [[0.0, 0.0], [-1.0, 1.0], [3.0], [1e-9, 1e9], [None], [float("inf"), 1e-30, 5.0]])
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"step": null, "loss": 1}',
+        b'{"step": "3", "loss": 1}',
+        b'{"step": true, "loss": 1}',
+        b'{"step": 1.5, "loss": 1}',
+        b'{"step": -1, "loss": 1}',
+        b'{"step": 1e400, "loss": 1}',
+        b'{"step": 1' + b"0" * 400 + b', "loss": 1}',
+        b'{"step": 1' + b"0" * 5000 + b"}",
+        b'{"loss": 1}',
+        b'{"step": 3, "loss": 1',
+        b'{"step": 3, "l\xff": 1}',
+        b"[" * 100_000,
+        b'{"step": 3, "loss": ' + b"[" * 100_000,
+        b"[3]",
+        b"3",
+        b"null",
+        b"",
+    ],
+)
+def test_damaged_lines_are_skipped_and_counted(tmp_path, line):
+    path = epath.Path(tmp_path / "metrics.jsonl")
+    path.write_bytes(b'{"step": 1, "loss": 2.0}\n' + line + b'\n{"step": 2, "loss": 3.0}\n')
+    curves, num_damaged = report._read_curves(path)
+    assert num_damaged == 1 and curves.keys() == {"step", "loss"}
+    np.testing.assert_array_equal(curves["loss"], [[1, 2], [2, 3]])
+
+
+def test_values_beyond_float32_are_gaps_and_counted(tmp_path):
+    path = epath.Path(tmp_path / "metrics.jsonl")
+    values = [1.0, float("inf"), float("nan"), 1e308, -1e308, 10**400, None, 3.0]
+    path.write_text("".join(json.dumps({"step": i, "loss": x, "other": i}) + "\n" for i, x in enumerate(values)))
+    curves, num_damaged = report._read_curves(path)
+    np.testing.assert_array_equal(curves["loss"], [range(8), [1, *[np.nan] * 6, 3]])
+    np.testing.assert_array_equal(curves["other"], [range(8), range(8)])  # the rest of such a line counts
+    assert num_damaged == 5
+
+
+NUMBERS = [[0.0, 0.0], [-1.0, 1.0], [3.0], [1e-9, 1e9], [None], [float("inf"), 1e-30, 5.0]]
+NUMBERS += [[1e308, 1.0], [1e308, -1e308], [3e38, -3e38], [3e38, 5e-324], [5e-324, 5e-324], [10**400, 1.0]]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("losses", NUMBERS, ids=range(len(NUMBERS)))
 def test_any_numbers_can_be_drawn(run, losses):
     lines = [{"step": i, "loss": loss, "new": loss, "steps_per_second": 0.0} for i, loss in enumerate(losses)]
     write_metrics(run, lines)
     page = rendered(run)
-    num_finite = sum(loss is not None and np.isfinite(loss) for loss in losses)
+    num_finite = sum(loss is not None and abs(loss) <= report.LARGEST for loss in losses)
     assert [curves(chart) for chart in page.charts] == ([[[num_finite]]] * 2 if num_finite else [])
     assert page.text.count("No finite value") == (0 if num_finite else 2)
 
@@ -169,6 +216,28 @@ def test_means_over_many_lines(run):
     np.testing.assert_allclose(means.get_ydata(), [1.4, 1.6] * 100)
     np.testing.assert_allclose(means.get_xdata(), np.arange(2, 1000, 5))
     assert dots(page.charts[1]) == 334 and "least 1, greatest 1" in new.alt  # no group is whole: the values are drawn
+
+
+def test_thinned_lines_keep_extremes_and_gaps():
+    y = np.sin(np.arange(100_003) / 5000)
+    y[[777, 70_000]] = 9, -9
+    y[20_000:30_000] = np.nan
+    x, thinned = report._thinned(np.array([np.arange(len(y)), y]))
+    assert len(x) <= report.POINTS and (np.diff(x) >= 0).all()
+    np.testing.assert_array_equal(thinned, y[x.astype(int)])
+    assert (np.nanmax(thinned), np.nanmin(thinned)) == (9, -9)
+    steps = x[np.isnan(thinned)]
+    assert 90 < len(steps) < 102 and steps.min() >= 20_000 and steps.max() < 30_000
+    np.testing.assert_array_equal(report._thinned(np.ones((2, 1000))), np.ones((2, 1000)))
+
+
+def test_many_lines_make_a_small_page(run):
+    write_metrics(run, [{"step": i, "loss": 1 + i % 7, "new": i % 5 if i % 2 else None} for i in range(20_000)])
+    write_evaluation(run, 5, {"values": [i % 11 for i in range(20_000)]})
+    page = rendered(run)
+    assert (run / "report.html").stat().st_size < 250_000
+    assert "least 1, greatest 7" in page.all("img")[0]["alt"]
+    assert "of more than 1,000 the least and the greatest" in page.text
 
 
 def test_quarters_of_t():
@@ -214,14 +283,42 @@ def test_splits_share_tables_and_charts(run):
         ({"a": [1.0] * 9, "b": [1.0] * 10}, ["b over index"]),
         ([1.0] * 9, ["value over index"]),
         ({"short": [1, 2], "words": ["a"] * 20, "empty": {}, "deep": {"a": {"b": {"c": {"d": 1}}}}}, []),
+        ({"huge": [10**400, 1e308] * 5, "x": 10**400}, []),
+        ({"\ud800": "\ud800", "lists": {"t": [1] * 9, "\ud800": [1] * 9}}, ["? over t"]),
         ("{", []),
+        ("", []),
+        ("[" * 100_000, []),
+        ('{"a":' * 100_000, []),
     ],
 )
 def test_any_evaluation_can_be_shown(run, values, titles):
     write_evaluation(run, 5, values)
     page = rendered(run)
-    assert page.titles() == titles and ("is not JSON" in page.text) == (values == "{")
+    assert page.titles() == titles and ("is not JSON" in page.text) == isinstance(values, str)
     assert page.all("h3") or "deep" not in values
+
+
+def test_files_of_another_kind_are_left_out(run):
+    (run / "samples" / "100.png").mkdir(parents=True)
+    grids.save_png(run / "samples" / "200.png", np.zeros((2, 2, 1), np.uint8))
+    grids.save_png(run / "samples" / "300.png", np.zeros((2, 2, 1), np.uint8))
+    (run / "samples" / "200.png").write_bytes((run / "samples" / "300.png").read_bytes()[:-6])
+    (run / "evaluation" / "5" / "evaluation.json").mkdir(parents=True)
+    (run / "evaluation" / "6").write_text("")
+    (run / "events.out.tfevents.99999999999999999999.host").write_bytes(b"")
+    write_metrics(run, [{"step": 1, "\ud800": 1.0, "steps_per_second": 5e-324}])
+    page = rendered(run)
+    assert page.titles() == ["?", "300.png"] and page.text.count("is not a PNG, or damaged") == 2
+    assert "The evaluation has no numbers" in page.text and "first started–" in page.text
+
+
+def test_the_data_set_is_the_path_that_takes_the_place_of_the_source(tmp_path):
+    (tmp_path / "tfds" / "celeb_a").mkdir(parents=True)
+    named = {"digits": "", "files": "x.zip", "tfds:celeb_a": str(tmp_path / "tfds")}
+    assert [sources.name_of(*pair) for pair in named.items()] == ["digits", "x.zip", "tfds:celeb_a"]
+    assert sources.name_of("digits", "x.zip") == sources.name_of("tfds:celeb_a", "x.zip") == "x.zip"
+    workdirs.write_config(tmp_path, tiny_config(data__path="x.zip"))
+    assert "datax.zip, 8 × 8 × 1" in rendered(tmp_path).text
 
 
 def test_file_that_is_no_png_is_left_out(run):

@@ -119,9 +119,7 @@ def test_any_name_of_a_folder_works(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["t_[br]", "a*b", "a?", "back\\slash"])
 def test_names_that_orbax_misreads_are_refused(tmp_path, name):
-    with pytest.raises(
-        UserError, match=r"--workdir=.* in its path, where checkpoints cannot be written: give "
-    ):
+    with pytest.raises(UserError, match=r"--workdir=.* in its path, where checkpoints cannot be written: give "):
         workdirs.check_name(epath.Path(tmp_path / name))
 
 
