@@ -63,7 +63,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
 def _loop(config, run, folder, images, lock, manager, state, about, look, began):
     """Takes the steps that are left, saves the last state and returns it, NumPy arrays."""
     start, pending = int(state.step), about.pop("metrics", ())
-    indices = _indices(config.train.batch_size)
+    indices = _split(_indices(config.train.batch_size))
     dispatches = list(_dispatches(config.train, start))
     program, feed = _program(config, run, images, start, [k for k, _ in dispatches], indices.shape)
     state, batch = step.replicate(state), next(feed)
@@ -199,6 +199,11 @@ def _dispatches(train, start):
         start = end
 
 
+def _split(tree):
+    """Copies arrays [D, …] to the D local devices, one part each."""
+    return jax.device_put(tree, NamedSharding(Mesh(np.array(jax.local_devices()), (AXIS,)), PartitionSpec(AXIS)))
+
+
 def _program(config, run, images, start, ks, shape):
     """Returns (k -> the program of k steps on all devices, an iterator over the batches of the dispatches)."""
     batch_size = config.train.batch_size
@@ -217,7 +222,6 @@ def _to_devices(
     batches: Iterator[dict[str, np.ndarray]], ks: list[int], shape: tuple[int, int]
 ) -> Iterator[dict[str, jax.Array]]:
     """Yields the batches of each dispatch, arrays [D, k, B, …] on the D local devices; prefetches two dispatches."""
-    sharding = NamedSharding(Mesh(np.array(jax.local_devices()), (AXIS,)), PartitionSpec(AXIS))
     ahead: collections.deque[dict[str, jax.Array]] = collections.deque()
 
     def stacked(*steps):
@@ -225,7 +229,7 @@ def _to_devices(
         return array.reshape(len(steps), *shape, *array.shape[2:]).swapaxes(0, 1)
 
     for k in ks:
-        ahead.append(jax.device_put(jax.tree.map(stacked, *itertools.islice(batches, k)), sharding))
+        ahead.append(_split(jax.tree.map(stacked, *itertools.islice(batches, k))))
         if len(ahead) > 2:
             yield ahead.popleft()
     yield from ahead

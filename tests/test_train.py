@@ -80,6 +80,25 @@ def test_a_stop_where_a_grid_is_due_loses_nothing(uninterrupted, tmp_path, monke
     assert "the run has taken more steps than config.train.num_steps=5: nothing to do" in capsys.readouterr().out
 
 
+def test_nothing_in_the_loop_touches_the_device_unasked(uninterrupted, tmp_path, monkeypatch):
+    """Such an operation queues behind the running step and stalls the host. Batches, metrics and saves are asked for."""
+    enter, leave = hosts.StopSignals.__enter__, hosts.StopSignals.__exit__
+    guard = jax.transfer_guard("disallow")
+
+    def guarded(self):
+        guard.__enter__()
+        return enter(self)
+
+    def unguarded(self, *error):
+        guard.__exit__(*error)
+        leave(self, *error)
+
+    monkeypatch.setattr(hosts.StopSignals, "__enter__", guarded)
+    monkeypatch.setattr(hosts.StopSignals, "__exit__", unguarded)
+    run(tmp_path)
+    assert without_speed(lines(tmp_path)) == without_speed(lines(uninterrupted[0]))
+
+
 def test_a_second_training_in_the_workdir_is_refused(tmp_path):
     write_random_run(tmp_path)
     before = (tmp_path / "config.json").read_text()
