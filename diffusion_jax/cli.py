@@ -273,8 +273,8 @@ def _parse(argv: Sequence[str]) -> flags.FlagValues:
 
 def _with_files(arg: str) -> str:
     """Replaces "~" at the start of a value by the home directory, and the name of a shipped config by its file."""
-    flag, value = re.fullmatch(r"(--?[\w.]+=)?(.*)", arg, re.DOTALL).groups("")
-    arg = flag + os.path.expanduser(value)
+    flag, equals, value = arg.partition("=")
+    arg = f"{flag}={os.path.expanduser(value)}" if equals else os.path.expanduser(arg)
     match = re.fullmatch(r"(--?config=)([\w-]+)", arg)
     if not match:
         return arg

@@ -49,7 +49,7 @@ def checked(name: str, values: Any, low: int, high: int, ndim: int = 0) -> Any:
     array = jnp.asarray(values) if is_traced else np.asarray(values)
     holds = array.ndim == ndim and jnp.issubdtype(array.dtype, jnp.integer)
     if not holds or (not is_traced and array.size and not (low <= array.min() and array.max() <= high)):
-        shown = repr(values) if is_traced else np.array2string(array, threshold=10)
+        shown = np.array2string(array, threshold=10) if isinstance(array, np.ndarray) else repr(values)
         raise ValueError(f"{name}={shown} must be {'a vector of integers' if ndim else 'an integer'} in {low}..{high}")
     return array if is_traced else array[()]
 

@@ -7,7 +7,7 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import jax
 import numpy as np
@@ -55,12 +55,13 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
         if is_main_process:
             _announce(state, start)
         state = step.replicate(state)
-        dispatches = list(_dispatches(config.train, start))
-        program, feed = _program(config, run, images, start, [k for k, _ in dispatches], indices.shape)
-        if dispatches:
+        dispatches = functools.partial(_dispatches, config.train, start)  # no list: 2^31 steps take all memory
+        program, feed = _program(config, run, images, start, (k for k, _ in dispatches()), indices.shape)
+        if start < config.train.num_steps:
             batch = next(feed)
             feed = itertools.chain([batch], feed)
-            fit.foresee(config, program(dispatches[0][0]), (state, (batch, indices)), config.train.num_steps - start)
+            first, num_steps = next(dispatches())[0], config.train.num_steps - start
+            fit.foresee(config, program(first), (state, (batch, indices)), num_steps)
 
         with (
             hosts.StopSignals() as signals,
@@ -68,7 +69,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
             _progress(start, config.train.num_steps) as bar,
         ):
             watch = _Watch(config.train, run.learning_rate, manager, log, bar, began)
-            for k, end in dispatches:
+            for k, end in dispatches():
                 state, metrics = program(k)(state, (next(feed), indices))
                 watch.add(end - k + 1, k, metrics)
                 checkpoint.check(manager)
@@ -177,7 +178,7 @@ def _program(config, run, images, start, ks, shape):
 
 
 def _to_devices(
-    batches: Iterator[dict[str, np.ndarray]], ks: list[int], shape: tuple[int, int]
+    batches: Iterator[dict[str, np.ndarray]], ks: Iterable[int], shape: tuple[int, int]
 ) -> Iterator[dict[str, jax.Array]]:
     """Yields the batches of each dispatch, arrays [D, k, B, …] on the D local devices; prefetches two dispatches."""
     sharding = NamedSharding(Mesh(np.array(jax.local_devices()), (AXIS,)), PartitionSpec(AXIS))
