@@ -238,8 +238,8 @@ _RANGES = {"num": (1, 2**32), "seed": (0, 2**32 - 1), "num_processes": (1, 2**31
 
 def _define(values: flags.FlagValues, argv: list[str]) -> None:
     """Defines every flag in `values`; the overrides of the config's keys are read from `argv`."""
-    text = "a shipped config, e.g. --config=digits, or a file"
-    config_flags.DEFINE_config_file("config", None, text, flag_values=values, sys_argv=argv)
+    about = "a shipped config, e.g. digits, or a file"
+    config_flags.DEFINE_config_file("config", None, about, flag_values=values, sys_argv=argv)
     for name, (kind, value, text) in _FLAGS.items():
         if isinstance(kind, tuple):
             flags.DEFINE_enum(name, value, kind, text, flag_values=values)
