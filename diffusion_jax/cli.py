@@ -239,8 +239,8 @@ _RANGES = {"num": (1, 2**32), "seed": (0, 2**32 - 1), "num_processes": (1, 2**31
 
 def _define(values: flags.FlagValues, argv: list[str]) -> None:
     """Defines every flag in `values`; the overrides of the config's keys are read from `argv`."""
-    text = "a shipped config, e.g. --config=digits, or a file"
-    config_flags.DEFINE_config_file("config", None, text, flag_values=values, sys_argv=argv)
+    about = "a shipped config, e.g. digits, or a file"
+    config_flags.DEFINE_config_file("config", None, about, flag_values=values, sys_argv=argv)
     for name, (kind, value, text) in _FLAGS.items():
         if isinstance(kind, tuple):
             flags.DEFINE_enum(name, value, kind, text, flag_values=values)
@@ -274,8 +274,8 @@ def _parse(argv: Sequence[str]) -> flags.FlagValues:
 
 def _with_files(arg: str) -> str:
     """Replaces "~" at the start of a value by the home directory, and the name of a shipped config by its file."""
-    flag, value = re.fullmatch(r"(--?[\w.]+=)?(.*)", arg, re.DOTALL).groups("")
-    arg = flag + os.path.expanduser(value)
+    flag, equals, value = arg.partition("=")
+    arg = f"{flag}={os.path.expanduser(value)}" if equals else os.path.expanduser(arg)
     match = re.fullmatch(r"(--?config=)([\w-]+)", arg)
     if not match:
         return arg

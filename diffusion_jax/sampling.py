@@ -22,7 +22,8 @@ LATENT = 0  # fold_in(key, LATENT) is the key of x_T; fold_in(key, t) is the key
 
 def image_keys(rng: jax.Array, indices: ArrayLike) -> jax.Array:
     """Returns one key for each image: fold_in(rng, i) for i in `indices`, 0 <= i < 2^32. int [n] -> keys [n]."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(rng, checked("indices", indices, 0, 2**32 - 1, ndim=1))
+    indices = checked("indices", indices, 0, 2**32 - 1, ndim=1)
+    return jax.vmap(jax.random.fold_in, (None, 0))(rng, indices)
 
 
 def image_numbers(first: int, num: int) -> np.ndarray:
@@ -156,7 +157,7 @@ def ddim_chain(
     """
     grid = _checked_grid(s, ts)
     _check_keys(x, keys)
-    if not isinstance(eta, jax.core.Tracer) and not np.all(np.isfinite(eta) & (np.asarray(eta) >= 0)):
+    if not isinstance(eta, jax.core.Tracer) and not 0 <= (eta := np.asarray(eta).item()) < np.inf:
         raise ValueError(f"eta={eta} must be a number >= 0")
     s = jax.tree.map(jnp.asarray, s)
 
@@ -164,7 +165,7 @@ def ddim_chain(
         t, u = t_u
         x_0, eps_bar = _predict(eps_bar_fn, s, x, t, clip)
         share = s.beta_bar[u] / s.beta_bar[t]
-        deviation = jnp.asarray(eta, jnp.float32) * share * jnp.sqrt(process.variance_between(s, t, u))
+        deviation = eta * share * jnp.sqrt(process.variance_between(s, t, u))
         deviation = jnp.minimum(deviation, s.beta_bar[u])
         direction = jnp.sqrt((s.beta_bar[u] - deviation) * (s.beta_bar[u] + deviation))
         x = s.alpha_bar[u] * x_0 + direction * eps_bar + deviation * normal(keys, t, x.shape[1:])

@@ -38,18 +38,15 @@ class Schedule(NamedTuple):
 
 
 def checked(name: str, values: Any, low: int, high: int, ndim: int = 0) -> Any:
-    """Returns `values` as an integer, or as a vector of integers if ndim is 1, in low..high.
+    """Returns `values` as an integer in low..high, or as a vector of such integers if ndim is 1.
 
-    Traced numbers are unknown until the program runs, so that only their type and their shape are checked.
-
-    Raises:
-      ValueError: `values` are something else; the message begins with `name`.
+    Raises ValueError, named by `name`, for anything else. Of traced numbers only the type and the shape are known.
     """
     is_traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
     array = jnp.asarray(values) if is_traced else np.asarray(values)
     holds = array.ndim == ndim and jnp.issubdtype(array.dtype, jnp.integer)
     if not holds or (not is_traced and array.size and not (low <= array.min() and array.max() <= high)):
-        shown = repr(values) if is_traced else np.array2string(array, threshold=10)
+        shown = np.array2string(array, threshold=10) if isinstance(array, np.ndarray) else repr(values)
         raise ValueError(f"{name}={shown} must be {'a vector of integers' if ndim else 'an integer'} in {low}..{high}")
     return array if is_traced else array[()]
 
@@ -85,17 +82,20 @@ def su_linear(num_steps: int = 1000, scale: float = 0.02) -> Schedule:
     β_T² equals `scale` for every T, so short chains leave signal in x_T: ᾱ_T is 0.0065
     at T = 1000 and 0.60 at T = 100. `Schedule.alpha_bar[-1]` holds ᾱ_T.
     """
-    return from_beta_squared(scale * np.arange(1, checked("num_steps", num_steps, 1, MOST_STEPS) + 1) / num_steps)
+    num_steps = checked("num_steps", num_steps, 1, MOST_STEPS)
+    return from_beta_squared(scale * np.arange(1, num_steps + 1) / num_steps)
 
 
 def ho_linear(num_steps: int = 1000, start: float = 1e-4, end: float = 0.02) -> Schedule:
     """Ho et al. (2020), section 4: β_t² runs linearly from `start` at t = 1 to `end` at t = T."""
-    return from_beta_squared(np.linspace(start, end, checked("num_steps", num_steps, 1, MOST_STEPS)))
+    num_steps = checked("num_steps", num_steps, 1, MOST_STEPS)
+    return from_beta_squared(np.linspace(start, end, num_steps))
 
 
 def cosine(num_steps: int) -> Schedule:
     """(17) of Nichol & Dhariwal (2021): ᾱ_t² ∝ cos²((t/T + 0.008)/1.008 · π/2), with β_t² capped at 0.999."""
-    f = np.cos((np.linspace(0, 1, checked("num_steps", num_steps, 1, MOST_STEPS) + 1) + 0.008) / 1.008 * np.pi / 2) ** 2
+    num_steps = checked("num_steps", num_steps, 1, MOST_STEPS)
+    f = np.cos((np.linspace(0, 1, num_steps + 1) + 0.008) / 1.008 * np.pi / 2) ** 2
     return from_beta_squared(np.minimum(1 - f[1:] / f[:-1], 0.999))
 
 

@@ -152,7 +152,7 @@ def _accumulated(gradient, parts):
 
 
 def _flipped(image, keys):
-    coins = jax.vmap(jax.random.bernoulli)(keys)
+    coins = jax.vmap(jax.random.bernoulli, (0, None))(keys, np.float32(0.5))
     return jnp.where(coins[:, None, None, None], image[:, :, ::-1], image)
 
 

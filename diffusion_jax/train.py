@@ -7,7 +7,7 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import jax
 import numpy as np
@@ -64,11 +64,11 @@ def _loop(config, run, folder, images, lock, manager, state, about, look, began)
     """Takes the steps that are left, saves the last state and returns it, NumPy arrays."""
     start, pending = int(state.step), about.pop("metrics", ())
     indices = _split(_indices(config.train.batch_size))
-    dispatches = list(_dispatches(config.train, start))
-    program, feed = _program(config, run, images, start, [k for k, _ in dispatches], indices.shape)
+    dispatches = functools.partial(_dispatches, config.train, start)  # no list: 2^31 steps take all memory
+    program, feed = _program(config, run, images, start, (k for k, _ in dispatches()), indices.shape)
     state, batch = step.replicate(state), next(feed)
     feed = itertools.chain([batch], feed)
-    fit.foresee(config, program(dispatches[0][0]), (state, (batch, indices)), config.train.num_steps - start)
+    fit.foresee(config, program(next(dispatches())[0]), (state, (batch, indices)), config.train.num_steps - start)
     with (
         hosts.StopSignals() as signals,
         _log(folder, start, config.train.log_every, pending) as log,
@@ -77,7 +77,7 @@ def _loop(config, run, folder, images, lock, manager, state, about, look, began)
         watch = Watch(config.train, manager, log, bar, began)
         look(state, start, log)  # what a signal or a kill at this step has left out
         is_first_save = True
-        for k, end in dispatches:
+        for k, end in dispatches():
             state, metrics = program(k)(state, (next(feed), indices))
             watch.add(end - k + 1, k, metrics)
             checkpoint.check(manager)
@@ -219,7 +219,7 @@ def _program(config, run, images, start, ks, shape):
 
 
 def _to_devices(
-    batches: Iterator[dict[str, np.ndarray]], ks: list[int], shape: tuple[int, int]
+    batches: Iterator[dict[str, np.ndarray]], ks: Iterable[int], shape: tuple[int, int]
 ) -> Iterator[dict[str, jax.Array]]:
     """Yields the batches of each dispatch, arrays [D, k, B, …] on the D local devices; prefetches two dispatches."""
     ahead: collections.deque[dict[str, jax.Array]] = collections.deque()

@@ -235,9 +235,18 @@ def test_metrics_are_means_over_the_interval(uninterrupted, tmp_path):
         assert averaged[i]["loss"] == pytest.approx(np.mean([line["loss"] for line in single[3 * i : 3 * i + 3]]))
 
 
+def test_a_config_is_checked_without_the_command_line(tmp_path):
+    config = tiny_config(seed=2**32)
+    for run in (lambda: train.train(config, tmp_path / "run"), lambda: train.prepare(config)):
+        with pytest.raises(UserError, match=r"config\.seed=4294967296 must be"):
+            run()
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_schedule_that_leaves_signal_is_warned_of(tmp_path, capsys):
     train._begin(tiny_config(), tmp_path / "short")
-    assert "alpha_bar_T = 0.900" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "warning: alpha_bar_T = 0.900" in printed and "warning: config.train.ema_decay=0.995 over" in printed
     train._begin(tiny_config(schedule__name="cosine"), tmp_path / "cosine")
     assert "alpha_bar_T" not in capsys.readouterr().out
 

@@ -98,7 +98,7 @@ def _write_shards(folder, num, make, bar, about):
     """Writes the missing shards of `num` images."""
     manifest = folder / "samples.json"
     text = json.dumps(about, indent=2) + "\n"
-    if manifest.exists() and manifest.read_text() != text:
+    if manifest.exists() and not _same_origin(manifest, about):
         raise UserError(
             f"--out={folder}/ holds samples of another run, checkpoint, seed or sampler (samples.json): give another "
             "folder"
@@ -123,6 +123,15 @@ def _write_shards(folder, num, make, bar, about):
         if jax.process_index() == 0:  # an earlier, smaller --num left a shorter shard
             for shorter in [other for other in present if other[0] == first and other[1] < stop]:
                 _shard(folder, *shorter).unlink()
+
+
+def _same_origin(manifest, about):
+    """True if samples.json agrees with `about`, wherever the workdir is: "runs/x" and "runs/x/" are one."""
+    try:
+        there = json.loads(manifest.read_text())
+    except ValueError:
+        return False
+    return isinstance(there, dict) and there | {"workdir": about["workdir"]} == about
 
 
 def _shard(folder, first, stop):

@@ -18,6 +18,7 @@ GOLDEN = {
     "beta² linear in t": True,
     "sigma": "beta",
     "EMA decay": 0.9999,
+    "EMA warm-up": False,
     "warm-up, steps": 5000,
     "batch size": 128,
 }
@@ -71,6 +72,7 @@ def test_every_departure_is_marked(tmp_path, capsys):
         "train.learning_rate": 1e-4,
         "train.warmup_steps": 0,
         "train.ema_decay": 0.999,
+        "train.ema_warmup": True,
         "train.grad_clip": 2.0,
         "train.batch_size": 64,
         "train.num_steps": 1000,
@@ -87,7 +89,7 @@ def test_every_departure_is_marked(tmp_path, capsys):
     # Each changed key departs in at least one setting; the schedule and the attention depart in several.
     names = {"parameters", "dropout", "prediction", "dtype of the computation", "sigma", "loss", "EMA decay"}
     names |= {"clip of the predicted x_0 when sampling", "Adam's learning rate", "warm-up, steps", "batch size"}
-    names |= {"largest norm of the gradient", "training steps", "random flips"}
+    names |= {"largest norm of the gradient", "training steps", "random flips", "EMA warm-up"}
     assert names <= departs.keys()
     assert "alpha_bar of the last step" in departs
     text = (tmp_path / "audit.md").read_text()
