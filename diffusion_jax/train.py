@@ -5,13 +5,11 @@ import contextlib
 import functools
 import itertools
 import math
-import sys
 import time
 from collections.abc import Iterable, Iterator
 
 import jax
 import numpy as np
-import tqdm
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
@@ -25,7 +23,7 @@ from diffusion_jax.running import config as configs
 from diffusion_jax.running import workdir as workdirs
 from diffusion_jax.running.lock import Lock
 from diffusion_jax.running.log import MetricsLog
-from diffusion_jax.running.watch import Watch
+from diffusion_jax.running.watch import Watch, progress_bar
 from diffusion_jax.step import AXIS, TrainState
 
 _KINDS = ("sample", "evaluate", "checkpoint")  # work that recurs every train.<kind>_every steps
@@ -72,7 +70,7 @@ def _loop(config, run, folder, images, lock, manager, state, about, look, began)
     with (
         hosts.StopSignals() as signals,
         _log(folder, start, config.train.log_every, pending) as log,
-        _progress(start, config.train.num_steps) as bar,
+        progress_bar(start, config.train.num_steps) as bar,
     ):
         watch = Watch(config.train, manager, log, bar, began)
         look(state, start, log)  # what a signal or a kill at this step has left out
@@ -258,14 +256,3 @@ def _log(folder, start, every, pending):
     if jax.process_index() == 0:
         return MetricsLog(folder, start, every, pending)
     return contextlib.nullcontext()
-
-
-def _progress(start, num_steps):
-    return tqdm.tqdm(
-        initial=start,
-        total=num_steps,
-        unit="step",
-        desc="training",
-        mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds; a log file needs fewer lines
-        disable=jax.process_index() != 0,
-    )

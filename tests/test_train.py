@@ -81,7 +81,7 @@ def test_a_stop_where_a_grid_is_due_loses_nothing(uninterrupted, tmp_path, monke
 
 
 def test_nothing_in_the_loop_touches_the_device_unasked(uninterrupted, tmp_path, monkeypatch):
-    """Such an operation queues behind the running step and stalls the host. Batches, metrics and saves are asked for."""
+    """Such an operation queues behind the running step and stalls the host. Batches, metrics and saves are asked."""
     enter, leave = hosts.StopSignals.__enter__, hosts.StopSignals.__exit__
     guard = jax.transfer_guard("disallow")
 

@@ -60,3 +60,15 @@ def _not_finite(number, metrics, manager):
         "config.train.learning_rate, try float32 if config.model.dtype is bfloat16, or skip such steps with "
         "config.train.max_bad_steps"
     )
+
+
+def progress_bar(start: int, num_steps: int) -> tqdm.tqdm:
+    """Returns the bar of a training, which process 0 shows."""
+    return tqdm.tqdm(
+        initial=start,
+        total=num_steps,
+        unit="step",
+        desc="training",
+        mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds; a log file needs fewer lines
+        disable=jax.process_index() != 0,
+    )
