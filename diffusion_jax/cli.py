@@ -51,12 +51,15 @@ def _show(args):
 
 
 def _export(args):
-    from diffusion_jax.interop.export import export_sampler
+    from diffusion_jax.interop.export import export_again, export_sampler
 
     if args.format not in (None, "jax"):
         raise UserError(f"--format={args.format} does not go with --mode=export: give jax or diffusers")
+    if bool(args["from"].value) == bool(args.workdir):
+        raise UserError("--mode=export takes either --workdir=RUN or --from=SAMPLER.npz: give one of them")
     settings = {name: args[name].value for name in _SAMPLER}
-    export_sampler(args.workdir, args.out or "sampler.npz", **settings)
+    write, source = (export_again, args["from"].value) if args["from"].value else (export_sampler, args.workdir)
+    write(source, args.out or "sampler.npz", **settings)
 
 
 def _export_diffusers(args):
@@ -167,10 +170,10 @@ MODES = {
     ),
     "export": Mode(
         _export,
-        "Writes the sampler as one file that JAX and NumPy open.",
+        "Writes the sampler of a run, or of an older such file (--from), as one file that JAX and NumPy open.",
         "--mode=export --workdir=runs/digits --out=sampler.npz",
-        needs=("workdir",),
-        takes=("out", "format", *_SAMPLER),
+        needs=(),
+        takes=("workdir", "from", "out", "format", *_SAMPLER),
     ),
     "export --format=diffusers": Mode(
         _export_diffusers,
@@ -211,8 +214,6 @@ _MISSING = {
     "from": "give a folder of diffusers, a .safetensors file, or a repository's name",
     "topology": "give a TPU and its shape, e.g. v5e:2x4, or cpu or gpu",
 }
-
-
 _SHOWS = ("interpolation", "progressive", "variations", "inpainting", "animation")
 _FLAGS: dict[str, tuple[Any, Any, str]] = {  # name: (type or values, default, help)
     "mode": (tuple(sorted({name.split(" ")[0] for name in MODES})), "train", "what to do"),
@@ -232,7 +233,7 @@ _FLAGS: dict[str, tuple[Any, Any, str]] = {  # name: (type or values, default, h
     "inception": (str, "", "weights of Inception v3 (tools.convert_inception)"),
     "reference": (str, "", "statistics-….npz of another evaluation"),
     "format": (("jax", "diffusers", "svg", "png"), None, "export: jax or diffusers; report: charts as svg or png"),
-    "from": (str, "", "diffusers' folder, .safetensors file or repository"),
+    "from": (str, "", "diffusers' folder, .safetensors file or repository; export: an exported sampler"),
     "topology": (str, "", "a TPU and its shape, e.g. v5e:2x4, or cpu or gpu"),
     "search": (bool, True, "look for the largest batch that fits, after the table"),
     "platform": (("", "tpu", "gpu", "cpu"), "", "where to compute; default: the best"),
@@ -251,8 +252,7 @@ _DEFINE: dict[type, Callable] = {
 
 def _define(values: flags.FlagValues, argv: list[str]) -> None:
     """Defines every flag in `values`; the overrides of the config's keys are read from `argv`."""
-    text = "a shipped config (celeba) or a file"
-    config_flags.DEFINE_config_file("config", None, text, flag_values=values, sys_argv=argv)
+    config_flags.DEFINE_config_file("config", None, "a shipped config or a file", flag_values=values, sys_argv=argv)
     for name, (kind, value, text) in _FLAGS.items():
         if isinstance(kind, tuple):
             flags.DEFINE_enum(name, value, kind, text, flag_values=values)
@@ -313,8 +313,9 @@ def _check_flags(name: str, mode: Mode, args: flags.FlagValues) -> None:
     for flag in mode.needs:
         if args[flag].value in (None, ""):
             raise UserError(f"--{flag} is missing: {_MISSING[flag]}")
-    if args.num is not None and args.num < 1:
-        raise UserError(f"--num={args.num} must be at least 1")
+    for flag, least in (("num", 1), ("seed", 0)):  # JAX takes both modulo 2^32
+        if (value := args[flag].value) is not None and not least <= value < 2**32:
+            raise UserError(f"--{flag}={value} must be at least {least} and less than 2^32")
 
 
 def _help(name: str, mode: Mode, args: flags.FlagValues) -> str:

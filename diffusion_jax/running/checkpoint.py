@@ -23,18 +23,25 @@ from diffusion_jax.running.workdir import absolute
 
 
 @contextlib.contextmanager
-def open_manager(workdir: epath.PathLike, keep: int = 3, read_only: bool = False) -> Iterator[ocp.CheckpointManager]:
+def open_manager(
+    workdir: epath.PathLike, keep: int = 3, read_only: bool = False, alone: bool = False
+) -> Iterator[ocp.CheckpointManager]:
     """Opens Orbax's manager of the run's checkpoints; waits for the last save on exit.
 
     Args:
       keep: number of the latest checkpoints to keep.
       read_only: True writes and deletes nothing; a training run may be writing there.
+      alone: True for a manager of process 0 that waits for no other process; the folder checkpoints/ must exist.
 
     Raises:
       UserError: the last save failed.
     """
     options = ocp.CheckpointManagerOptions(
-        preservation_policy=LatestN(keep), cleanup_tmp_directories=not read_only, read_only=read_only
+        preservation_policy=LatestN(keep),
+        cleanup_tmp_directories=not read_only,
+        read_only=read_only,
+        create=not alone,
+        multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes={0} if alone else None),
     )
     manager = ocp.CheckpointManager(absolute(workdir) / "checkpoints", options=options)
     try:

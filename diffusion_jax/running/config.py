@@ -50,6 +50,13 @@ _AT_LEAST_0 = (
     "train.sample_every",
     "train.evaluate_every",
 )
+# Far above every network, and below what exhausts the memory: configs travel with weights and exported samplers.
+AT_MOST = {
+    "data.image_size": 2**14,
+    "model.channels": 2**16,
+    "model.num_res_blocks": 64,
+    "schedule.num_steps": 10**6,
+}
 # These identify a run; the other keys may change when it resumes.
 _IDENTITY = (
     *("data.source", "data.path", "data.split", "data.image_size", "data.channels", "data.crop"),
@@ -130,6 +137,8 @@ def check(config: ConfigDict) -> None:
         _need(config, key, lambda value: value >= 1, "an integer >= 1")
     for key in _AT_LEAST_0:
         _need(config, key, lambda value: value >= 0, "an integer >= 0")
+    for key, most in AT_MOST.items():
+        _need(config, key, lambda value, most=most: value <= most, f"at most {most:,}")
     for key in ("train.learning_rate", "train.grad_clip"):
         _need(config, key, lambda value: 0 < value < float("inf"), "a number > 0")
     _need(config, "data.cache_limit_gb", lambda value: value >= 0, "a number >= 0")

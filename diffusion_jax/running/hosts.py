@@ -5,6 +5,7 @@ import os
 import secrets
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any, Self
 
 import jax
@@ -139,6 +140,26 @@ def check_shared(workdir: epath.Path) -> None:
             f"--workdir={workdir} is not the same folder on all hosts (process {int(np.argmin(visible))} does not see "
             "the files of process 0): give a folder that all hosts share, e.g. gs://…"
         )
+
+
+def on_process_0(function: Callable[[], None]) -> None:
+    """Runs `function` in process 0, while the other processes wait.
+
+    Raises:
+      UserError: in the other processes, if `function` raised an error in process 0.
+    """
+    error = None
+    if jax.process_index() == 0:
+        try:
+            function()
+        except Exception as raised:  # any error must reach the other processes, which would wait for ever
+            error = raised
+    if jax.process_count() > 1:
+        failed = multihost_utils.broadcast_one_to_all(np.array(error is not None))
+        if failed and error is None:
+            raise UserError("process 0 stopped with an error: see its message")
+    if error is not None:
+        raise error
 
 
 class StopSignals:
