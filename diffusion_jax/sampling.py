@@ -24,7 +24,7 @@ def image_keys(rng: jax.Array, indices: ArrayLike) -> jax.Array:
 
 def normal(keys: jax.Array, t: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
     """Returns the standard normal noise of step t: float32 [B, *shape], example i from fold_in(keys[i], t)."""
-    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, t), shape))(keys)
+    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, t), shape, jnp.float32))(keys)
 
 
 class Window(NamedTuple):
@@ -204,7 +204,7 @@ def dpmpp_2m_chain(
         x = share * x + (s.alpha_bar[u] - s.alpha_bar[t] * share) * blend
         return (x, x_0, h), (x, x_0)
 
-    x, _, _ = _scan(step, (x, jnp.zeros_like(x), jnp.zeros(())), grid[:-1], grid[1:], window)
+    x, _, _ = _scan(step, (x, jnp.zeros_like(x), jnp.zeros_like(log_snr[0])), grid[:-1], grid[1:], window)
     return x
 
 

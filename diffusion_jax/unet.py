@@ -73,8 +73,8 @@ class GroupNorm(nn.Module):
         shifted = x.astype(jnp.float32) - shift
         mean = group_mean(shifted.mean(axis=(1, 2)))
         variance = group_mean((shifted**2).mean(axis=(1, 2))) - mean**2
-        scale = self.param("scale", nn.initializers.ones, (channels,))
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
         factor = lax.rsqrt(variance + _EPSILON) * scale[None]
         return ((shifted - mean[:, None, None]) * factor[:, None, None] + bias[None, None, None]).astype(self.dtype)
 
