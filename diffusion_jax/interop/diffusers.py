@@ -294,7 +294,7 @@ def _read_json(file, class_name, defaults):
     """Returns (settings, require): a diffusers config without private keys, with defaults; and `_require` for it."""
     try:
         settings = dict(json.loads(file.read_text()).items())
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} is not a config of diffusers ({one_line(error, 200)}): restore it") from None
     settings.setdefault("_class_name", class_name)
     _require(file, settings, "_class_name", settings["_class_name"] == class_name, f"must be {class_name}")
