@@ -69,6 +69,7 @@ def _config_cases(config, new, files):
             r"batch_size=6 does not divide among 4 devices.*multiple of 4",
         ),
         "image size": (config("data.image_size", 9), r"image_size=9 does not fit config\.model\.multipliers=\(1, 2\)"),
+        "endless chain": (config("schedule.num_steps", 10**9), r"num_steps=1000000000 must be at most 1,000,000"),
         "no image size": (config("data.image_size", 0), r"data\.image_size=0 must be"),
         "no learning rate": (config("train.learning_rate", 0.0), r"learning_rate=0\.0 must be a number > 0"),
         "infinite rate": (config("train.learning_rate", "inf"), r"learning_rate=inf must be a number > 0"),
@@ -106,6 +107,11 @@ def _command_line_cases(digits, files):
         "third of two processes": (
             [*digits, "--coordinator=127.0.0.1:1", "--num_processes=2", "--process_id=2"],
             r"--process_id=2 must be between 0 and 1 for --num_processes=2",
+        ),
+        "export of nothing": (["--mode=export"], r"--mode=export takes either --workdir=RUN or --from=SAMPLER\.npz"),
+        "export of two things": (
+            ["--mode=export", "--workdir=run", "--from=sampler.npz"],
+            r"--mode=export takes either --workdir=RUN or --from=SAMPLER\.npz: give one of them",
         ),
         "charts of an export": (
             ["--mode=export", "--workdir=run", "--format=svg"],
@@ -181,6 +187,9 @@ def _workdir_cases(command, run, files):
             r"--out=x\.png must end in \.gif or \.webp",
         ),
         "no samples": (["--mode=sample", f"--workdir={run}", "--num=0"], r"--num=0 must be at least 1"),
+        "too many samples": (["--mode=sample", f"--workdir={run}", "--num=4294967296"], r"--num=4294967296 must be"),
+        "large seed": (["--mode=sample", f"--workdir={run}", "--seed=4294967296"], r"--seed=4294967296 must be at"),
+        "negative seed": (["--mode=evaluate", f"--workdir={run}", "--seed=-1"], r"--seed=-1 must be at least 0"),
     }
 
 
