@@ -49,7 +49,7 @@ def export_sampler(workdir: epath.PathLike, out: str, **settings: Any) -> None:
     Raises:
       UserError: see `diffusion_jax.load` and `export`.
     """
-    config = configs.with_sampling(read_config(workdir), **settings)
+    config = _portable(configs.with_sampling(read_config(workdir), **settings))
     hosts.on_process_0(lambda: _check_out(out))
     step, params = ema_params(parts.build(config), workdir)
     hosts.on_process_0(lambda: export(config, params, step, out))
@@ -68,20 +68,28 @@ def export_again(source: epath.PathLike, out: str, **settings: Any) -> None:
     arrays, about = _read(source)
     try:
         config = configs.complete(ConfigDict(about["config"]))
-        config = configs.with_sampling(config, **settings)
+        config = _portable(configs.with_sampling(config, **settings))
         params = _params(arrays)
         shapes, expected = (jax.tree.map(np.shape, tree) for tree in (params, parts.abstract_state(config).params))
-    except (UserError, TypeError, AttributeError, KeyError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise UserError(f"--from={source}: {one_line(error)}") from None
     if shapes != expected:
         raise UserError(f"--from={source} holds the parameters of another network than its config describes")
     hosts.on_process_0(lambda: export(config, params, about["step"], out))
 
 
+def _portable(config):
+    """Returns the config without paths, and with attention for all PLATFORMS; cuDNN's is one for GPUs alone."""
+    config.data.update(dict.fromkeys(_PATHS, ""))
+    config.model.attention = "xla"
+    return config
+
+
 def export(config: ConfigDict, params: dict, step: int, out: str) -> None:
-    """Writes the sampler that a config describes as one file, which holds the config without the paths of its data.
+    """Writes the sampler that a config describes as one file.
 
     Args:
+      config: a checked config; the file holds all of it.
       params: nested dicts of arrays.
       step: the step of the checkpoint.
       out: an .npz file.
@@ -91,7 +99,6 @@ def export(config: ConfigDict, params: dict, step: int, out: str) -> None:
     """
     path = _check_out(out)
     about = {"config": config.to_dict(), "step": int(step), "platforms": PLATFORMS, "jax": jax.__version__}
-    about["config"]["data"] |= dict.fromkeys(_PATHS, "")
     about["compatibility"] = _PROMISE
     flat = {f"params/{name}": np.asarray(leaf) for name, leaf in flatten_dict(params, sep="/").items()}
     program = np.frombuffer(_program(config, params), np.uint8)

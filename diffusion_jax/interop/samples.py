@@ -112,9 +112,9 @@ def _write_shards(folder, num, make, bar, about):
     done = np.zeros(len(ranges), bool)
 
     def start():
-        _check_shards(folder, num)
         manifest = _read_manifest(folder)
         _check_origin(folder, about, manifest)
+        _check_shards(folder, num)
         done[:] = [_is_whole(folder, first, stop, about, manifest) for first, stop in ranges]
         files.write_text(folder / "samples.json", json.dumps(about, indent=2) + "\n")
 

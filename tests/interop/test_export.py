@@ -2,6 +2,7 @@ import hashlib
 import json
 import pathlib
 import re
+import shutil
 import site
 
 import jax
@@ -134,6 +135,17 @@ def test_no_path_of_the_machine_is_in_the_file(tmp_path):
     here = [str(tmp_path), str(pathlib.Path.home()), str(pathlib.Path(diffusion_jax.__file__).parent)]
     for text in [*paths.values(), *here, *site.getsitepackages(), "alice", "site-packages", ".py"]:
         assert text.encode() not in content, text
+
+
+def test_a_run_with_the_attention_of_cudnn_is_exported(run, tmp_path):
+    """This machine has no cuDNN; the file runs on it nevertheless."""
+    shutil.copytree(run, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    config["model"] |= {"attention": "cudnn", "dtype": "bfloat16"}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    export.export_sampler(tmp_path / "run", str(tmp_path / "sampler.npz"), sampler="ddim", steps=2)
+    sample_fn, params = diffusion_jax.load_exported(tmp_path / "sampler.npz")
+    assert np.isfinite(sample_fn(params, RNG, 1)).all()
 
 
 def test_an_exported_file_is_written_again(run, tmp_path, monkeypatch):
