@@ -53,12 +53,15 @@ def _show(args):
 
 
 def _export(args):
-    from diffusion_jax.interop.export import export_sampler
+    from diffusion_jax.interop.export import export_again, export_sampler
 
     if args.format not in (None, "jax"):
         raise UserError(f"--format={args.format} does not go with --mode=export: give jax or diffusers")
+    if bool(args["from"].value) == bool(args.workdir):
+        raise UserError("--mode=export takes either --workdir=RUN or --from=SAMPLER.npz: give one of them")
     settings = {name: args[name].value for name in _SAMPLER}
-    export_sampler(args.workdir, args.out or "sampler.npz", **settings)
+    write, source = (export_again, args["from"].value) if args["from"].value else (export_sampler, args.workdir)
+    write(source, args.out or "sampler.npz", **settings)
 
 
 def _export_diffusers(args):
@@ -169,10 +172,10 @@ MODES = {
     ),
     "export": Mode(
         _export,
-        "Writes the sampler as one file that JAX and NumPy open.",
+        "Writes the sampler of a run, or of an older such file (--from), as one file that JAX and NumPy open.",
         "--mode=export --workdir=runs/digits --out=sampler.npz",
-        needs=("workdir",),
-        takes=("out", "format", *_SAMPLER),
+        needs=(),
+        takes=("workdir", "from", "out", "format", *_SAMPLER),
     ),
     "export --format=diffusers": Mode(
         _export_diffusers,
@@ -226,7 +229,11 @@ _FLAGS: dict[str, tuple[Any, Any, str]] = {  # name: (its definition or values, 
     "inception": (flags.DEFINE_string, "", "weights of Inception v3 (tools.convert_inception)"),
     "reference": (flags.DEFINE_string, "", "statistics-….npz of another evaluation"),
     "format": (("jax", "diffusers", "svg", "png"), None, "export: jax or diffusers; report: charts as svg or png"),
-    "from": (flags.DEFINE_string, "", "diffusers' folder, .safetensors file or repository"),
+    "from": (
+        flags.DEFINE_string,
+        "",
+        "a folder of diffusers, a .safetensors file or a repository, or an exported sampler",
+    ),
     "topology": (flags.DEFINE_string, "", "a TPU and its shape, e.g. v5e:2x4, or cpu or gpu"),
     "search": (flags.DEFINE_bool, True, "look for the largest batch that fits, after the table"),
     "platform": (("", "tpu", "gpu", "cpu"), "", "where to compute; default: the best"),
@@ -338,10 +345,8 @@ def run(argv: Sequence[str]) -> None:
         _silence_libraries()
     if mode.on_device:
         hosts.initialize(args.platform, args.coordinator, args.num_processes, args.process_id)
-        config = {} if args.config is None else configs.flatten(args.config)
-        own = ("config", "process_id", "debug")  # flags that may differ between processes; "config" is a file
-        asked = {f"--{flag}": args[flag].value for flag in _FLAGS if flag not in own}
-        hosts.check_same(asked | {f"config.{key}": value for key, value in config.items()})
+        asked = {f"--{flag}": args[flag].value for flag in _FLAGS if flag not in ("process_id", "debug")}
+        hosts.check_same(asked | ({} if args.config is None else configs.flatten(args.config)))
     mode.run(args)
 
 

@@ -136,7 +136,7 @@ def prepare(config: ConfigDict) -> None:
 
 def _begin(config, folder, stack):
     """Validates everything, locks the workdir and returns the images and the lock."""
-    hosts.check_same({f"config.{key}": value for key, value in configs.flatten(config).items()} | {"workdir": folder})
+    hosts.check_same(configs.flatten(config) | {"--workdir": folder})
     configs.check_batch(config, jax.device_count())
     workdirs.check_name(folder)
     locks = [stack.enter_context(Lock(folder))] if hosts.on_main(folder.exists) else []  # before the long work

@@ -69,6 +69,7 @@ def _config_cases(config, new, files):
             r"batch_size=6 does not divide among 4 devices.*multiple of 4",
         ),
         "image size": (config("data.image_size", 9), r"image_size=9 does not fit config\.model\.multipliers=\(1, 2\)"),
+        "endless chain": (config("schedule.num_steps", 10**9), r"num_steps=1000000000 must be an integer in 1\.\."),
         "no image size": (config("data.image_size", 0), r"data\.image_size=0 must be"),
         "no learning rate": (config("train.learning_rate", 0.0), r"learning_rate=0\.0 must be a number > 0"),
         "infinite rate": (config("train.learning_rate", "inf"), r"learning_rate=inf must be a number > 0"),
@@ -138,6 +139,11 @@ def _command_line_cases(digits, files):
         "third of two processes": (
             [*digits, "--coordinator=127.0.0.1:1", "--num_processes=2", "--process_id=2"],
             r"--process_id=2 must be between 0 and 1 for --num_processes=2",
+        ),
+        "export of nothing": (["--mode=export"], r"--mode=export takes either --workdir=RUN or --from=SAMPLER\.npz"),
+        "export of two things": (
+            ["--mode=export", "--workdir=run", "--from=sampler.npz"],
+            r"--mode=export takes either --workdir=RUN or --from=SAMPLER\.npz: give one of them",
         ),
         "charts of an export": (
             ["--mode=export", "--workdir=run", "--format=svg"],

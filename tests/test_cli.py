@@ -119,6 +119,22 @@ def test_two_processes_take_the_steps_and_draw_the_samples_of_one(done, trained,
     assert two.shape == one.shape and abs(two - one).max() <= 1  # rounding may reach the next grey level
 
 
+@pytest.mark.slow
+def test_of_two_processes_the_first_imports_and_exports(tmp_path):
+    run = f"--workdir={tmp_path / 'run'}"
+    for args in (
+        ["--mode=import", "--from=tests/fixtures/diffusers", run],
+        ["--mode=export", "--format=diffusers", run, f"--out={tmp_path / 'folder'}"],
+        ["--mode=export", run, f"--out={tmp_path / 'old.npz'}"],
+        ["--mode=export", f"--from={tmp_path / 'old.npz'}", f"--out={tmp_path / 'new.npz'}"],
+    ):
+        codes, errors = together(*args)
+        assert codes == [0, 0], errors
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "new.npz", "old.npz", "run"]
+    codes, errors = together("--mode=import", "--from=tests/fixtures/diffusers", run)
+    assert codes == [1, 1] and "holds a run already" in errors[0] and "process 0 stopped with an error" in errors[1]
+
+
 def test_sample_writes_a_grid_and_arrays(done, trained, tmp_path):
     grid, few, many = tmp_path / "grid.png", tmp_path / "few.npz", tmp_path / "many.npz"
     for out, num in ((grid, 9), (few, 2), (many, 9)):
@@ -162,7 +178,7 @@ def test_a_mode_refuses_flags_that_it_does_not_take(name, command):
 
 @pytest.mark.parametrize("name", cli.MODES)
 def test_a_mode_names_the_flag_that_it_lacks(name, command):
-    """The flags that choose between the rows of a mode cannot be missing."""
+    """The flags that choose between the rows of a mode cannot be missing; `bad_inputs` has an export of nothing."""
     mode = cli.MODES[name]
     example = [arg for arg in mode.example.split() if not arg.startswith("--config.")]
     for flag in set(mode.needs) - {"show", "format"}:

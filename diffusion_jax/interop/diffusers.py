@@ -21,7 +21,7 @@ from safetensors import numpy as safetensors
 
 from diffusion_jax import parts
 from diffusion_jax.errors import UserError, one_line
-from diffusion_jax.running import checkpoint, files
+from diffusion_jax.running import checkpoint, files, hosts
 from diffusion_jax.running import config as configs
 from diffusion_jax.running.workdir import absolute, read_config, write_config
 from diffusion_jax.sample import ema_params
@@ -113,6 +113,8 @@ _OLD_PARTS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_
 def import_diffusers(source: str, workdir: epath.PathLike, reference: ConfigDict) -> None:
     """Makes a workdir from a diffusers model: a config and a checkpoint of step 0, to sample, evaluate or train.
 
+    The workdir appears whole or not at all. Of several processes the first writes it.
+
     Args:
       source: a folder of a `UNet2DModel`, or of a pipeline with one in unet/; the .safetensors file itself, with
         its config.json beside it; or a repository of the Hugging Face hub, e.g. google/ddpm-cifar10-32.
@@ -121,10 +123,13 @@ def import_diffusers(source: str, workdir: epath.PathLike, reference: ConfigDict
         without a scheduler_config.json, schedule.*, sampling.* and model.prediction.
 
     Raises:
-      UserError: the source cannot be read, its network or schedule is not one of this package, its tensors do not
-        match the network, or the workdir is not new.
+      UserError: the source cannot be read, its network or schedule is not one of this package or beyond
+        `config.RANGES`, its tensors do not match the network or are not finite, or the workdir is not new.
     """
-    workdir = _new_workdir(workdir)
+    hosts.on_main(lambda: _import(source, _new_workdir(workdir), reference))
+
+
+def _import(source, workdir, reference):
     weights, scheduler = _find(source)
     config = reference.copy_and_resolve_references()
     _read_unet(config, weights.parent / "config.json")
@@ -134,22 +139,25 @@ def import_diffusers(source: str, workdir: epath.PathLike, reference: ConfigDict
     params = _to_params(config, weights)
     opt_state = jax.device_get(parts.optimizer(config).init(params))
     state = TrainState(np.zeros((), np.int32), params, jax.tree.map(np.copy, params), opt_state)
-    with checkpoint.open_manager(workdir) as manager:
-        checkpoint.save(manager, 0, state)
-    write_config(workdir, config)  # last: a workdir without it holds no run
+    try:
+        with files.new_folder(workdir) as folder:
+            (folder / "checkpoints").mkdir()
+            with checkpoint.open_manager(folder, alone=True) as manager:
+                checkpoint.save(manager, 0, state)
+            write_config(folder, config)  # last: a workdir without it holds no run
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be written ({one_line(error)}): give another folder") from None
     count, schedule = sum(leaf.size for leaf in jax.tree.leaves(params)), config.schedule
     print(f"imported {count:,} parameters of {source}, {schedule.name} of {schedule.num_steps} steps: {workdir}")
 
 
 def _new_workdir(workdir):
     path = absolute(workdir)
-    for name in ("config.json", "checkpoints"):
-        if (path / name).exists():
-            raise UserError(f"--workdir={workdir} holds a run already, or a part of one ({name}): give another workdir")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--workdir={workdir} cannot be written ({one_line(error)}): give another folder") from None
+    names = sorted(file.name for file in path.iterdir()) if path.exists() else []
+    if names:
+        holds = ", ".join(names[:3])
+        raise UserError(f"--workdir={workdir} holds a run already, or other files ({holds}): give another workdir")
+    files.check_writable(path, f"--workdir={workdir}")
     return path
 
 
@@ -198,11 +206,14 @@ def _read_unet(config, file):
     size, channels, groups = settings["sample_size"], settings["block_out_channels"], settings["norm_num_groups"]
     size = size[0] if isinstance(size, list) and size and size == size[:1] * 2 else size
     require("sample_size", type(size) is int and size >= 1, "must be the height and width of square images")
+    _bound(require, "sample_size", size, "data.image_size")
     require("in_channels", settings["in_channels"] in (1, 3), "must be 1 or 3")
     is_fixed_variance = settings["out_channels"] == settings["in_channels"]
     require("out_channels", is_fixed_variance, "must equal in_channels: learned variances are not supported")
     are_multiples = channels and all(type(n) is int and n >= 1 and n % channels[0] == 0 for n in channels)
     require("block_out_channels", are_multiples, "must be multiples of the first")
+    _bound(require, "block_out_channels", max(channels), "model.channels")
+    _bound(require, "layers_per_block", settings["layers_per_block"], "model.num_res_blocks")
     divides_all = type(groups) is int and groups >= 1 and all(n % groups == 0 for n in channels)
     require("norm_num_groups", divides_all, f"must divide block_out_channels={channels}")
     require("attn_norm_num_groups", settings["attn_norm_num_groups"] in (None, groups), f"must be {groups}")
@@ -215,6 +226,11 @@ def _read_unet(config, file):
     config.model.num_res_blocks = settings["layers_per_block"]
     config.model.attention_resolutions = tuple(size >> level for level in attention_levels)
     config.model.num_groups = groups
+
+
+def _bound(require, key, value, ours):
+    """Refuses a value above the bound of `ours`, a key of our config, before it takes any memory."""
+    require(key, value <= configs.RANGES[ours][1], f"must be at most {configs.RANGES[ours][1]:,}")
 
 
 def _attention_levels(settings, require):
@@ -241,6 +257,7 @@ def _read_scheduler(config, file):
     for key, names in (("variance_type", _SIGMAS), ("prediction_type", _PREDICTIONS)):
         require(key, settings[key] in names, f"must be one of {', '.join(names)}")
     require("num_train_timesteps", settings["num_train_timesteps"] >= 1, "must be at least 1")
+    _bound(require, "num_train_timesteps", settings["num_train_timesteps"], "schedule.num_steps")
     config.schedule.num_steps = settings["num_train_timesteps"]
     config.schedule.name = _schedule_name(settings, require)
     config.sampling.sigma, config.sampling.clip = _SIGMAS[settings["variance_type"]], settings["clip_sample"]
@@ -277,7 +294,7 @@ def _read_json(file, class_name, defaults):
     """Returns (settings, require): a diffusers config without private keys, with defaults; and `_require` for it."""
     try:
         settings = dict(json.loads(file.read_text()).items())
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} is not a config of diffusers ({one_line(error, 200)}): restore it") from None
     settings.setdefault("_class_name", class_name)
     _require(file, settings, "_class_name", settings["_class_name"] == class_name, f"must be {class_name}")
@@ -365,7 +382,11 @@ def _to_flax(file, name, array, shape):
     if not (is_dense or array.shape == expected) or not np.issubdtype(array.dtype, np.floating):
         raise UserError(f"{file} has {name} as {array.dtype} {array.shape}, not float32 {expected}")
     array = array.transpose(2, 3, 1, 0) if len(shape) == 4 else array.reshape(expected[: len(shape)]).T
-    return np.array(array, np.float32, order="C")
+    with np.errstate(over="ignore"):  # float64 may overflow, which the next line reports
+        array = np.array(array, np.float32, order="C")
+    if not np.isfinite(array).all():
+        raise UserError(f"{file} has {name} with values that are not finite: fetch it again, or give other weights")
+    return array
 
 
 # ---------------------------------------------------------------- export
@@ -377,11 +398,13 @@ def export_diffusers(workdir: epath.PathLike, out: str) -> None:
     The pipeline runs the ancestral chain with the run's sigma, whatever the run's sampling.sampler. Schedules
     other than Ho's are written as `trained_betas`.
 
+    The folder appears whole or not at all. Of several processes the first writes it.
+
     Raises:
       UserError: there is no run or no checkpoint, sampling.sigma is zero, diffusers has no such network, or `out`
         is not a new folder.
     """
-    config = read_config(workdir)
+    config, folder = read_config(workdir), epath.Path(out).expanduser()
     _unet_config(config)  # raises before anything is written
     configs = {
         "model_index.json": {
@@ -391,19 +414,28 @@ def export_diffusers(workdir: epath.PathLike, out: str) -> None:
         },
         f"scheduler/{_SCHEDULER}": _scheduler_config(config),
     }
+    hosts.on_main(lambda: _check_folder(folder, out))
     step, params = ema_params(parts.build(config), workdir)
-    folder = epath.Path(out).expanduser()
-    try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"--out={out} already exists: give a new folder")
-        write_unet(config, params, folder / "unet")
-        for name, content in configs.items():
-            _write_json(folder / name, content)
-    except OSError as error:
-        raise UserError(f"--out={out} cannot be written ({one_line(error)}): give another folder") from None
-    print(f"diffusers model of step {step}: {out}")
-    if (num_steps := config.schedule.num_steps) != 1000:
-        print(f"DDPMPipeline takes 1000 steps by default: call it with num_inference_steps={num_steps}")
+
+    def write():
+        try:
+            with files.new_folder(folder) as partial:
+                write_unet(config, params, partial / "unet")
+                for name, content in configs.items():
+                    _write_json(partial / name, content)
+        except OSError as error:
+            raise UserError(f"--out={out} cannot be written ({one_line(error)}): give another folder") from None
+        print(f"diffusers model of step {step}: {out}")
+        if (num_steps := config.schedule.num_steps) != 1000:
+            print(f"DDPMPipeline takes 1000 steps by default: call it with num_inference_steps={num_steps}")
+
+    hosts.on_main(write)
+
+
+def _check_folder(folder, out):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--out={out} already exists: give a new folder")
+    files.check_writable(folder, f"--out={out}")
 
 
 def write_unet(config: ConfigDict, params: dict, folder: epath.Path) -> None:

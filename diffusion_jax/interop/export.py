@@ -6,11 +6,15 @@ The file is an .npz with these arrays:
     params/...    the parameters, one array for each leaf, under its path
     about         JSON of the run's config, step, platforms and version of JAX
     checksum      SHA-256 of these arrays
+
+It holds no path of the machine that wrote it. JAX promises to read a program for six months; `export_again` writes
+it anew from the parameters and the config.
 """
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -18,16 +22,22 @@ import jax.export
 import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
+from ml_collections import ConfigDict
 
 from diffusion_jax import parts
 from diffusion_jax.errors import UserError, one_line
-from diffusion_jax.running import files
-from diffusion_jax.running.config import with_sampling
+from diffusion_jax.running import config as configs
+from diffusion_jax.running import files, hosts
 from diffusion_jax.running.workdir import read_config
 from diffusion_jax.sample import ema_params
 from diffusion_jax.sampling import image_numbers
 
 PLATFORMS = ("cpu", "cuda", "tpu")
+_PROMISE = (
+    "JAX promises that its versions of the six months after this one read the program. To write it again with a later "
+    "version: diffusion_jax --mode=export --from=OLD.npz --out=NEW.npz"
+)
+_PATHS = ("path", "cache_dir", "manual_dir")  # keys of config.data
 
 
 def export_sampler(workdir: epath.PathLike, out: str, **settings: Any) -> None:
@@ -39,29 +49,83 @@ def export_sampler(workdir: epath.PathLike, out: str, **settings: Any) -> None:
     Raises:
       UserError: see `diffusion_jax.load` and `export`.
     """
-    config = with_sampling(read_config(workdir), **settings)
-    run = parts.build(config)
-    step, params = ema_params(run, workdir)
-    export(config.to_dict(), params, step, run.indexed_sample_fn(), out)
-    if jax.process_index() == 0:
-        print(f"sampler of step {step}, {epath.Path(out).stat().length / 1e6:.1f} MB: {out}")
+    config = _portable(configs.with_sampling(read_config(workdir), **settings))
+    hosts.on_main(lambda: _check_out(out))
+    step, params = ema_params(parts.build(config), workdir)
+    hosts.on_main(lambda: export(config, params, step, out))
 
 
-def export(config: dict, params: dict, step: int, sample: Callable, out: str) -> None:
-    """Writes a sampler as one file.
+def export_again(source: epath.PathLike, out: str, **settings: Any) -> None:
+    """Writes an exported sampler again, with this version of JAX, from the file's own parameters and config.
 
     Args:
-      config: the run's config, stored as documentation.
+      source: a file that `export` wrote with any version of JAX.
+      settings: sampler, steps and eta of `diffusion_jax.load`.
+
+    Raises:
+      UserError: the file is missing or damaged, its config is invalid or describes another network; see `export`.
+    """
+    arrays, about = _read(source)
+    try:
+        config = configs.complete(ConfigDict(about["config"]))
+        config = _portable(configs.with_sampling(config, **settings))
+        params = _params(arrays)
+        shapes, expected = (jax.tree.map(np.shape, tree) for tree in (params, parts.abstract_state(config).params))
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UserError(f"--from={source}: {one_line(error)}") from None
+    if shapes != expected:
+        raise UserError(f"--from={source} holds the parameters of another network than its config describes")
+    hosts.on_main(lambda: export(config, params, about["step"], out))
+
+
+def _portable(config):
+    """Returns the config without paths, and with attention for all PLATFORMS; cuDNN's is one for GPUs alone."""
+    config.data.update(dict.fromkeys(_PATHS, ""))
+    config.model.attention = "xla"
+    return config
+
+
+def export(config: ConfigDict, params: dict, step: int, out: str) -> None:
+    """Writes the sampler that a config describes as one file.
+
+    Args:
+      config: a checked config; the file holds all of it.
       params: nested dicts of arrays.
-      sample: (params, rng, indices [n]) -> float32 [n, H, W, C] for any n, see `sampling.make_indexed_sample_fn`.
+      step: the step of the checkpoint.
       out: an .npz file.
 
     Raises:
       UserError: `out` does not end in .npz, or cannot be written.
     """
+    path = _check_out(out)
+    about = {"config": config.to_dict(), "step": int(step), "platforms": PLATFORMS, "jax": jax.__version__}
+    about["compatibility"] = _PROMISE
+    flat = {f"params/{name}": np.asarray(leaf) for name, leaf in flatten_dict(params, sep="/").items()}
+    program = np.frombuffer(_program(config, params), np.uint8)
+    arrays = {"program": program, "about": np.array(json.dumps(about)), **flat}
+    try:
+        with files.replacing(path) as file:
+            # To mypy, any array might be called allow_pickle.
+            np.savez(file, checksum=np.array(_checksum(arrays)), **arrays)  # type: ignore[arg-type]
+    except OSError as error:
+        raise UserError(f"--out={out} cannot be written ({one_line(error)}): give another file") from None
+    print(f"sampler of step {step}, {path.stat().length / 1e6:.1f} MB: {out}")
+
+
+def _check_out(out):
+    """Returns the path of `out`, which must be writable."""
     if not out.endswith(".npz"):
         raise UserError(f"--out={out} must end in .npz: give another name")
-    flat = {f"params/{path}": np.asarray(leaf) for path, leaf in flatten_dict(params, sep="/").items()}
+    path = epath.Path(out).expanduser()
+    if path.is_dir():
+        raise UserError(f"--out={out} is a folder: give another name")
+    files.check_writable(path, f"--out={out}")
+    return path
+
+
+def _program(config, params):
+    """Returns the serialised program of any number of images, for all PLATFORMS."""
+    sample = parts.build(config).indexed_sample_fn()
 
     def program(params, key_data, indices):
         return sample(params, jax.random.wrap_key_data(key_data), indices)
@@ -69,16 +133,23 @@ def export(config: dict, params: dict, step: int, sample: Callable, out: str) ->
     (num,) = jax.export.symbolic_shape("num")
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
     key_data, indices = jax.ShapeDtypeStruct((2,), np.uint32), jax.ShapeDtypeStruct((num,), np.int32)
-    exported = jax.export.export(jax.jit(program), platforms=PLATFORMS)(shapes, key_data, indices)
+    with _no_source_locations(), jax.enable_x64(False):
+        exported = jax.export.export(jax.jit(program), platforms=PLATFORMS)(shapes, key_data, indices)
+    return exported.serialize()
 
-    about = {"config": config, "step": int(step), "platforms": PLATFORMS, "jax": jax.__version__}
-    arrays = {"program": np.frombuffer(exported.serialize(), np.uint8), "about": np.array(json.dumps(about)), **flat}
+
+@contextlib.contextmanager
+def _no_source_locations() -> Iterator[None]:
+    """Keeps the paths of source files out of programs; JAX names the file of each operation otherwise."""
+    settings = {"jax_include_full_tracebacks_in_locations": True, "jax_traceback_in_locations_limit": 0}
+    before = {name: jax.config.values[name] for name in settings}
     try:
-        with files.replacing(out) as file:
-            # To mypy, any array might be called allow_pickle.
-            np.savez(file, checksum=np.array(_checksum(arrays)), **arrays)  # type: ignore[arg-type]
-    except OSError as error:
-        raise UserError(f"--out={out} cannot be written ({error}): give another file") from None
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 def load_exported(path: epath.PathLike) -> tuple[Callable, dict]:
@@ -93,9 +164,9 @@ def load_exported(path: epath.PathLike) -> tuple[Callable, dict]:
 
     Raises:
       UserError: the file does not exist, is damaged, or was written by a version of JAX that this one cannot read.
+      ValueError: by sample_fn, for images outside 0..2^32 − 1.
     """
-    arrays = _read(epath.Path(path))
-    about = json.loads(str(arrays["about"]))
+    arrays, about = _read(path)
     try:
         exported = jax.export.deserialize(bytearray(arrays["program"].tobytes()))
         exported.mlir_module()  # raises for a newer StableHLO, which would otherwise fail at the first call
@@ -104,29 +175,38 @@ def load_exported(path: epath.PathLike) -> tuple[Callable, dict]:
         reason = one_line(error, 200)
         raise UserError(
             f"{path} was written by jax {about['jax']}, and jax {jax.__version__} cannot read it ({reason}): use "
-            "that version, or export again with this one"
+            f"that version, or write it again with this one (diffusion_jax --mode=export --from={path} --out=NEW.npz)"
         ) from None
-    flat = {name.removeprefix("params/"): array for name, array in arrays.items() if name.startswith("params/")}
-    params = unflatten_dict(flat, sep="/")
 
     def sample_fn(params, rng, num, first=0):
         return call(params, jax.random.key_data(rng), image_numbers(first, num).view(np.int32))
 
-    return sample_fn, params
+    return sample_fn, _params(arrays)
+
+
+def _params(arrays):
+    flat = {name.removeprefix("params/"): array for name, array in arrays.items() if name.startswith("params/")}
+    return unflatten_dict(flat, sep="/")
 
 
 def _read(path):
-    if not path.exists():
+    """Returns (arrays, about) of an exported file."""
+    file = epath.Path(path).expanduser()
+    if not file.exists():
         raise UserError(f"{path} does not exist: give a file that --mode=export wrote")
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as content:
             arrays = {name: content[name] for name in content.files}
-        stored = str(arrays.pop("checksum"))
+        stored, about = str(arrays.pop("checksum")), json.loads(str(arrays["about"]))
+        wanted = {"config": dict, "step": int, "jax": str}
+        if "program" not in arrays or any(type(about[key]) is not kind for key, kind in wanted.items()):
+            raise ValueError("a part of it is missing")
     except Exception as error:  # zipfile, zlib and NumPy raise types of their own
-        raise UserError(f"{path} is not an exported sampler, or is damaged ({error}): export it again") from None
+        reason = one_line(error, 200)
+        raise UserError(f"{path} is not an exported sampler, or is damaged ({reason}): export it again") from None
     if stored != _checksum(arrays):
         raise UserError(f"{path} is damaged (its checksum is wrong): export it again")
-    return arrays
+    return arrays, about
 
 
 def _checksum(arrays):

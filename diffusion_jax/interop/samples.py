@@ -15,9 +15,9 @@ from diffusion_jax import parts
 from diffusion_jax.data import pixels
 from diffusion_jax.errors import UserError
 from diffusion_jax.pictures import grids
-from diffusion_jax.running import checkpoint, files
+from diffusion_jax.running import checkpoint, files, hosts
 from diffusion_jax.running.config import check_integer, check_seed, with_sampling
-from diffusion_jax.running.workdir import read_config
+from diffusion_jax.running.workdir import absolute, read_config
 from diffusion_jax.sample import ema_params
 
 SHARD = 1024  # images of one file
@@ -27,21 +27,20 @@ def write_samples(workdir: epath.PathLike, num: int, seed: int, out: str, **sett
     """Writes `num` images: a grid if `out` ends in .png, uint8 [num, H, W, C] if in .npz, shards if in "/".
 
     An .npz stores the images as "arr_0", the name that evaluation suites read, and their settings as JSON in
-    "about". Shards are .npz files of SHARD images, named by their first and last index, with samples.json
-    beside them; an existing shard is skipped. Image i is the same for any `num` and any number of devices or
-    processes, which share the work; process 0 writes.
+    "about". Shards are such files of SHARD images, named by their first and last index, with samples.json
+    beside them; an existing shard is skipped, a damaged one made again. Image i is the same for any `num` and any
+    number of devices or processes, which share the work; process 0 writes.
 
     Args:
       settings: sampler, steps and eta of `load`.
 
     Raises:
-      UserError: there is no checkpoint, or `out` has another ending or contains other samples.
+      UserError: there is no checkpoint, `num` or `seed` is out of range, or `out` has another ending, cannot be
+        written or contains other samples.
     """
-    if not (out.endswith((".png", ".npz", "/"))):
-        raise UserError(f"--out={out} must end in .png (a grid), .npz (an array) or / (a folder of arrays)")
-    check_integer("--num", num, 1, 2**32)
-    check_seed(seed)
+    path = epath.Path(out).expanduser()
     config = with_sampling(read_config(workdir), **settings)
+    hosts.on_main(lambda: _check(num, seed, out, path))
     run = parts.build(config)
     per_call = -(-min(num, run.num_samples) // jax.process_count())
     sample_fn, (step, params) = run.sample_fn(per_call), ema_params(run, workdir)
@@ -53,15 +52,25 @@ def write_samples(workdir: epath.PathLike, num: int, seed: int, out: str, **sett
             return _share(sample_fn, params, seed, first, num, per_call, bar)
 
         if out.endswith("/"):
-            _write_shards(epath.Path(out), num, make, bar, about)
+            _write_shards(path, num, make, bar, about)
         elif out.endswith(".png"):
             samples = make(0, num)
-            if jax.process_index() == 0:
-                grids.save_png(out, grids.grid(samples))
+            hosts.on_main(lambda: grids.save_png(path, grids.grid(samples)))
         else:
-            _save_npz(epath.Path(out), make(0, num), about=np.array(json.dumps({**about, "first": 0, "num": num})))
+            _save_npz(path, make(0, num), 0, about)
     if jax.process_index() == 0:
         print(f"{num} samples: {out}")
+
+
+def _check(num, seed, out, path):
+    """Raises UserError for a number, a seed or an output that cannot be used."""
+    if not out.endswith((".png", ".npz", "/")):
+        raise UserError(f"--out={out} must end in .png (a grid), .npz (an array) or / (a folder of arrays)")
+    check_integer("--num", num, 1, 2**32)
+    check_seed(seed)
+    if path.exists() and path.is_dir() != out.endswith("/"):
+        raise UserError(f"--out={out} is a {'folder' if path.is_dir() else 'file'}: give another name")
+    files.check_writable(path / "samples.json" if out.endswith("/") else path, f"--out={out}")
 
 
 def _about(config, workdir, step, params, seed):
@@ -69,10 +78,10 @@ def _about(config, workdir, step, params, seed):
     checksums = json.dumps(checkpoint.checksums(params), sort_keys=True)
     sampler, num_steps = config.sampling.sampler, config.schedule.num_steps
     return {
-        "workdir": str(workdir),
+        "workdir": absolute(workdir).name,  # samples travel: the folders above it belong to this machine
         "step": step,
         "checksum": f"{zlib.crc32(checksums.encode()):08x}",
-        "seed": seed,
+        "seed": int(seed),
         "sampler": sampler,
         "steps": parts.num_sampling_steps(config),
         "schedule": f"{config.schedule.name}, T = {num_steps}",
@@ -95,34 +104,66 @@ def _share(sample_fn, params, seed, first, num, per_call, bar):
 
 
 def _write_shards(folder, num, make, bar, about):
-    """Writes the missing shards of `num` images."""
-    manifest = folder / "samples.json"
-    text = json.dumps(about, indent=2) + "\n"
-    if manifest.exists() and not _same_origin(manifest, about):
+    """Writes the missing and the damaged shards of `num` images."""
+    ranges = [(first, min(first + SHARD, num)) for first in range(0, num, SHARD)]
+    done = np.zeros(len(ranges), bool)
+
+    def start():
+        manifest = _read_manifest(folder)
+        _check_origin(folder, about, manifest)
+        _check_shards(folder, num)
+        done[:] = [_is_whole(folder, first, stop, about, manifest) for first, stop in ranges]
+        files.write_text(folder / "samples.json", json.dumps(about, indent=2) + "\n")
+
+    hosts.on_main(start)
+    if jax.process_count() > 1:  # all processes follow process 0
+        done = np.asarray(multihost_utils.broadcast_one_to_all(done))
+    present = _shards(folder)
+    for (first, stop), is_done in zip(ranges, done, strict=True):
+        if is_done:
+            bar.update(stop - first)
+        else:
+            _save_npz(_shard(folder, first, stop), make(first, stop - first), first, about)
+        if jax.process_index() == 0:  # an earlier, smaller --num left a shorter shard
+            for shorter in [other for other in present if other[0] == first and other[1] < stop]:
+                _shard(folder, *shorter).unlink()
+
+
+def _check_shards(folder, num):
+    """Raises UserError if the folder holds more than `num` images."""
+    most = max((stop for _, stop in _shards(folder)), default=0)
+    if most > num:
+        raise UserError(f"--num={num} is less than the {most} images that --out={folder}/ holds: give another folder")
+
+
+def _read_manifest(folder):
+    """Returns the content of samples.json, or None if it is missing or damaged."""
+    try:
+        manifest = json.loads((folder / "samples.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) else None
+
+
+def _check_origin(folder, about, other):
+    """Raises UserError if `other`, what an earlier command said of its samples, says that they are not the same."""
+    if other is not None and any(about[key] != other.get(key) for key in about.keys() - {"workdir"}):
         raise UserError(
             f"--out={folder}/ holds samples of another run, checkpoint, seed or sampler (samples.json): give another "
             "folder"
         )
-    present = _shards(folder)
-    most = max((stop for _, stop in present), default=0)
-    if most > num:
-        raise UserError(f"--num={num} is less than the {most} images that --out={folder}/ holds: give another folder")
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("shards")  # every process lists the folder before process 0 writes
-    if jax.process_index() == 0:
-        files.write_text(manifest, text)
-    for first in range(0, num, SHARD):
-        stop = min(first + SHARD, num)
-        done = (first, stop) in present
-        if jax.process_count() > 1:  # all processes follow process 0
-            done = bool(multihost_utils.broadcast_one_to_all(np.array(done)))
-        if done:
-            bar.update(stop - first)
-        else:
-            _save_npz(_shard(folder, first, stop), make(first, stop - first))
-        if jax.process_index() == 0:  # an earlier, smaller --num left a shorter shard
-            for shorter in [other for other in present if other[0] == first and other[1] < stop]:
-                _shard(folder, *shorter).unlink()
+
+
+def _is_whole(folder, first, stop, about, manifest):
+    """Returns True if the shard holds these images. A shard of an earlier version has its origin in the manifest."""
+    try:
+        with _shard(folder, first, stop).open("rb") as file, np.load(file, allow_pickle=False) as content:
+            origin = json.loads(str(content["about"])) if "about" in content else manifest
+            whole = content["arr_0"].shape[0] == stop - first  # reads all of it and checks its checksum
+    except Exception:  # it is missing, cut or empty; zipfile and NumPy raise many types
+        return False
+    _check_origin(folder, about, {} if origin is None else origin)
+    return whole
 
 
 def _same_origin(manifest, about):
@@ -144,7 +185,12 @@ def _shards(folder):
     return [(int(name[1]), int(name[2]) + 1) for name in names if name]
 
 
-def _save_npz(path, samples, **more):
-    if jax.process_index() == 0:
+def _save_npz(path, samples, first, about):
+    """Writes samples from index `first` on, and what they depend on."""
+    about = np.array(json.dumps({**about, "first": first, "num": len(samples)}))
+
+    def save():
         with files.replacing(path) as file:
-            np.savez(file, samples, **more)
+            np.savez(file, samples, about=about)
+
+    hosts.on_main(save)

@@ -44,19 +44,24 @@ class _Ring:
 
 @contextlib.contextmanager
 def open_manager(
-    workdir: epath.PathLike, keep: int = 3, every: int = 1, read_only: bool = False
+    workdir: epath.PathLike, keep: int = 3, every: int = 1, read_only: bool = False, alone: bool = False
 ) -> Iterator[ocp.CheckpointManager]:
     """Opens Orbax's manager of the run's checkpoints; waits for the last save on exit.
 
     Args:
       keep: number of checkpoints to keep, of those whose step is a multiple of `every`; the newest is kept too.
       read_only: True writes and deletes nothing; a training run may be writing there.
+      alone: True for a manager of process 0 that waits for no other process; the folder checkpoints/ must exist.
 
     Raises:
       UserError: the last save failed.
     """
     options = ocp.CheckpointManagerOptions(
-        preservation_policy=_Ring(keep, every), cleanup_tmp_directories=not read_only, read_only=read_only
+        preservation_policy=_Ring(keep, every),
+        cleanup_tmp_directories=not read_only,
+        read_only=read_only,
+        create=not alone,
+        multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes={0} if alone else None),
     )
     manager = ocp.CheckpointManager(absolute(workdir) / "checkpoints", options=options)
     try:

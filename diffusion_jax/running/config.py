@@ -32,13 +32,13 @@ CHOICES = {
     "data.channels": (1, 3),
 }
 _INT32 = 2**31 - 1
-_RANGES = {  # the smallest and the largest integer
+RANGES = {  # the smallest and the largest integer; configs also come with the weights and samplers of others
     "seed": (0, 2**32 - 1),  # JAX takes seeds modulo 2^32
     "data.image_size": (1, 8192),  # the largest image that can be read has 50,000,000 pixels
     "data.crop": (0, _INT32),
     "schedule.num_steps": (1, MOST_STEPS),
     "model.channels": (4, 2**16),  # 2^63 numbers are the limit of an array
-    "model.num_res_blocks": (1, 1000),
+    "model.num_res_blocks": (1, 64),
     "model.num_groups": (1, _INT32),
     "train.num_steps": (1, _INT32),  # the step is an int32
     "train.batch_size": (1, _INT32),
@@ -146,7 +146,7 @@ def check(config: ConfigDict) -> None:
     for key, names in CHOICES.items():
         _need(config, key, lambda value, names=names: value in names, f"one of {', '.join(map(str, names))}")
     flat = flatten(config)
-    for key, (low, high) in _RANGES.items():
+    for key, (low, high) in RANGES.items():
         check_integer(f"config.{key}", flat[key], low, high)
     for key in ("train.learning_rate", "train.grad_clip"):
         _need(config, key, lambda value: _SMALLEST <= value <= _LARGEST, "a number > 0 within float32's range")
@@ -173,7 +173,7 @@ def check_integer(name: str, value: object, low: int, high: int) -> None:
 
 def check_seed(seed: object) -> None:
     """Raises UserError unless --seed is in 0..2^32 - 1: JAX takes seeds modulo 2^32, so others repeat a seed."""
-    check_integer("--seed", seed, *_RANGES["seed"])
+    check_integer("--seed", seed, *RANGES["seed"])
 
 
 def warnings(config: ConfigDict, alpha_bar: float) -> list[str]:

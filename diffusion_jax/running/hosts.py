@@ -150,19 +150,22 @@ def on_main(function: Callable[[], Any]) -> Any:
     """Calls `function` in process 0, and returns its JSON value in all processes. All processes call it.
 
     Raises:
-      UserError: the function has raised one; all processes raise it.
+      Exception: what the function raises in process 0; a UserError with its message in the others, which would wait
+        for ever otherwise.
     """
     if jax.process_count() == 1:
         return function()
-    value, refusal = None, ""
+    value, error = None, None
     if jax.process_index() == 0:
         try:
             value = function()
-        except UserError as error:
-            refusal = str(error)
-    value, refusal = gather([value, refusal])[0]
-    if refusal:
-        raise UserError(refusal)
+        except Exception as raised:
+            error = raised
+    value, reason = gather([value, error and (one_line(error) or type(error).__name__)])[0]
+    if error is not None:
+        raise error
+    if reason:
+        raise UserError(reason)
     return value
 
 

@@ -99,11 +99,11 @@ def to_params(imported, source):
 
 
 def error(source, tmp_path, reference=None):
-    """Returns the message of the import's error, and asserts that no run is left behind."""
+    """Returns the message of the import's error, and asserts that nothing is left behind."""
     workdir = tmp_path / "refused"
     with pytest.raises(UserError) as raised:
         diffusers.import_diffusers(str(source), str(workdir), reference or default.get_config())
-    assert "\n" not in str(raised.value) and not (workdir / "config.json").exists()
+    assert "\n" not in str(raised.value) and not [path for path in tmp_path.iterdir() if "refused" in path.name]
     return str(raised.value)
 
 
@@ -212,6 +212,44 @@ def test_a_run_is_not_overwritten(imported):
         diffusers.import_diffusers(str(FOLDER), str(imported), default.get_config())
 
 
+@pytest.mark.parametrize(
+    "write",
+    [pytest.param("write_config", id="import"), pytest.param("_write_json", id="export", marks=pytest.mark.slow)],
+)
+def test_an_interrupted_import_or_export_leaves_no_part(imported, tmp_path, monkeypatch, write):
+    """A killed one leaves a folder with a random name beside, which stands in no one's way."""
+    (tmp_path / ".new.0123abcd.partial" / "checkpoints").mkdir(parents=True)
+    new = tmp_path / "new"
+    new.mkdir()  # an empty folder is a new one
+
+    def command():
+        if write == "write_config":
+            diffusers.import_diffusers(str(FOLDER), str(new), without_dropout())
+        else:
+            diffusers.export_diffusers(str(imported), str(new))
+
+    def interrupted(*_):
+        assert len(list(tmp_path.iterdir())) == 3 and not any(new.iterdir())
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(diffusers, write, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            command()
+    assert len(list(tmp_path.iterdir())) == 2 and not any(new.iterdir())
+    command()
+    assert len(list(tmp_path.iterdir())) == 2 and any(new.iterdir())
+
+
+@pytest.mark.slow
+def test_a_tilde_is_the_home_folder(tmp_path, imported, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(FOLDER, tmp_path / "source")
+    diffusers.import_diffusers("~/source", "~/run", without_dropout())
+    diffusers.export_diffusers("~/run", "~/out")
+    assert (tmp_path / "run" / "config.json").exists() and (tmp_path / "out" / "model_index.json").exists()
+
+
 # ---------------------------------------------------------------- sources
 
 
@@ -263,6 +301,8 @@ def test_missing_source_or_config_is_refused(source, tmp_path):
     assert "unet/config.json is not a config of diffusers" in error(source, tmp_path)
     (source / "unet/config.json").write_text("[1]")
     assert "unet/config.json is not a config of diffusers" in error(source, tmp_path)
+    (source / "unet/config.json").write_text("[" * 100_000)
+    assert "unet/config.json is not a config of diffusers" in error(source, tmp_path)
     (source / "unet/config.json").unlink()
     assert "unet/config.json is not a config of diffusers" in error(source, tmp_path)
 
@@ -283,6 +323,7 @@ def test_missing_source_or_config_is_refused(source, tmp_path):
         ("block_out_channels", [4, 6, 8]),
         ("block_out_channels", []),
         ("block_out_channels", ["4"]),
+        ("block_out_channels", [2**40, 2**41, 2**41]),
         ("center_input_sample", True),
         ("class_embed_type", "timestep"),
         ("down_block_types", ["DownBlock2D", "SkipDownBlock2D", "DownBlock2D"]),
@@ -300,6 +341,7 @@ def test_missing_source_or_config_is_refused(source, tmp_path):
         ("freq_shift", ...),
         ("in_channels", 4),
         ("layers_per_block", 1.5),
+        ("layers_per_block", 65),
         ("mid_block_scale_factor", 1.4),
         ("mid_block_type", None),
         ("norm_eps", 1e-5),
@@ -310,6 +352,7 @@ def test_missing_source_or_config_is_refused(source, tmp_path):
         ("resnet_time_scale_shift", "scale_shift"),
         ("sample_size", None),
         ("sample_size", [8, 16]),
+        ("sample_size", 2**15),
         ("time_embedding_dim", 32),
         ("time_embedding_type", "fourier"),
         ("up_block_types", ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D"]),
@@ -354,6 +397,7 @@ def test_size_that_cannot_be_halved_is_refused(source, tmp_path):
         ("clip_sample", "yes"),
         ("num_train_timesteps", 0),
         ("num_train_timesteps", None),
+        ("num_train_timesteps", 10**9),
         ("prediction_type", "flow"),
         ("thresholding", True),
         ("rescale_betas_zero_snr", True),
@@ -387,6 +431,17 @@ def test_tensors_that_do_not_match_are_named(source, tmp_path):
     assert "7 tensors that are not in this network: extra.0, extra.1, extra.2, extra.3, extra.4, …" in message(
         tensors | extra
     )
+
+
+@pytest.mark.parametrize(
+    "dtype, value", [(np.float32, np.nan), (np.float32, -np.inf), (np.float16, np.nan), (np.float64, 1e39)]
+)
+def test_weights_that_are_not_finite_are_named(source, tmp_path, dtype, value):
+    tensors, name = load(source), "mid_block.attentions.0.to_q.weight"
+    tensors[name] = tensors[name].astype(dtype)
+    tensors[name][3, 2] = value
+    save(source, tensors)
+    assert f"{WEIGHTS} has {name} with values that are not finite" in error(source, tmp_path)
 
 
 def test_damaged_or_unknown_weights_are_refused(source, tmp_path):

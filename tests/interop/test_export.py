@@ -1,12 +1,15 @@
 import hashlib
+import json
 import pathlib
 import re
+import shutil
+import site
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny_config
+from conftest import assert_same, tiny_config, write_random_run
 
 import diffusion_jax
 from diffusion_jax import parts, sample, train
@@ -73,6 +76,7 @@ def test_file_describes_itself(run):
         assert {"program", "about", "checksum"} < set(content.files)
         assert '"platforms": ["cpu", "cuda", "tpu"]' in str(content["about"])
         assert '"step": 3' in str(content["about"])
+        assert "six months" in str(content["about"]) and "--mode=export --from=" in str(content["about"])
         assert len(str(content["checksum"])) == hashlib.sha256().digest_size * 2
 
 
@@ -92,8 +96,10 @@ def test_missing_damaged_or_newer_file_is_refused(run, tmp_path):
     raw = bytearray((run / "sampler.npz").read_bytes())
     (tmp_path / "cut.npz").write_bytes(raw[: len(raw) // 2])
     (tmp_path / "text.npz").write_text("not an .npz")
+    (tmp_path / "empty.npz").write_bytes(b"")
     np.savez(tmp_path / "other.npz", a=np.zeros(3))
-    for name in ("cut", "text", "other"):
+    np.savez(tmp_path / "bare.npz", about=np.array("{}"), checksum=np.array(""))
+    for name in ("cut", "text", "empty", "other", "bare"):
         with pytest.raises(UserError, match=rf"{name}\.npz is not an exported sampler, or is damaged"):
             export.load_exported(tmp_path / f"{name}.npz")
     with np.load(run / "sampler.npz") as content:
@@ -105,7 +111,7 @@ def test_missing_damaged_or_newer_file_is_refused(run, tmp_path):
     del arrays["checksum"]
     arrays["program"] = arrays["program"][:100]
     np.savez(tmp_path / "newer.npz", checksum=np.array(export._checksum(arrays)), **arrays)
-    with pytest.raises(UserError, match=r"was written by jax .*cannot read it .*export again"):
+    with pytest.raises(UserError, match=r"was written by jax .*cannot read it .*--from=.*newer\.npz"):
         export.load_exported(tmp_path / "newer.npz")
 
 
@@ -114,6 +120,78 @@ def test_unusable_out_is_refused(run):
         export.export_sampler(run, "x.bin")
     with pytest.raises(UserError, match=r"cannot be written"):
         export.export_sampler(run, str(run / "config.json" / "x.npz"))
+    (run / "folder.npz").mkdir()
+    with pytest.raises(UserError, match=r"--out=.*folder\.npz is a folder"):
+        export.export_sampler(run, str(run / "folder.npz"))
+
+
+def test_no_path_of_the_machine_is_in_the_file(tmp_path):
+    paths = {"path": "/home/alice/photos", "cache_dir": "/scratch/alice", "manual_dir": "/archive/alice"}
+    write_random_run(tmp_path, data__source="files", **{f"data__{key}": path for key, path in paths.items()})
+    limit = jax.config.jax_traceback_in_locations_limit
+    export.export_sampler(tmp_path, str(tmp_path / "sampler.npz"))
+    content = (tmp_path / "sampler.npz").read_bytes()  # np.savez does not compress
+    assert b"StableHLO" in content and limit == jax.config.jax_traceback_in_locations_limit
+    here = [str(tmp_path), str(pathlib.Path.home()), str(pathlib.Path(diffusion_jax.__file__).parent)]
+    for text in [*paths.values(), *here, *site.getsitepackages(), "alice", "site-packages", ".py"]:
+        assert text.encode() not in content, text
+
+
+def test_a_run_with_the_attention_of_cudnn_is_exported(run, tmp_path):
+    """This machine has no cuDNN; the file runs on it nevertheless."""
+    shutil.copytree(run, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    config["model"] |= {"attention": "cudnn", "dtype": "bfloat16"}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    export.export_sampler(tmp_path / "run", str(tmp_path / "sampler.npz"), sampler="ddim", steps=2)
+    sample_fn, params = diffusion_jax.load_exported(tmp_path / "sampler.npz")
+    assert np.isfinite(sample_fn(params, RNG, 1)).all()
+
+
+def test_an_exported_file_is_written_again(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    export.export_again(run / "sampler.npz", "~/again.npz")
+    (old, old_about), (new, new_about) = (export._read(file) for file in (run / "sampler.npz", "~/again.npz"))
+    assert new_about == old_about
+    assert_same(*({name: array for name, array in file.items() if name != "program"} for file in (old, new)))
+    sample_fn, params = diffusion_jax.load_exported("~/again.npz")
+    np.testing.assert_array_equal(sample_fn(params, RNG, 5), on_one_device(run, 5))
+    export.export_again("~/again.npz", "~/again.npz", sampler="ddim", steps=5)
+    assert export._read("~/again.npz")[1]["config"]["sampling"]["steps"] == 5
+    with pytest.raises(UserError, match=r"--from=.*sampling\.steps=21 must be in 1\.\.20"):
+        export.export_again("~/again.npz", "~/more.npz", steps=21)
+    with pytest.raises(UserError, match="does not exist"):
+        export.export_again("~/nothing.npz", "~/more.npz")
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("schedule__num_steps", 10**9, r"config\.schedule\.num_steps=1000000000 must be an integer in 1\.\.16,777,216"),
+        ("model__channels", 2**40, r"config\.model\.channels=1099511627776 must be an integer in 4\.\."),
+        ("model__channels", 16, "holds the parameters of another network than its config describes"),
+        ("model__dtype", 3, r"config\.model\.dtype=3 must be"),
+    ],
+)
+def test_a_file_with_another_config_is_not_written_again(run, tmp_path, key, value, message):
+    arrays, about = export._read(run / "sampler.npz")
+    section, name = key.split("__")
+    about["config"][section][name] = value
+    arrays["about"] = np.array(json.dumps(about))
+    np.savez(tmp_path / "foreign.npz", checksum=np.array(export._checksum(arrays)), **arrays)
+    with pytest.raises(UserError, match=message):
+        export.export_again(tmp_path / "foreign.npz", str(tmp_path / "out.npz"))
+    assert not (tmp_path / "out.npz").exists()
+
+
+def test_indices_are_those_of_a_key(run):
+    sample_fn, params = diffusion_jax.load_exported(run / "sampler.npz")
+    live = parts.build(workdirs.read_config(run)).indexed_sample_fn()
+    expected = jax.jit(live)(params, RNG, np.array([2**31 + 1], np.uint32))
+    np.testing.assert_array_equal(sample_fn(params, RNG, 1, first=2**31 + 1), expected)
+    for num, first in ((0, 0), (1, -1), (2, 2**32 - 1)):
+        with pytest.raises(ValueError, match=r"(num|first)=.* must be an integer in"):
+            sample_fn(params, RNG, num, first=first)
 
 
 @pytest.mark.slow
@@ -124,7 +202,7 @@ def test_size_hardly_depends_on_the_number_of_steps(run):
         config = tiny_config(schedule__num_steps=num_steps)
         params = sample.load(run)[1]
         out = run / f"{num_steps}.npz"
-        export.export(config.to_dict(), params, 0, parts.build(config).indexed_sample_fn(), str(out))
+        export.export(config, params, 0, str(out))
         sizes.append(out.stat().st_size)
     assert sizes[1] - sizes[0] < 400 * 4 * 8
     assert jnp.isfinite(export.load_exported(out)[0](params, RNG, 1)).all()

@@ -1,7 +1,9 @@
 """The files of --mode=sample and their protocol."""
 
 import json
+import shutil
 
+import jax
 import numpy as np
 import pytest
 from conftest import write_random_run
@@ -49,6 +51,74 @@ def test_last_shard_grows(workdir, shards):
     write_samples(workdir, 7, 1, f"{shards}/")
     names = ["00000000-00000002.npz", "00000003-00000005.npz", "00000006-00000006.npz"]
     assert sorted(content(shards)) == [*names, "notes-of-mine.npz", "samples.json"]
+
+
+def test_damaged_shards_and_manifests_are_made_again(workdir, shards):
+    write_samples(workdir, 9, 1, f"{shards}/")
+    before = {path.name: path.read_bytes() for path in shards.iterdir()}
+    kept = shards / "00000006-00000008.npz"
+    time = kept.stat().st_mtime_ns
+    (shards / "00000000-00000002.npz").write_bytes(b"")
+    (shards / "00000003-00000005.npz").write_bytes(before["00000003-00000005.npz"][:-50])
+    (shards / "samples.json").write_bytes(b"")
+    write_samples(workdir, 9, 1, f"{shards}/")
+    assert {path.name: path.read_bytes() for path in shards.iterdir()} == before
+    assert kept.stat().st_mtime_ns == time
+
+
+def test_a_shard_without_a_manifest_says_what_made_it(workdir, shards):
+    write_samples(workdir, 2, 1, f"{shards}/")
+    (shards / "samples.json").unlink()
+    with pytest.raises(UserError, match="holds samples of another run, checkpoint, seed"):
+        write_samples(workdir, 2, 2, f"{shards}/")
+    assert not (shards / "samples.json").exists()
+
+
+@pytest.mark.slow
+def test_samples_hold_no_folder_of_the_machine_and_go_on_in_another(workdir, shards, tmp_path):
+    write_samples(workdir, 2, 1, f"{shards}/")
+    assert not [path for path in shards.iterdir() if str(workdir.parent).encode() in path.read_bytes()]
+    moved = shutil.copytree(workdir, tmp_path / "moved")
+    before = content(shards)
+    write_samples(moved, 2, 1, f"{shards}/")
+    assert {name: time for name, time in content(shards).items() if name != "samples.json"} == {
+        name: time for name, time in before.items() if name != "samples.json"
+    }
+
+
+@pytest.mark.parametrize(
+    "num, seed, out, message",
+    [
+        (0, 0, "x.npz", r"--num=0 must be an integer in 1\.\."),
+        (2**32 + 1, 0, "x/", r"--num=4294967297 must be an integer in 1\.\.4,294,967,296"),
+        (1, -1, "x.npz", r"--seed=-1 must be an integer in 0\.\."),
+        (1, 2**32, "x.npz", r"--seed=4294967296 must be an integer in 0\.\.4,294,967,295"),
+        (1, 0, "x.jpg", r"--out=.*x\.jpg must end in"),
+        (1, 0, "folder.npz", r"--out=.*folder\.npz is a folder"),
+        (1, 0, "file/", r"--out=.*file/ is a file"),
+        (1, 0, "file/x.png", r"--out=.*file/x\.png cannot be written"),
+        (1, 0, "file/x/", r"--out=.*file/x/ cannot be written"),
+    ],
+)
+def test_unusable_flags_are_refused_before_the_checkpoint_is_read(
+    workdir, tmp_path, monkeypatch, num, seed, out, message
+):
+    (tmp_path / "folder.npz").mkdir()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(samples, "ema_params", None)
+    with pytest.raises(UserError, match=message):
+        write_samples(workdir, num, seed, f"{tmp_path}/{out}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", ["ancestral", "ddim", "dpmpp_2m"])
+def test_samples_do_not_depend_on_x64(workdir, tmp_path, monkeypatch, sampler):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_samples(workdir, 3, 1, "~/single.npz", sampler=sampler)
+    with jax.enable_x64(True):
+        write_samples(workdir, 3, 1, "~/double.npz", sampler=sampler)
+    single, double = (np.load(tmp_path / name)["arr_0"].astype(int) for name in ("single.npz", "double.npz"))
+    assert abs(single - double).max() <= 1
 
 
 def set_keys(workdir, **keys):
@@ -115,7 +185,7 @@ def test_samples_state_their_origin(workdir, tmp_path):
     checksum = about.pop("checksum")
     chain = {"sampler": "ddim", "steps": 4, "schedule": "su_linear, T = 20", "eta": 1.0}
     chain |= {"sigma": None, "clip": True, "dtype": "float32"}
-    assert about == {"workdir": str(workdir), "step": 0, "seed": 1, "first": 0, "num": 5} | chain
+    assert about == {"workdir": workdir.name, "step": 0, "seed": 1, "first": 0, "num": 5} | chain
     write_samples(workdir, 2, 1, f"{tmp_path}/shards/")
     of_shards = json.loads((tmp_path / "shards" / "samples.json").read_text())
     assert of_shards["checksum"] == checksum and of_shards["sigma"] == "beta" and of_shards["steps"] == 20
