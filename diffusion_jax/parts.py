@@ -182,13 +182,13 @@ def train_step(config: ConfigDict) -> Callable:
         loss(config),
         schedule(config),
         optimizer(config),
-        learning_rate(config),
         config.train.ema_decay,
         config.seed,
         t_probabilities(config),
         flip=config.data.flip,
         accumulate=config.train.accumulate,
         ema_warmup=config.train.ema_warmup,
+        learning_rate=learning_rate(config),
     )
 
 

@@ -63,13 +63,13 @@ def make_step(
     loss_fn: Callable,
     s: Schedule,
     optimizer: optax.GradientTransformation,
-    learning_rate: optax.Schedule,
     ema_decay: float,
     seed: int,
     t_probabilities: np.ndarray | None = None,
     flip: bool = False,
     accumulate: int = 1,
     ema_warmup: bool = False,
+    learning_rate: optax.Schedule = lambda step: 0.0,
 ) -> Callable:
     """Returns the step of one device, to be mapped over AXIS: (state, (batch, indices)) -> (state, metrics).
 
@@ -85,6 +85,7 @@ def make_step(
       accumulate: number of parts of the device's batch. Their gradients are summed one after another, which
         saves memory and changes the step by rounding alone.
       ema_warmup: True lowers the decay of the average to (1 + n)/(10 + n) after n steps, while that is less.
+      learning_rate: step -> rate, for the metrics alone.
 
     The step takes a batch {"image": uint8 [B, H, W, C], …} and indices int [B], the device's share of the
     global batch; the state has no device axis (see `replicate`). Its metrics are the same on all devices:

@@ -128,7 +128,7 @@ def test_every_integer_has_a_range():
 
 
 def test_the_ends_of_a_range_are_valid():
-    for key, (low, high) in configs._RANGES.items():
+    for key, (low, high) in configs.RANGES.items():
         for value in (low, high):
             configs.check_integer(key, value, low, high)
         for value in (low - 1, high + 1, float(low), True, str(low)):

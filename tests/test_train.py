@@ -1,3 +1,4 @@
+import contextlib
 import glob
 import json
 import pathlib
@@ -244,10 +245,12 @@ def test_a_config_is_checked_without_the_command_line(tmp_path):
 
 
 def test_a_schedule_that_leaves_signal_is_warned_of(tmp_path, capsys):
-    train._begin(tiny_config(), tmp_path / "short")
+    with contextlib.ExitStack() as stack:
+        train._begin(tiny_config(), workdirs.absolute(tmp_path / "short"), stack)
     printed = capsys.readouterr().out
     assert "warning: alpha_bar_T = 0.900" in printed and "warning: config.train.ema_decay=0.995 over" in printed
-    train._begin(tiny_config(schedule__name="cosine"), tmp_path / "cosine")
+    with contextlib.ExitStack() as stack:
+        train._begin(tiny_config(schedule__name="cosine"), workdirs.absolute(tmp_path / "cosine"), stack)
     assert "alpha_bar_T" not in capsys.readouterr().out
 
 

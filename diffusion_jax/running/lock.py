@@ -37,6 +37,7 @@ class Lock:
         self._holder = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T %Z")}
         self._holder["token"] = secrets.token_hex(8)
         self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
         self._made = self._lost = False
 
     def __enter__(self) -> Self:
@@ -45,6 +46,8 @@ class Lock:
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
+        if self._thread:
+            self._thread.join()
         if self._descriptor is not None:
             with contextlib.suppress(OSError):
                 self._path.unlink()  # before the lock is free: a newcomer locks a file of its own
@@ -102,7 +105,8 @@ class Lock:
         time.sleep(PAUSE)  # two newcomers: the one that wrote last has the workdir
         if self._read().get("token") != self._holder["token"]:
             raise self._taken(self._read())
-        threading.Thread(target=self._live, daemon=True).start()
+        self._thread = threading.Thread(target=self._live, daemon=True)
+        self._thread.start()
 
     def _live(self):
         while not self._ended.wait(BEAT) and not self._lost:

@@ -22,7 +22,7 @@ def absolute(workdir: epath.PathLike) -> epath.Path:
       UserError: `workdir` is a file.
     """
     path = epath.Path(workdir).expanduser()
-    path = path if path.is_absolute() else epath.Path(os.getcwd()) / path
+    path = path if "://" in str(path) else epath.Path(os.path.abspath(path))  # without "..", which tensorstore refuses
     if path.exists() and not path.is_dir():
         raise UserError(f"--workdir={workdir} is a file: give a folder")
     return path
@@ -69,7 +69,9 @@ def read_config(workdir: epath.PathLike) -> ConfigDict:
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}")
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is no config ({error}): restore it from run.json, or give another workdir") from None
+        raise UserError(
+            f"{file} is not a JSON object ({error}): restore it from run.json, or give another workdir"
+        ) from None
     if missing := configs.missing(content):
         raise UserError(f"{file} lacks {', '.join(missing)}: restore it from run.json, or give another workdir")
     try:

@@ -318,7 +318,7 @@ def test_the_data_set_is_the_path_that_takes_the_place_of_the_source(tmp_path):
     assert [sources.name_of(*pair) for pair in named.items()] == ["digits", "x.zip", "tfds:celeb_a"]
     assert sources.name_of("digits", "x.zip") == sources.name_of("tfds:celeb_a", "x.zip") == "x.zip"
     workdirs.write_config(tmp_path, tiny_config(data__path="x.zip"))
-    assert "datax.zip, 8 × 8 × 1" in rendered(tmp_path).text
+    assert f"data{os.path.abspath('x.zip')}, 8 × 8 × 1" in rendered(tmp_path).text
 
 
 def test_file_that_is_no_png_is_left_out(run):
@@ -341,9 +341,11 @@ def test_everything_is_escaped(run):
 
 
 def test_config_of_another_version(run):
-    (run / "config.json").write_text('{"seed": 0}')
+    config = json.loads((run / "config.json").read_text())
+    del config["train"]["accumulate"], config["model"]["prediction"]
+    (run / "config.json").write_text(json.dumps(config))
     write_metrics(run, [LINE | {"step": 1}])
-    assert "parameters35,746,307" in rendered(run).text  # the defaults, as the config lacks the keys
+    assert "train.accumulate1" in rendered(run).text  # the default
 
 
 def test_chart_files(run):
