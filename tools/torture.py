@@ -356,14 +356,17 @@ def disk(failures):
 # ---------------------------------------------------------------- devices and processes
 
 
-def together(workdir, processes, devices, extra=(), **overrides):
-    """Starts the processes of one run; `workdir` may be a list with one for each process."""
+def together(workdir, processes, devices, extra=(), own=None, **overrides):
+    """Starts the processes of one run. `workdir` may be a list with one for each, `own` has arguments of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     args = [f"--coordinator={address}", f"--num_processes={processes}", *extra] if processes > 1 else [*extra]
     workdirs = workdir if isinstance(workdir, list) else [workdir] * processes
-    return [start(workdirs[i], devices, args=[*args, f"--process_id={i}"], **overrides) for i in range(processes)]
+    return [
+        start(workdirs[i], devices, args=[*args, f"--process_id={i}", *(own[i] if own else [])], **overrides)
+        for i in range(processes)
+    ]
 
 
 def devices(failures):
@@ -459,14 +462,95 @@ def peers(failures):
         failures.append(f"peers: restarted: {ended}")
     unshared = [finish(process) for process in together([fresh("mine"), fresh("yours")], 2, 1)]
     counts["exit codes of two with a workdir each"] = [code for code, _ in unshared]
-    if any(code != 1 or "is not the same folder on all hosts" not in output for code, output in unshared):
-        failures.append(f"peers: workdirs that are not shared: {unshared}")
+    if any(code != 1 or "the processes were started differently (--workdir: " not in o for code, o in unshared):
+        failures.append(f"peers: workdirs that are not the same: {unshared}")
+    for key, values in {"train.num_steps": (20, 30), "train.learning_rate": (1e-3, 2e-3), "seed": (0, 1)}.items():
+        extra = [[f"--config.{key}={value}"] for value in values]
+        ended = [finish(process, timeout=120) for process in together(fresh("unlike"), 2, 1, own=extra)]
+        if any(code != 1 or f"started differently ({key}: " not in output for code, output in ended):
+            failures.append(f"peers: another {key} in process 1: {ended}")
+        counts[f"exit codes of two with another {key}"] = [code for code, _ in ended]
     expected, actual = losses(baseline()), losses(workdir)
     counts["largest difference of a loss"] = max(abs(actual[step]["loss"] - expected[step]["loss"]) for step in actual)
     return counts
 
 
-SECTIONS = {section.__name__: section for section in (kills, mutants, damage, disk, devices, peers)}
+# ---------------------------------------------------------------- restarts, names, two at once
+
+
+def restarts(failures):
+    """Stops a run where a grid or a line is due, and in the middle of an interval, and compares all that it leaves."""
+    own = {"train__num_steps": 30, "train__log_every": 7, "train__sample_every": 5}
+    whole, workdir = baseline(**own), fresh("restarted")
+    for step in (5, 7, 10, 12, 21):
+        stop = f"hosts.StopSignals.agreed = lambda self, manager, step: 15 if step == {step} else None"
+        code, output = finish(start(workdir, code=f"from diffusion_jax.running import hosts; {stop}", **own))
+        if code != 143 or f"stopped by a signal after step {step}" not in output:
+            failures.append(f"restarts: stop at {step}: {code}, {output[-300:]}")
+    finish(start(workdir, train__num_steps=26, **{k: v for k, v in own.items() if k != "train__num_steps"}))
+    code, output = finish(start(workdir, **own))
+    grids = {path.name: path.read_bytes() for path in (whole / "samples").iterdir()}
+    others = {path.name: path.read_bytes() for path in (workdir / "samples").iterdir() if path.name != "26.png"}
+    if code != 0 or whole_state(workdir) != whole_state(whole):
+        failures.append(f"restarts: the final state differs: {code}, {output[-300:]}")
+    if losses(workdir) != losses(whole) or others != grids:
+        failures.append(f"restarts: lines {losses(workdir).keys()}, grids {others.keys()}")
+    return {"stops": 6, "lines": len(losses(whole)), "grids": len(grids)}
+
+
+def names(failures):
+    """Trains, resumes and samples in folders with odd names; others are refused before training."""
+    counts, short = {"work": 0, "refused": 0}, {"train__num_steps": 10}
+    for name in ("run#2", "100%25", "a b", "~", "ü字", "a\nb", "..", "t_[br]", "a*", "a?b", "back\\slash"):
+        workdir = fresh("names") / (f"x/{name}/y" if name == ".." else name)
+        code, output = finish(start(workdir, **short))
+        if code == 1 and "where checkpoints cannot be written" in output and not committed(workdir):
+            counts["refused"] += 1
+            continue
+        resumed = finish(start(workdir, train__num_steps=15))
+        drawn = finish(start(workdir, args=["--mode=sample", "--num=2", f"--out={WORKDIR.value}/x.npz"]))
+        if (code, resumed[0], drawn[0]) != (0, 0, 0) or "from step 10" not in resumed[1]:
+            failures.append(f"names: {name!r}: {output[-200:]} {resumed[1][-200:]} {drawn[1][-200:]}")
+        counts["work"] += 1
+    return counts
+
+
+def pairs(failures):
+    """Starts two trainings in one workdir and two preparations of one cache, and kills one of each."""
+    steps = {"train__num_steps": 60}
+    whole, workdir = baseline(**steps), fresh("two")
+    ended = sorted(finish(process) for process in [start(workdir, **steps), start(workdir, **steps)])
+    if [code for code, _ in ended] != [0, 1] or "is in use by a training in process" not in ended[1][1]:
+        failures.append(f"pairs: two trainings: {ended}")
+    if whole_state(workdir) != whole_state(whole) or losses(workdir) != losses(whole):
+        failures.append("pairs: the training that went on was disturbed")
+    killed = start(fresh("killed-holder"), **steps)
+    while not in_flight(workdir.with_name("killed-holder")) and killed.poll() is None:
+        time.sleep(0.001)
+    killed.kill()
+    finish(killed)
+    code, output = finish(start(workdir.with_name("killed-holder"), **steps))
+    if code != 0:
+        failures.append(f"pairs: a killed training blocks the next: {output[-300:]}")
+    command = [sys.executable, "main.py", "--mode=prepare", "--config=configs/tiny.py"]
+    command.append(f"--config.data.cache_dir={fresh('cache')}")
+
+    def prepare():
+        return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    first, second = prepare(), prepare()
+    time.sleep(3)
+    first.kill()
+    finish(first)
+    codes = [finish(second)[0], finish(prepare())[0]]
+    if codes != [0, 0]:
+        failures.append(f"pairs: preparations beside a killed one end with {codes}")
+    return {"trainings": [code for code, _ in ended], "preparations": codes}
+
+
+SECTIONS = {
+    section.__name__: section for section in (kills, mutants, damage, disk, devices, peers, restarts, names, pairs)
+}
 
 
 def main(_):
