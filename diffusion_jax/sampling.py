@@ -331,7 +331,7 @@ def make_sample_fn(
 
     All T steps are one XLA program, pmapped over the local devices. Image i depends on
     (params, rng, i) alone, not on N or the number of devices. A call returns images first .. first + N − 1,
-    so a large set can be made in several calls.
+    so a large set can be made in several calls. `sample_fn.lower(params, rng)` is the program, as of a jitted function.
 
     Args:
       apply_fn: ({"params": params}, x [B, H, W, C], t [B] in 1..T) -> ε̄, a Flax module's `apply`.
@@ -348,9 +348,12 @@ def make_sample_fn(
     # The schedule is an argument, not a constant, so the program is the same for every T.
     pmapped = jax.pmap(sample, in_axes=(None, None, 0, None, None), devices=devices)
 
-    def sample_fn(params, rng, first=0):
+    def arguments(params, rng, first=0):
         indices = np.resize(image_numbers(first, num), (len(devices), per_device))  # the rest repeats and is cut off
-        images = pmapped(params, rng, indices, s, sigma)
-        return images.reshape(-1, *image_shape)[:num]
+        return params, rng, indices, s, sigma
 
+    def sample_fn(params, rng, first=0):
+        return pmapped(*arguments(params, rng, first)).reshape(-1, *image_shape)[:num]
+
+    sample_fn.lower = lambda *args: pmapped.lower(*arguments(*args))  # type: ignore[attr-defined]
     return sample_fn

@@ -50,15 +50,14 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
         manager = stack.enter_context(checkpoint.open_manager(folder, *keep))
         state, about = _resume(config, run, folder, manager)
         if state.step < config.train.num_steps:
-            look = _looks(config, run, images, folder, sample_fn)
-            state = _loop(config, run, folder, images, lock, manager, state, about, look, began)
+            state = _loop(config, run, folder, images, lock, manager, state, about, sample_fn, began)
         grid = _draw_grid(sample_fn, state, config.seed, folder)
     if jax.process_index() == 0:
         print(f"trained to step {state.step}; samples: {grid}")
     return state
 
 
-def _loop(config, run, folder, images, lock, manager, state, about, look, began):
+def _loop(config, run, folder, images, lock, manager, state, about, sample_fn, began):
     """Takes the steps that are left, saves the last state and returns it, NumPy arrays."""
     start, pending = int(state.step), about.pop("metrics", ())
     indices = _split(_indices(config.train.batch_size))
@@ -67,13 +66,15 @@ def _loop(config, run, folder, images, lock, manager, state, about, look, began)
     state, batch = step.replicate(state), next(feed)
     feed = itertools.chain([batch], feed)
     fit.foresee(config, program(next(dispatches())[0]), (state, (batch, indices)), config.train.num_steps - start)
+    fit.foresee_sampler(config, sample_fn, state)
     with (
         hosts.StopSignals() as signals,
         _log(folder, start, config.train.log_every, pending) as log,
         progress_bar(start, config.train.num_steps) as bar,
     ):
         watch = Watch(config.train, manager, log, bar, began)
-        look(state, start, log)  # what a signal or a kill at this step has left out
+        look = _looks(config, run, images, folder, sample_fn, log)
+        look(state, start)  # what a signal or a kill at this step has left out
         is_first_save = True
         for k, end in dispatches():
             state, metrics = program(k)(state, (next(feed), indices))
@@ -94,17 +95,20 @@ def _loop(config, run, folder, images, lock, manager, state, about, look, began)
                 raise hosts.Stopped(
                     f"stopped by a signal after step {end}, which is saved: run the same command to resume", signum
                 )
-            look(state, end, log)
+            look(state, end)
         if log:
             log.finish(end, config.train.batch_size)
     return jax.device_get(state)
 
 
-def _looks(config, run, images, folder, sample_fn):
-    """Returns look(state, step, log), which evaluates and draws a grid where they are due and not done yet."""
-    monitor = _monitor(config, run, images) if config.train.evaluate_every else None
+def _looks(config, run, images, folder, sample_fn, log):
+    """Returns look(state, step), which evaluates and draws a grid where they are due and not done yet."""
+    if config.train.evaluate_every:
+        from diffusion_jax.evaluation.monitor import build  # imports SciPy and scikit-learn, which takes a second
 
-    def look(state, number, log):
+        monitor = build(config, run, images)
+
+    def look(state, number):
         due = {kind: number > 0 and _is_due(config.train[f"{kind}_every"], number) for kind in ("sample", "evaluate")}
         if due["evaluate"] and not hosts.on_main(lambda: log.has_evaluation(number)):
             started = time.monotonic()
@@ -153,9 +157,8 @@ def _begin(config, folder, stack):
 
 def _resume(config, run, folder, manager):
     """Returns (the state to start from, what its checkpoints say about it), and writes config.json and run.json."""
-    state, about = checkpoint.restore(manager, run.abstract_state(), set_aside=True), {}
-    if state is not None:
-        about = checkpoint.read_about(manager, int(state.step))
+    state = checkpoint.restore(manager, run.abstract_state(), set_aside=True)
+    about = {} if state is None else checkpoint.read_about(manager, int(state.step))
     identity = history.identity(folder, config, about, None if state is None else int(state.step))
     state = run.init_state() if state is None else state
     start = int(state.step)
@@ -176,13 +179,6 @@ def _indices(batch_size):
     """Returns the indices of this process's examples in the global batch, int [D, B] for its D devices."""
     shape = (jax.local_device_count(), batch_size // jax.device_count())
     return (jax.process_index() + jax.process_count() * np.arange(math.prod(shape))).reshape(shape)
-
-
-def _monitor(config, run, images):
-    from diffusion_jax.evaluation.monitor import Monitor  # imports SciPy and scikit-learn, which takes a second
-
-    held_out = parts.images(config, config.data.test_split) if config.data.test_split else None
-    return Monitor(run, images, held_out)
 
 
 def _dispatches(train, start):

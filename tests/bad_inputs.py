@@ -1,6 +1,7 @@
 """Mistakes of users, and the messages that must report them."""
 
 import gzip
+import json
 import pathlib
 import shutil
 import struct
@@ -192,6 +193,22 @@ def _workdir_cases(command, run, files):
             r"holds another run \(config\.model\.attention_resolutions: ",
         ),
         "config.json is cut": ([command, f"--workdir={files / 'cut-config'}"], r"config\.json is not a JSON object"),
+        "config.json is a list": (
+            [command, f"--workdir={files / 'a-list'}"],
+            r"config\.json is not a JSON object",
+        ),
+        "config.json is empty": (
+            [command, f"--workdir={files / 'no-section'}"],
+            r"lacks config\.data, config\.mo",
+        ),
+        "config.json lacks a key": (
+            [command, f"--workdir={files / 'no-key'}"],
+            r"lacks config\.model\.channels: ",
+        ),
+        "a folder that Orbax misreads": (
+            ["--config=tiny", f"--workdir={files / 't_[br]'}"],
+            r"has \[ in its path",
+        ),
         "all checkpoints damaged": (
             ["--mode=sample", f"--workdir={files / 'damaged'}"],
             r"none of the checkpoints in .* can be read",
@@ -224,7 +241,17 @@ def _workdir_cases(command, run, files):
 
 def _write_files(files, run):
     """Writes the files that the cases need."""
-    for name in ("empty", "cut", "bomb", "small", "cut-config", "no-checkpoint"):
+    for name in (
+        "empty",
+        "cut",
+        "bomb",
+        "small",
+        "cut-config",
+        "no-checkpoint",
+        "a-list",
+        "no-section",
+        "no-key",
+    ):
         (files / name).mkdir(parents=True)
     (files / "broken.py").write_text("def get_config(:\n")
     (files / "text.txt").write_text("nothing to train on\n")
@@ -237,7 +264,12 @@ def _write_files(files, run):
     (files / "labels-idx1-ubyte").write_bytes(struct.pack(">4Bi", 0, 0, 8, 1, 1) + bytes(1))
     whole = gzip.compress(struct.pack(">4B3i", 0, 0, 8, 3, 9, 28, 28) + bytes(9 * 28 * 28))
     (files / "cut-images-idx3-ubyte.gz").write_bytes(whole[:-9])
-    (files / "cut-config" / "config.json").write_text((run / "config.json").read_text()[:99])
+    config = json.loads((run / "config.json").read_text())
+    (files / "cut-config" / "config.json").write_text(json.dumps(config)[:99])
+    (files / "a-list" / "config.json").write_text("[]")
+    (files / "no-section" / "config.json").write_text("{}")
+    del config["model"]["channels"]
+    (files / "no-key" / "config.json").write_text(json.dumps(config))
     shutil.copy(run / "config.json", files / "no-checkpoint")
     shutil.copytree(run, files / "damaged")
     for file in (files / "damaged" / "checkpoints").rglob("manifest.ocdbt"):

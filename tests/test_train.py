@@ -16,7 +16,7 @@ from diffusion_jax.data import pipeline
 from diffusion_jax.errors import UserError
 from diffusion_jax.interop import samples
 from diffusion_jax.interop.samples import write_samples
-from diffusion_jax.planning import programs
+from diffusion_jax.planning import fit, programs
 from diffusion_jax.running import checkpoint, hosts
 from diffusion_jax.running import workdir as workdirs
 from diffusion_jax.running.lock import Lock
@@ -425,6 +425,16 @@ def test_the_step_is_foreseen(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "estimate: at least" in out and "hours to the end" in out and "of 0.93 GiB a device" in out
     assert "warning: the step" not in out
+
+
+def test_the_sampler_of_the_grids_is_foreseen(uninterrupted, monkeypatch):
+    run, state = parts.build(tiny_config()), uninterrupted[1]
+    fit.foresee_sampler(tiny_config(), run.sample_fn(), state)  # no memory is reported
+    monkeypatch.setattr(programs, "room", lambda device: 2**30)
+    fit.foresee_sampler(tiny_config(), run.sample_fn(), state)
+    monkeypatch.setattr(programs, "room", lambda device: 100_000)
+    with pytest.raises(UserError, match=r"the sampler does not fit into a .* for the state .*: lower config\.sampling"):
+        fit.foresee_sampler(tiny_config(), run.sample_fn(), state)
 
 
 # ---------------------------------------------------------------- from a notebook

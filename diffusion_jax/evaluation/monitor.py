@@ -5,8 +5,9 @@ from collections.abc import Callable
 import jax
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
-from diffusion_jax import losses, sampling
+from diffusion_jax import losses, parts, sampling
 from diffusion_jax.data import pixels
 from diffusion_jax.data.cache import Cached, OnTheFly
 from diffusion_jax.errors import UserError
@@ -42,6 +43,7 @@ class Monitor:
                 f"data.{'split' if held_out is None else 'test_split'}, or train.evaluate_every=0"
             )
         self._key, self._num_steps = jax.random.key(run.seed), run.schedule.num_steps
+        self._per_call = run.num_samples
         self._train = _some(train_images)
         self._held_out = None if held_out is None else _some(held_out)
         self._loss = _loss_fn(run.network, run.schedule)
@@ -50,7 +52,7 @@ class Monitor:
             run.network,
             run.schedule,
             run.sigma,
-            (SAMPLES, *run.image_shape),
+            (min(SAMPLES, run.num_samples), *run.image_shape),  # what fits for a grid fits here
             run.clip,
             lambda eps_bar_fn, s, _, x, keys, **options: sampling.dpmpp_2m_chain(eps_bar_fn, s, ts, x, **options),
         )
@@ -68,7 +70,7 @@ class Monitor:
         values: dict[str, float] = {}
         if self._held_out is not None:
             values |= self._loss_by_quarter(params)
-        generated = pixels.to_uint8(self._sample(params, self._key))
+        generated = self._generated(params)
         x, train = quality.pixels(generated), quality.pixels(self._train)
         reference = train if self._held_out is None else quality.pixels(self._held_out)
         values["frechet_pixels"] = metrics.frechet_of_features(x, reference)
@@ -79,15 +81,33 @@ class Monitor:
             grids.save_png(path, nearest_pairs(generated, self._train, index, distance))
         return values
 
+    def _generated(self, params):
+        params = jax.device_put(params)
+        calls = [self._sample(params, self._key, first) for first in range(0, SAMPLES, self._per_call)]
+        return pixels.to_uint8(np.concatenate(calls)[:SAMPLES])
+
     def _loss_by_quarter(self, params):
         devices, n = jax.local_device_count(), min(HELD_OUT, len(self._held_out))
-        numbers = np.arange(-(-n // devices) * devices)  # padded; the padding is dropped below
+        per_call = -(-min(n, self._per_call) // devices) * devices
+        numbers = np.arange(-(-n // per_call) * per_call)  # padded; the padding is dropped below
         t = 1 + numbers % n * self._num_steps // n
-        shaped = [x.reshape(devices, -1, *x.shape[1:]) for x in (self._held_out[numbers % n], t, numbers)]
-        each = np.asarray(self._loss(params, self._key, *shaped)).reshape(-1)[:n]
-        quarter = (t[:n] - 1) * 4 // self._num_steps
+        each = []
+        for i in np.split(numbers, len(numbers) // per_call):
+            shaped = [x.reshape(devices, -1, *x.shape[1:]) for x in (self._held_out[i % n], t[i], i)]
+            each.append(np.asarray(self._loss(params, self._key, *shaped)).reshape(-1))
+        each, t = np.concatenate(each)[:n], t[:n]
+        quarter = (t - 1) * 4 // self._num_steps
         by_quarter = {f"held_out_loss_t{i + 1}": float(each[quarter == i].mean()) for i in np.unique(quarter)}
         return {"held_out_loss": float(each.mean())} | by_quarter
+
+
+def build(config: ConfigDict, run: Parts, images: Cached | OnTheFly) -> Monitor:
+    """Builds the monitor of a training on `images`, with the held-out images of data.test_split if there are any.
+
+    Raises:
+      UserError: see `parts.images` and `Monitor`.
+    """
+    return Monitor(run, images, parts.images(config, config.data.test_split) if config.data.test_split else None)
 
 
 def nearest_pairs(generated: np.ndarray, train: np.ndarray, index: np.ndarray, distance: np.ndarray) -> np.ndarray:

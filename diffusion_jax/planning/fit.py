@@ -1,10 +1,13 @@
 """Memory and time of a train step on the devices at hand, and the options that save memory."""
 
+from typing import Any
+
 import jax
 from ml_collections import ConfigDict
 
 from diffusion_jax.errors import UserError, one_line
 from diffusion_jax.planning import programs
+from diffusion_jax.step import TrainState
 
 TIGHT = 0.9  # share of a device's memory above which the step gets a warning
 
@@ -47,6 +50,35 @@ def foresee(config: ConfigDict, program: jax.stages.Wrapped, args: tuple, num_st
         print(f"estimate: at least {seconds * 1e3:.3g} ms a step, {hours:.3g} hours to the end; {sizes} a device")
     if peak > TIGHT * room:
         print(f"warning: the step takes {sizes} of a device: if it runs out of memory, {remedies(config)}")
+
+
+def foresee_sampler(config: ConfigDict, sample_fn: Any, state: TrainState) -> None:
+    """Compiles the sampler of the grids, if the device reports its memory: a run would fail at its first grid.
+
+    Args:
+      sample_fn: see `sampling.make_sample_fn`.
+      state: the training state, which stays on the device.
+
+    Raises:
+      UserError: the sampler does not fit into a device beside the state.
+    """
+    device = jax.local_devices()[0]
+    room, held = programs.room(device), sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    if not room:
+        return
+    mend = f"lower config.sampling.num={config.sampling.num}, or set config.model.dtype=bfloat16"
+    try:
+        compiled = programs.compiled(sample_fn.lower(state.ema_params, jax.random.key(config.seed)))
+        peak = programs.memory_needed(compiled)
+    except programs.DoesNotFit as error:
+        shortage = programs.shortage(error)
+        raise UserError(f"the sampler does not fit into a {device.device_kind} ({shortage}): {mend}") from None
+    except Exception as error:  # a backend may fail in ways of its own
+        print(f"no estimate of the sampler's memory ({one_line(error, 200)})")
+        return
+    if peak is not None and held + peak > room:
+        sizes = f"{held / 2**30:.2f} for the state and {peak / 2**30:.2f} of {room / 2**30:.2f} GiB"
+        raise UserError(f"the sampler does not fit into a {device.device_kind} ({sizes}): {mend}")
 
 
 def does_not_fit(config: ConfigDict, device: str, sizes: str) -> UserError:
