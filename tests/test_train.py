@@ -285,7 +285,7 @@ def test_losses_teach_to_predict_the_noise(tmp_path, loss):
 @pytest.mark.slow
 def test_what_training_looks_at_every_so_often(tmp_path):
     """Held-out loss, samples and copies, in lines of their own; the run is the same as without."""
-    split = {"data__split": "train[:200]", "data__test_split": "train[200:230]"}
+    split = {"data__split": "train[:200]", "data__test_split": "train[200:230]", "sampling__num": 64}
     quiet = run(tmp_path / "quiet", **split)
     looked = run(tmp_path / "looked", train__evaluate_every=2, **split)
     jax.tree.map(np.testing.assert_array_equal, looked, quiet)
