@@ -140,7 +140,7 @@ def gather(value: Any) -> list[Any]:
     """Returns the JSON values of all processes, in their order. All processes call it."""
     if jax.process_count() == 1:
         return [value]
-    text = json.dumps(value).encode()
+    text = json.dumps(value, default=str).encode()  # of no type may fail here, while the others wait
     size = int(np.max(multihost_utils.process_allgather(np.array(len(text)))))
     rows = multihost_utils.process_allgather(np.frombuffer(text.ljust(size), np.uint8))
     return [json.loads(np.asarray(row).tobytes()) for row in rows]
