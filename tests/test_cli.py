@@ -132,7 +132,7 @@ def test_of_two_processes_the_first_imports_and_exports(tmp_path):
         assert codes == [0, 0], errors
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "new.npz", "old.npz", "run"]
     codes, errors = together("--mode=import", "--from=tests/fixtures/diffusers", run)
-    assert codes == [1, 1] and "holds a run already" in errors[0] and "process 0 stopped with an error" in errors[1]
+    assert codes == [1, 1] and all("holds a run already" in error for error in errors)
 
 
 def test_sample_writes_a_grid_and_arrays(done, trained, tmp_path):

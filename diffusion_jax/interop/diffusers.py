@@ -21,7 +21,7 @@ from safetensors import numpy as safetensors
 
 from diffusion_jax import parts
 from diffusion_jax.errors import UserError, one_line
-from diffusion_jax.running import checkpoint, files, hosts
+from diffusion_jax.running import checkpoint, files, history, hosts
 from diffusion_jax.running import config as configs
 from diffusion_jax.running.workdir import absolute, read_config, write_config
 from diffusion_jax.sample import ema_params
@@ -139,11 +139,13 @@ def _import(source, workdir, reference):
     params = _to_params(config, weights)
     opt_state = jax.device_get(parts.optimizer(config).init(params))
     state = TrainState(np.zeros((), np.int32), params, jax.tree.map(np.copy, params), opt_state)
+    run = history.new_identity()
     try:
         with files.new_folder(workdir) as folder:
             (folder / "checkpoints").mkdir()
             with checkpoint.open_manager(folder, alone=True) as manager:
-                checkpoint.save(manager, 0, state)
+                checkpoint.save(manager, 0, state, history.about(run, config))
+            history.record(folder, run, 0, config)
             write_config(folder, config)  # last: a workdir without it holds no run
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be written ({one_line(error)}): give another folder") from None

@@ -136,7 +136,6 @@ def set_keys(workdir, **keys):
         ("sampling__sigma", "posterior"),
         ("sampling__sampler", "ddim"),
         ("model__dtype", "bfloat16"),
-        ("schedule__num_steps", 19),
     ],
 )
 def test_shards_of_another_chain_are_refused(workdir, shards, key, value):
