@@ -6,20 +6,18 @@ diffusion_jax --mode=sample --help
 """
 
 import logging as stdlib_logging
-import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from absl import flags, logging
-from ml_collections import config_flags
 
 from diffusion_jax.configs import default
 from diffusion_jax.errors import UserError, one_line
 from diffusion_jax.running import config as configs
+from diffusion_jax.running import flags as cli_flags
 from diffusion_jax.running import hosts
 
 # ---------------------------------------------------------------- what the modes run
@@ -210,85 +208,9 @@ MODES = {
 }
 # Every mode takes these; the last four matter only to modes that use a device.
 _ALWAYS = ("mode", "help", "debug", "platform", "coordinator", "num_processes", "process_id")
-_SHOWS = ("interpolation", "progressive", "variations", "inpainting", "animation")
-_FLAGS: dict[str, tuple[Any, Any, str]] = {  # name: (its definition or values, default, help)
-    "mode": (tuple(sorted({name.split(" ")[0] for name in MODES})), "train", "what to do"),
-    "help": (flags.DEFINE_bool, False, "show the flags of the mode"),
-    "debug": (flags.DEFINE_bool, False, "show the traceback of an error"),
-    "workdir": (flags.DEFINE_string, None, "the folder of the run: config, checkpoints, metrics, samples"),
-    "num": (flags.DEFINE_integer, None, "number of images to sample (default 64) or evaluate (all); rows of a figure"),
-    "seed": (flags.DEFINE_integer, 0, "seed of the samples or of the evaluation"),
-    "out": (flags.DEFINE_string, None, "file or folder to write"),
-    "sampler": (configs.CHOICES["sampling.sampler"], None, "sampler; default: the config's"),
-    "steps": (flags.DEFINE_integer, None, "steps of the sampler; default: the config's"),
-    "eta": (flags.DEFINE_float, None, "noise of ddim; default: the config's"),
-    "show": (_SHOWS, None, "the figure to draw"),
-    "images": (flags.DEFINE_string, "", "folder or zip to interpolate or inpaint; default: the run's images"),
-    "splits": (flags.DEFINE_list, [], "splits to evaluate; default: data.split and data.test_split"),
-    "samples": (flags.DEFINE_string, "", "samples that --mode=sample wrote, to measure too"),
-    "inception": (flags.DEFINE_string, "", "weights of Inception v3 (tools.convert_inception)"),
-    "reference": (flags.DEFINE_string, "", "statistics-….npz of another evaluation"),
-    "format": (("jax", "diffusers", "svg", "png"), None, "export: jax or diffusers; report: charts as svg or png"),
-    "from": (
-        flags.DEFINE_string,
-        "",
-        "a folder of diffusers, a .safetensors file or a repository, or an exported sampler",
-    ),
-    "topology": (flags.DEFINE_string, "", "a TPU and its shape, e.g. v5e:2x4, or cpu or gpu"),
-    "search": (flags.DEFINE_bool, True, "look for the largest batch that fits, after the table"),
-    "platform": (("", "tpu", "gpu", "cpu"), "", "where to compute; default: the best"),
-    "coordinator": (flags.DEFINE_string, "", "host:port of process 0; Cloud TPU pods and Slurm know it"),
-    "num_processes": (flags.DEFINE_integer, 1, "number of processes, with --coordinator"),
-    "process_id": (flags.DEFINE_integer, 0, "number of this process, with --coordinator"),
-}
-_RANGES = {"num": (1, 2**32), "seed": (0, 2**32 - 1), "num_processes": (1, 2**31 - 1), "process_id": (0, 2**31 - 2)}
-
-
-def _define(values: flags.FlagValues, argv: list[str]) -> None:
-    """Defines every flag in `values`; the overrides of the config's keys are read from `argv`."""
-    about = "a shipped config, e.g. digits, or a file"
-    config_flags.DEFINE_config_file("config", None, about, flag_values=values, sys_argv=argv)
-    for name, (kind, value, text) in _FLAGS.items():
-        if isinstance(kind, tuple):
-            flags.DEFINE_enum(name, value, kind, text, flag_values=values)
-        else:
-            kind(name, value, text, flag_values=values)
 
 
 # ---------------------------------------------------------------- from arguments to a mode
-
-
-def _parse(argv: Sequence[str]) -> flags.FlagValues:
-    """Parses the command line; refuses unknown flags, config keys and config files by their names."""
-    argv = [_with_files(arg) for arg in argv]
-    for arg in argv:
-        if arg.lstrip("-").startswith("config."):
-            configs.check_key(arg.lstrip("-").removeprefix("config.").split("=")[0])
-    args = flags.FlagValues()
-    _define(args, argv)
-    try:
-        rest = args(argv)
-        if args.config is not None:
-            args.config.keys()  # a missing config file raises only when it is used
-    except flags.Error as error:
-        raise UserError(one_line(error)) from error
-    except Exception as error:  # a config file is the user's program and may raise anything
-        raise UserError(f"--config: {one_line(error)}") from error
-    if rest[1:]:
-        raise UserError(f"{rest[1]!r} is not a flag: flags start with --")
-    return args
-
-
-def _with_files(arg: str) -> str:
-    """Replaces "~" at the start of a value by the home directory, and the name of a shipped config by its file."""
-    flag, equals, value = arg.partition("=")
-    arg = f"{flag}={os.path.expanduser(value)}" if equals else os.path.expanduser(arg)
-    match = re.fullmatch(r"(--?config=)([\w-]+)", arg)
-    if not match:
-        return arg
-    if match[2] not in (shipped := configs.shipped()):
-        raise UserError(f"--config={match[2]} is not a shipped config: give one of {', '.join(shipped)}, or a file")
-    return match[1] + str(shipped[match[2]])
 
 
 def _mode_of(args: flags.FlagValues) -> str:
@@ -310,9 +232,7 @@ def _check_flags(name: str, mode: Mode, args: flags.FlagValues) -> None:
     for flag in mode.needs:
         if args[flag].value in (None, ""):
             raise UserError(f"--{flag} is missing: give {args[flag].help}")
-    for flag, (low, high) in _RANGES.items():
-        if args[flag].present:
-            configs.check_integer(f"--{flag}", args[flag].value, low, high)
+    cli_flags.check_ranges(args)
 
 
 def _help(name: str, mode: Mode, args: flags.FlagValues) -> str:
@@ -332,7 +252,7 @@ def run(argv: Sequence[str]) -> None:
     Raises:
       UserError: the command cannot be run; the message is one line that names the flag and what to do.
     """
-    args = _parse(argv)
+    args = cli_flags.parse(argv, sorted({name.split(" ")[0] for name in MODES}))
     name = _mode_of(args)
     mode = MODES[name]
     if args.help:
@@ -345,7 +265,9 @@ def run(argv: Sequence[str]) -> None:
         _silence_libraries()
     if mode.on_device:
         hosts.initialize(args.platform, args.coordinator, args.num_processes, args.process_id)
-        asked = {f"--{flag}": args[flag].value for flag in _FLAGS if flag not in ("process_id", "debug")}
+        asked = {
+            f"--{flag}": args[flag].value for flag in ("mode", *cli_flags.FLAGS) if flag not in ("process_id", "debug")
+        }
         hosts.check_same(asked | ({} if args.config is None else configs.flatten(args.config)))
     mode.run(args)
 

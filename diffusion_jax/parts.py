@@ -37,7 +37,23 @@ _ATTENTION = {name: functools.partial(jax.nn.dot_product_attention, implementati
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """The objects of a run, each made by the builder of its name; `num_samples` is sampling.num."""
+    """The objects of a run.
+
+    Attributes:
+      seed: seed of initial weights, order of the data, t, noise and dropout.
+      schedule: α_t, β_t, ᾱ_t, β̄_t.
+      sigma: [T + 1] standard deviations of the reverse steps.
+      image_shape: (H, W, C).
+      model: the Flax network, which predicts model.prediction.
+      network: apply_fn({"params": params}, x, t) -> ε̄, for every model.prediction.
+      optimizer: clipping and Adam.
+      learning_rate: step -> learning rate.
+      train_step: (state, (batch, indices)) -> (state, metrics), see `step.make_step`.
+      clip: bounds of the predicted x_0 in the chain, or None.
+      chain: the sampler, see `sampling.make_sample_fn`.
+      num_samples: images per call of the sampler.
+      num_sampling_steps: evaluations of the network for an image.
+    """
 
     seed: int
     schedule: schedules.Schedule

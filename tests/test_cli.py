@@ -17,6 +17,7 @@ from PIL import Image
 
 import diffusion_jax
 from diffusion_jax import cli
+from diffusion_jax.running import flags
 from tools import torture
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -100,8 +101,8 @@ def together(*args):
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     group = [f"--coordinator={address}", "--num_processes=2"]
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2 {torture.CACHEABLE}"
-    pair = [start(*args, *group, f"--process_id={i}", XLA_FLAGS=flags) for i in range(2)]
+    xla_flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2 {torture.CACHEABLE}"
+    pair = [start(*args, *group, f"--process_id={i}", XLA_FLAGS=xla_flags) for i in range(2)]
     errors = [running.communicate(timeout=300)[1] for running in pair]
     return [running.returncode for running in pair], errors
 
@@ -205,7 +206,7 @@ def test_a_path_may_begin_in_the_home_directory(done, tmp_path, monkeypatch):
     done("--mode=audit", "--config=~/mine.py", "--out=~/audit.md")
     assert (tmp_path / "audit.md").exists() and not (ROOT / "~").exists()
     args = ["--workdir=~/run", "--images", "~/zip", "--samples=~/x/", "--config=tiny", "--config.data.path=~/faces"]
-    parsed = cli._parse(["diffusion_jax", *args, "--out=gs://bucket/~x", "--seed=1"])
+    parsed = flags.parse(["diffusion_jax", *args, "--out=gs://bucket/~x", "--seed=1"], ["train"])
     assert (parsed.workdir, parsed.images) == (f"{tmp_path}/run", f"{tmp_path}/zip")
     assert (parsed.samples, parsed.config.data.path) == (f"{tmp_path}/x/", f"{tmp_path}/faces")
     assert parsed.out == "gs://bucket/~x"
