@@ -265,10 +265,7 @@ def run(argv: Sequence[str]) -> None:
         _silence_libraries()
     if mode.on_device:
         hosts.initialize(args.platform, args.coordinator, args.num_processes, args.process_id)
-        asked = {
-            f"--{flag}": args[flag].value for flag in ("mode", *cli_flags.FLAGS) if flag not in ("process_id", "debug")
-        }
-        hosts.check_same(asked | ({} if args.config is None else configs.flatten(args.config)))
+        hosts.check_same(cli_flags.common(args))
     mode.run(args)
 
 
