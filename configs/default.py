@@ -4,7 +4,7 @@ Each of the other files in this folder overrides a few keys; the command line ov
 `--config.train.num_steps=200`.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 
 def get_config() -> ConfigDict:
@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
     data.cache_dir = ""  # folder of the decoded images; "": ~/.cache/diffusion_jax
     data.cache_limit_gb = 64.0  # largest cache in GB (1e9 bytes); more images are decoded on the fly
 
+    data.classes = ()  # names of the classes; training fills them in from the data
     data.on_device = False  # keep the data set in each device's memory: the same batches, no transfers from the host
 
     config.schedule = schedule = ConfigDict()
@@ -39,6 +40,8 @@ def get_config() -> ConfigDict:
     model.dropout = 0.1  # rate
     model.num_groups = 32  # groups of GroupNorm, or the largest common divisor with the channels
     model.prediction = "eps_bar"  # output of the network: eps_bar (Ho et al.), x_0 or velocity
+    # 0: without classes; auto: as many as the data has, or their number, which must agree
+    model.num_classes = FieldReference(0, field_type=object)
     model.attention = "xla"  # or cudnn: flash attention on NVIDIA GPUs, in bfloat16, up to 256 channels
     model.dtype = "float32"  # dtype of the computation, float32 or bfloat16; parameters are float32
 
@@ -50,6 +53,7 @@ def get_config() -> ConfigDict:
     train.accumulate = 1  # parts of a per-device batch, computed one after another: less memory, the same step
     train.remat = False  # recompute activations in the backward pass: less memory, more time
     train.steps_per_dispatch = 1  # steps in one program, for small networks on accelerators; slow on the CPU
+    train.label_dropout = 0.1  # probability that a label becomes "no class", which guidance needs; with num_classes
     train.learning_rate = 2e-4  # Adam's learning rate after the warm-up
     train.warmup_steps = 5000  # steps of linear warm-up from 0; 0: none
     train.grad_clip = 1.0  # largest norm of the gradient
@@ -68,6 +72,8 @@ def get_config() -> ConfigDict:
     sampling.eta = 0.0  # scale of ddim's noise, from 0 (none) to 1 (that of the posterior)
     sampling.sigma = "beta"  # zero (greedy), beta ("fixed large") or posterior ("fixed small")
     sampling.clip = True  # bound the predicted x_0 to [-1, 1] inside the chain
+    sampling.guidance = 1.0  # weight of classifier-free guidance: 0 ignores the class, 1 is the plain conditional model
+    sampling.guidance_interval = ()  # (low, high): guidance at these steps t only; (): at all
     sampling.num = 64  # images per call, and per grid during training
 
     return config

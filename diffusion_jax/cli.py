@@ -40,7 +40,7 @@ def _sample(args):
     from diffusion_jax.interop.samples import write_samples
 
     settings = {name: args[name].value for name in _SAMPLER}
-    write_samples(args.workdir, args.num or 64, args.seed, args.out or "samples.png", **settings)
+    write_samples(args.workdir, args.num or 64, args.seed, args.out or "samples.png", args.labels, **settings)
 
 
 def _show(args):
@@ -124,7 +124,7 @@ class Mode(NamedTuple):
     on_device: bool = True  # False: uses no accelerator and joins no other process
 
 
-_SAMPLER = ("sampler", "steps", "eta")
+_SAMPLER = ("sampler", "steps", "eta", "guidance")
 MODES = {
     "train": Mode(
         _train,
@@ -144,7 +144,7 @@ MODES = {
         "Writes samples of the last checkpoint: a grid (.png), an array (.npz) or shards (folder/).",
         "--mode=sample --workdir=runs/digits --num=64 --seed=0 --out=samples.png",
         needs=("workdir",),
-        takes=("num", "seed", "out", *_SAMPLER),
+        takes=("num", "seed", "out", "labels", *_SAMPLER),
     ),
     "sample --show": Mode(
         _show,
@@ -235,17 +235,6 @@ def _check_flags(name: str, mode: Mode, args: flags.FlagValues) -> None:
     cli_flags.check_ranges(args)
 
 
-def _help(name: str, mode: Mode, args: flags.FlagValues) -> str:
-    """Returns the purpose, an example and the flags of a mode."""
-    lines = [f"--mode={name}: {mode.purpose}", "", f"    diffusion_jax {mode.example}", ""]
-    for title, names in (("Needs", mode.needs), ("Takes", mode.takes), ("Always", _ALWAYS)):
-        lines += [f"{title}:", *(f"    --{flag:<14} {args[flag].help}" for flag in names), ""] if names else []
-    if "config" in (*mode.needs, *mode.takes):
-        lines += ["Shipped configs: " + ", ".join(configs.shipped()) + "; any key: --config.train.num_steps=200", ""]
-    lines += ["Modes: " + ", ".join(MODES) + "; each has its own --help."]
-    return "\n".join(lines)
-
-
 def run(argv: Sequence[str]) -> None:
     """Runs the mode that the command line chooses.
 
@@ -256,7 +245,7 @@ def run(argv: Sequence[str]) -> None:
     name = _mode_of(args)
     mode = MODES[name]
     if args.help:
-        print(_help(name, mode, args))
+        print(cli_flags.help_text(name, MODES, _ALWAYS, args))
         return
     _check_flags(name, mode, args)
     if args.config is not None:

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from diffusion_jax import losses, process, sampling, step, unet
 from diffusion_jax import schedule as schedules
 from diffusion_jax.data import cache, sources
+from diffusion_jax.running import config as configs
 
 _SCHEDULES: dict[str, Callable[[int], schedules.Schedule]] = {
     "su_linear": schedules.su_linear,
@@ -45,7 +46,10 @@ class Parts:
       sigma: [T + 1] standard deviations of the reverse steps.
       image_shape: (H, W, C).
       model: the Flax network, which predicts model.prediction.
-      network: apply_fn({"params": params}, x, t) -> ε̄, for every model.prediction.
+      num_classes: classes of the images, 0 without.
+      network: apply_fn({"params": params}, x, t, labels=None) -> ε̄, for every model.prediction; labels int [B] in
+        0..num_classes, where num_classes is ∅, as is None.
+      guided: the network as the sampler takes it, with sampling.guidance.
       optimizer: clipping and Adam.
       learning_rate: step -> learning rate.
       train_step: (state, (batch, indices)) -> (state, metrics), see `step.make_step`.
@@ -60,7 +64,9 @@ class Parts:
     sigma: jax.Array
     image_shape: tuple[int, int, int]
     model: unet.UNet
+    num_classes: int
     network: Callable
+    guided: Callable
     optimizer: optax.GradientTransformation
     learning_rate: optax.Schedule
     train_step: Callable
@@ -70,16 +76,16 @@ class Parts:
     num_sampling_steps: int
 
     def sample_fn(self, num: int | None = None, window: sampling.Window | None = None) -> Callable:
-        """Returns sample_fn(params, rng, first=0) -> float32 [num, H, W, C], see `sampling.make_sample_fn`."""
+        """Returns sample_fn(params, rng, first=0, labels=None), see `sampling.make_sample_fn`."""
         shape = (num or self.num_samples, *self.image_shape)
         return sampling.make_sample_fn(
-            self.network, self.schedule, self.sigma, shape, self.clip, self.chain, window=window
+            self.guided, self.schedule, self.sigma, shape, self.clip, self.chain, window, self.num_classes
         )
 
     def indexed_sample_fn(self) -> Callable:
-        """Returns sample(params, rng, indices [n]) -> float32 [n, H, W, C], for one device and any n."""
+        """Returns sample(params, rng, indices [n], labels=None), see `sampling.make_indexed_sample_fn`."""
         return sampling.make_indexed_sample_fn(
-            self.network, self.schedule, self.sigma, self.image_shape, self.clip, self.chain
+            self.guided, self.schedule, self.sigma, self.image_shape, self.clip, self.chain
         )
 
     def init_state(self) -> step.TrainState:
@@ -99,7 +105,9 @@ def build(config: ConfigDict) -> Parts:
         sigma=sigma(config),
         image_shape=image_shape(config),
         model=model(config),
+        num_classes=config.model.num_classes,
         network=network(config),
+        guided=guided(config, config.sampling.guidance),
         optimizer=optimizer(config),
         learning_rate=learning_rate(config),
         train_step=train_step(config),
@@ -137,17 +145,38 @@ def model(config: ConfigDict) -> unet.UNet:
         dtype=_DTYPES[config.model.dtype],
         attention=_ATTENTION[config.model.attention],
         remat=config.train.remat,
+        num_classes=config.model.num_classes,
     )
 
 
 def network(config: ConfigDict) -> Callable:
-    """Builds apply_fn({"params": params}, x, t) -> ε̄, the network as samplers take it, for every model.prediction."""
+    """Builds apply_fn({"params": params}, x, t, labels=None) -> ε̄, for every model.prediction; labels None is ∅."""
     apply, s = model(config).apply, schedule(config)
 
-    def apply_fn(variables, x, t):
-        return _eps_bar_fn(config, lambda x, t: apply(variables, x, t), s)(x, t)
+    def apply_fn(variables, x, t, labels=None):
+        return _eps_bar_fn(config, lambda x, t: apply(variables, x, t, labels=labels), s)(x, t)
 
     return apply_fn
+
+
+def guided(config: ConfigDict, weight: float | jax.Array) -> Callable:
+    """Builds the network with guidance of the weight w in sampling.guidance_interval, see `sampling.guided`.
+
+    A call with labels is one call of the network on twice the images, and on as many for w = 1, and for w = 0 at all t.
+    """
+    apply_fn, num_classes, interval = network(config), config.model.num_classes, config.sampling.guidance_interval
+
+    def guided_fn(variables, x, t, labels=None):
+        if labels is None or ((is_known := isinstance(weight, int | float)) and weight == 1):
+            return apply_fn(variables, x, t, labels)
+        if is_known and weight == 0 and not interval:
+            return apply_fn(variables, x, t)
+        both = jnp.concatenate([labels, jnp.full_like(labels, num_classes)])
+        of_both = apply_fn(variables, jnp.concatenate([x, x]), jnp.concatenate([t, t]), both)
+        conditional, unconditional = jnp.split(of_both, 2)
+        return sampling.guided(lambda x, t: conditional, lambda x, t: unconditional, weight, interval or None)(x, t)
+
+    return guided_fn
 
 
 def _eps_bar_fn(config, output_fn, s):
@@ -205,6 +234,8 @@ def train_step(config: ConfigDict) -> Callable:
         accumulate=config.train.accumulate,
         ema_warmup=config.train.ema_warmup,
         learning_rate=learning_rate(config),
+        num_classes=config.model.num_classes,
+        label_dropout=config.train.label_dropout,
     )
 
 
@@ -240,6 +271,11 @@ def chain(config: ConfigDict) -> Callable:
         )
     ts = sampling.grid_log_snr(s, num_steps)
     return lambda eps_bar_fn, s, _, x, keys, **options: sampling.dpmpp_2m_chain(eps_bar_fn, s, ts, x, **options)
+
+
+def with_classes(config: ConfigDict) -> ConfigDict:
+    """Returns the config with the number of classes that model.num_classes="auto" stands for; opens the source."""
+    return config if config.model.num_classes != "auto" else configs.with_classes(config, source(config).classes)
 
 
 def source(config: ConfigDict) -> sources.Source:

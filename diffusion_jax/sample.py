@@ -1,20 +1,18 @@
 """Samplers and networks from a workdir, for a notebook."""
 
-import itertools
 from collections.abc import Callable
 
-import jax
-import tqdm
 from etils import epath
 from ml_collections import ConfigDict
 
-from diffusion_jax import parts, sampling
+from diffusion_jax import parts
 from diffusion_jax.data.cache import Cached, OnTheFly
 from diffusion_jax.errors import UserError
 from diffusion_jax.parts import Parts
 from diffusion_jax.running import checkpoint, history
 from diffusion_jax.running import config as configs
 from diffusion_jax.running import workdir as workdirs
+from diffusion_jax.running.watch import progress_window
 from diffusion_jax.schedule import Schedule
 
 
@@ -27,6 +25,7 @@ def load(
     eta: float | None = None,
     clip: bool | None = None,
     dtype: str | None = None,
+    guidance: float | None = None,
     progress: bool = False,
 ) -> tuple[Callable, dict]:
     """Loads the sampler and the parameters of the last checkpoint, for a notebook.
@@ -34,6 +33,7 @@ def load(
         sample_fn, params = diffusion_jax.load("runs/digits", sampler="ddim", steps=50)
         x = sample_fn(params, jax.random.key(0))  # float32 [num, H, W, C] in about [-1, 1]
         more = sample_fn(params, jax.random.key(0), num)  # images num .. 2 num - 1 of the same key
+        threes = sample_fn(params, jax.random.key(0), labels=3)  # of a run with classes; default: all in turn
 
     The first call compiles. All steps are one XLA program, on all devices of this process.
 
@@ -47,6 +47,8 @@ def load(
         steps) to 1 (as much as the ancestral sampler's posterior).
       clip: True bounds the predicted x_0 to [-1, 1] inside the chain.
       dtype: dtype of the computation, "float32" or "bfloat16".
+      guidance: weight of classifier-free guidance, for a run with classes: 1 is the plain conditional model, more
+        brings images nearer to their class and to each other.
       progress: True shows a bar of the steps with speed and time left; the images stay the same.
 
     Returns:
@@ -56,9 +58,9 @@ def load(
     Raises:
       UserError: `workdir` holds no run or no checkpoint, or a value cannot be used.
     """
-    config = configs.with_sampling(workdirs.read_config(workdir), sampler, steps, eta, clip, dtype, num)
+    config = configs.with_sampling(workdirs.read_config(workdir), sampler, steps, eta, clip, dtype, num, guidance)
     run = parts.build(config)
-    window = _progress(run.num_sampling_steps, run.num_samples) if progress else None
+    window = progress_window(run.num_sampling_steps, run.num_samples) if progress else None
     return run.sample_fn(window=window), ema_params(run, workdir)[1]
 
 
@@ -66,34 +68,14 @@ def load_network(workdir: epath.PathLike) -> tuple[Callable, dict, Schedule]:
     """Loads the network of the last checkpoint, for a sampler of your own.
 
     Returns:
-      (apply_fn, params, s): apply_fn({"params": params}, x [B, H, W, C], t [B] in 1..T) is the predicted
-      noise ε̄ [B, H, W, C]; params are those of `load`; s is the Schedule.
+      (apply_fn, params, s): apply_fn({"params": params}, x [B, H, W, C], t [B] in 1..T, labels=None) is the predicted
+      noise ε̄ [B, H, W, C], with labels [B] for a run with classes; params are those of `load`; s is the Schedule.
 
     Raises:
       UserError: `workdir` holds no run or no checkpoint.
     """
     run = parts.build(workdirs.read_config(workdir))
     return run.network, ema_params(run, workdir)[1], run.schedule
-
-
-def _progress(steps, num):
-    """Returns a window that moves a progress bar from inside the program; each call of the sampler restarts it."""
-    every = max(1, steps // 100)
-    reports = steps // every * len(jax.local_devices()[:num])  # each device reports
-    bar = tqdm.tqdm(total=reports, desc="sampling", bar_format="{desc}: {percentage:.0f}%|{bar}| {elapsed}<{remaining}")
-
-    calls = itertools.count()  # thread-safe: each device reports from a thread of its own
-
-    def report(_):
-        done = next(calls) % reports + 1
-        if done == 1:
-            bar.reset()
-        bar.n = done
-        bar.update(0)
-        if done == reports:
-            bar.refresh()
-
-    return sampling.Window(report, every)
 
 
 # ---------------------------------------------------------------- images and parameters of a run

@@ -32,6 +32,50 @@ def image_numbers(first: int, num: int) -> np.ndarray:
     return np.arange(num, dtype=np.uint32) + np.uint32(checked("first", first, 0, 2**32 - int(num)))
 
 
+def class_labels(numbers: np.ndarray, num_classes: int, labels: ArrayLike | None = None) -> np.ndarray | None:
+    """Returns the label of each image, int32 [n]; None without classes.
+
+    Args:
+      numbers: int [n], the numbers of the images. Image i has class i mod num_classes if `labels` is None.
+      labels: one int in 0..num_classes, where num_classes is ∅, or one for each image.
+
+    Raises:
+      ValueError: a label is out of range, or their number is not n, or there are no classes.
+    """
+    if labels is None:
+        return (numbers % num_classes).astype(np.int32) if num_classes else None
+    if not num_classes:
+        raise ValueError("labels need a model with classes, and this one has none")
+    labels = checked("labels", labels, 0, num_classes, ndim=min(np.ndim(labels), 1))
+    if np.shape(labels) not in ((), np.shape(numbers)):
+        raise ValueError(f"labels has shape {np.shape(labels)}: give one, or one for each of {len(numbers)} images")
+    return np.broadcast_to(labels, numbers.shape).astype(np.int32)
+
+
+def guided(
+    conditional_fn: Network,
+    unconditional_fn: Network,
+    weight: ArrayLike,
+    interval: tuple[int, int] | None = None,
+) -> Network:
+    """Returns ε̄ = ε̄(x, t, ∅) + w (ε̄(x, t, y) − ε̄(x, t, ∅)), classifier-free guidance (Ho & Salimans 2022).
+
+    Args:
+      conditional_fn: (x [B, ...], t [B]) -> ε̄(x, t, y).
+      unconditional_fn: (x, t) -> ε̄(x, t, ∅).
+      weight: w; 1 is conditional, 0 unconditional. (The paper writes 1 + w.)
+      interval: (low, high), the steps t of the guidance, both included; w = 1 outside (Kynkäänniemi et al. 2024).
+    """
+    low, high = interval or (0, np.inf)
+
+    def eps_bar_fn(x, t):
+        w = jnp.where((t >= low) & (t <= high), jnp.asarray(weight, jnp.float32), 1.0).reshape(-1, *[1] * (x.ndim - 1))
+        unconditional = unconditional_fn(x, t)
+        return unconditional + w * (conditional_fn(x, t) - unconditional)
+
+    return eps_bar_fn
+
+
 def normal(keys: jax.Array, t: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
     """Returns the standard normal noise of step t: float32 [B, *shape], example i from fold_in(keys[i], t)."""
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, t), shape, jnp.float32))(keys)
@@ -300,9 +344,10 @@ def make_indexed_sample_fn(
     chain: Callable[..., jax.Array] | None = None,
     window: Window | None = None,
 ) -> Callable[..., jax.Array]:
-    """Returns a sampler for one device: sample(params, rng, indices [n], s=s, sigma=sigma) -> float32 [n, H, W, C].
+    """Returns a sampler for one device: sample(params, rng, indices [n], …) -> float32 [n, H, W, C].
 
-    It takes any n. Image i depends on (params, rng, i) alone.
+    It takes any n. Image i depends on (params, rng, i, its label) alone. The other arguments are s=s, sigma=sigma and
+    labels=None, int [n] for a network with classes, which apply_fn then takes as its last argument.
 
     Args:
       image_shape: (H, W, C).
@@ -310,10 +355,11 @@ def make_indexed_sample_fn(
     """
     chain = chain or reverse_chain
 
-    def sample(params, rng, indices, s=s, sigma=sigma):
+    def sample(params, rng, indices, s=s, sigma=sigma, labels=None):
         keys = image_keys(rng, indices)
         x = normal(keys, LATENT, tuple(image_shape))
-        return chain(lambda x, t: apply_fn({"params": params}, x, t), s, sigma, x, keys, clip=clip, window=window)
+        of = () if labels is None else (labels,)
+        return chain(lambda x, t: apply_fn({"params": params}, x, t, *of), s, sigma, x, keys, clip=clip, window=window)
 
     return sample
 
@@ -326,11 +372,12 @@ def make_sample_fn(
     clip: tuple[float, float] | None = None,
     chain: Callable[..., jax.Array] | None = None,
     window: Window | None = None,
+    num_classes: int = 0,
 ) -> Callable[..., jax.Array]:
-    """Returns the sampler of this process: sample_fn(params, rng, first=0) -> float32 [N, H, W, C].
+    """Returns the sampler of this process: sample_fn(params, rng, first=0, labels=None) -> float32 [N, H, W, C].
 
     All T steps are one XLA program, pmapped over the local devices. Image i depends on
-    (params, rng, i) alone, not on N or the number of devices. A call returns images first .. first + N − 1,
+    (params, rng, i, its label) alone, not on N or the number of devices. A call returns images first .. first + N − 1,
     so a large set can be made in several calls. `sample_fn.lower(params, rng)` is the program, as of a jitted function.
 
     Args:
@@ -340,20 +387,24 @@ def make_sample_fn(
       clip: see `reverse_chain`.
       chain: (eps_bar_fn, s, sigma, x_T, keys, clip=clip, window=window) -> x_0; None is `reverse_chain`.
       window: observes the chain of each device, see `Window`.
+      num_classes: the number of classes, of which `labels` chooses: one int, or one for each image; image i has class
+        i mod num_classes if it is None, and class num_classes is ∅. apply_fn takes them as its last argument, [B].
     """
     num, *image_shape = checked("shape", shape, 1, 2**32, ndim=1).tolist()
     devices = jax.local_devices()[:num]
     per_device = -(-num // len(devices))
     sample = make_indexed_sample_fn(apply_fn, s, sigma, image_shape, clip, chain, window)
     # The schedule is an argument, not a constant, so the program is the same for every T.
-    pmapped = jax.pmap(sample, in_axes=(None, None, 0, None, None), devices=devices)
+    pmapped = jax.pmap(sample, in_axes=(None, None, 0, None, None, 0), devices=devices)
 
-    def arguments(params, rng, first=0):
-        indices = np.resize(image_numbers(first, num), (len(devices), per_device))  # the rest repeats and is cut off
-        return params, rng, indices, s, sigma
+    def arguments(params, rng, first=0, labels=None):
+        numbers, split = image_numbers(first, num), (len(devices), per_device)
+        labels = class_labels(numbers, num_classes, labels)
+        labels = None if labels is None else np.resize(labels, split)
+        return params, rng, np.resize(numbers, split), s, sigma, labels  # the rest repeats and is cut off
 
-    def sample_fn(params, rng, first=0):
-        return pmapped(*arguments(params, rng, first)).reshape(-1, *image_shape)[:num]
+    def sample_fn(params, rng, first=0, labels=None):
+        return pmapped(*arguments(params, rng, first, labels)).reshape(-1, *image_shape)[:num]
 
     sample_fn.lower = lambda *args: pmapped.lower(*arguments(*args))  # type: ignore[attr-defined]
     return sample_fn

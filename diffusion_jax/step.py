@@ -21,6 +21,7 @@ QUARTERS = 4  # the loss is also reported for each quarter of 1..T
 # that sampling folds into it.
 _TRAIN = 2**32 - 2
 _INIT = 2**32 - 1
+_LABEL = 4  # folded into the key of an example, whose first four parts are t, noise, dropout and flip
 
 
 class TrainState(NamedTuple):
@@ -70,6 +71,8 @@ def make_step(
     accumulate: int = 1,
     ema_warmup: bool = False,
     learning_rate: optax.Schedule = lambda step: 0.0,
+    num_classes: int = 0,
+    label_dropout: float = 0.0,
 ) -> Callable:
     """Returns the step of one device, to be mapped over AXIS: (state, (batch, indices)) -> (state, metrics).
 
@@ -86,6 +89,8 @@ def make_step(
         saves memory and changes the step by rounding alone.
       ema_warmup: True lowers the decay of the average to (1 + n)/(10 + n) after n steps, while that is less.
       learning_rate: step -> rate, for the metrics alone.
+      num_classes: 0, or the number of classes; batches then have a label [B], which the network takes.
+      label_dropout: the probability that a label becomes num_classes, ∅.
 
     The step takes a batch {"image": uint8 [B, H, W, C], …} and indices int [B], the device's share of the
     global batch; the state has no device axis (see `replicate`). Its metrics are the same on all devices:
@@ -95,8 +100,10 @@ def make_step(
     """
 
     def mean_loss(params, batch, t, noise_keys, dropout_keys):
+        labels = {"labels": batch["label"]} if num_classes else {}
+
         def output_fn(x, t):
-            return apply_fn({"params": params}, x, t, train=True, dropout_keys=dropout_keys)
+            return apply_fn({"params": params}, x, t, train=True, dropout_keys=dropout_keys, **labels)
 
         losses = loss_fn(output_fn, s, batch["image"], t, noise_keys)
         weights = 1.0 if t_probabilities is None else 1 / (s.num_steps * jnp.asarray(t_probabilities, jnp.float32)[t])
@@ -107,10 +114,13 @@ def make_step(
     def step(state, batch_and_indices):
         batch, indices = batch_and_indices
         step_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _TRAIN), state.step)
-        keys = jax.vmap(lambda index: jax.random.split(jax.random.fold_in(step_key, index), 4))(indices)
+        example_keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, indices)
+        keys = jax.vmap(lambda key: jax.random.split(key, 4))(example_keys)
         t = jax.vmap(lambda key: _draw_t(key, s.num_steps, t_probabilities))(keys[:, 0])
         image = _flipped(batch["image"], keys[:, 3]) if flip else batch["image"]
         batch = batch | {"image": pixels.from_uint8(image)}
+        if num_classes:
+            batch["label"] = _dropped(batch["label"], example_keys, num_classes, label_dropout)
 
         (loss, losses), grads = gradient(state.params, batch, t, keys[:, 1], keys[:, 2])
         loss, grads = lax.pmean((loss, grads), AXIS)
@@ -155,6 +165,12 @@ def _accumulated(gradient, parts):
 def _flipped(image, keys):
     coins = jax.vmap(jax.random.bernoulli, (0, None))(keys, np.float32(0.5))
     return jnp.where(coins[:, None, None, None], image[:, :, ::-1], image)
+
+
+def _dropped(labels, keys, num_classes, rate):
+    """Returns the labels, each of which is ∅ with the probability `rate`."""
+    coins = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, _LABEL), (), jnp.float32) < rate)(keys)
+    return jnp.where(coins, num_classes, labels)
 
 
 def _draw_t(key, num_steps, probabilities):

@@ -1,17 +1,14 @@
 """The training loop."""
 
-import collections
 import contextlib
 import functools
 import itertools
 import math
 import time
-from collections.abc import Iterable, Iterator
 
 import jax
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from diffusion_jax import parts, step
@@ -24,7 +21,7 @@ from diffusion_jax.running import workdir as workdirs
 from diffusion_jax.running.lock import Lock
 from diffusion_jax.running.log import MetricsLog
 from diffusion_jax.running.watch import Watch, progress_bar
-from diffusion_jax.step import AXIS, TrainState
+from diffusion_jax.step import TrainState
 
 _KINDS = ("sample", "evaluate", "checkpoint")  # work that recurs every train.<kind>_every steps
 
@@ -42,16 +39,17 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
     """
     began = time.monotonic()
     configs.check(config)
-    folder, run = workdirs.absolute(workdir), parts.build(config)
-    sample_fn = run.sample_fn()
+    folder = workdirs.absolute(workdir)
     with contextlib.ExitStack() as stack:
-        images, lock = _begin(config, folder, stack)
+        config, images, lock = _begin(config, folder, stack)
+        run = parts.build(config)
+        sample_fn = run.sample_fn()
         keep = config.train.keep_checkpoints, config.train.checkpoint_every
         manager = stack.enter_context(checkpoint.open_manager(folder, *keep))
         state, about = _resume(config, run, folder, manager)
         if state.step < config.train.num_steps:
             state = _loop(config, run, folder, images, lock, manager, state, about, sample_fn, began)
-        grid = _draw_grid(sample_fn, state, config.seed, folder)
+        grid = _draw_grid(config, sample_fn, state, folder)
     if jax.process_index() == 0:
         print(f"trained to step {state.step}; samples: {grid}")
     return state
@@ -60,7 +58,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
 def _loop(config, run, folder, images, lock, manager, state, about, sample_fn, began):
     """Takes the steps that are left, saves the last state and returns it, NumPy arrays."""
     start, pending = int(state.step), about.pop("metrics", ())
-    indices = _split(_indices(config.train.batch_size))
+    indices = pipeline.split(_indices(config.train.batch_size))
     dispatches = functools.partial(_dispatches, config.train, start)  # no list: 2^31 steps take all memory
     program, feed = _program(config, run, images, start, (k for k, _ in dispatches()), indices.shape)
     state, batch = step.replicate(state), next(feed)
@@ -116,7 +114,7 @@ def _looks(config, run, images, folder, sample_fn, log):
             if log:
                 log.add_evaluation(number, measured, time.monotonic() - started)
         if due["sample"]:
-            _draw_grid(sample_fn, state, config.seed, folder)
+            _draw_grid(config, sample_fn, state, folder)
 
     return look
 
@@ -139,7 +137,7 @@ def prepare(config: ConfigDict) -> None:
 
 
 def _begin(config, folder, stack):
-    """Validates everything, locks the workdir and returns the images and the lock."""
+    """Validates everything, locks the workdir and returns the config with its classes, the images and the lock."""
     hosts.check_same(configs.flatten(config) | {"--workdir": folder})
     configs.check_batch(config, jax.device_count())
     workdirs.check_name(folder)
@@ -147,12 +145,13 @@ def _begin(config, folder, stack):
     if hosts.on_main(lambda: workdirs.holds_run(folder)):
         configs.check_same_run(workdirs.read_config(folder), config, folder)
     images = parts.images(config)
+    config = configs.with_classes(config, images.classes)
     locks = locks or [stack.enter_context(Lock(folder))]
     hosts.check_shared(folder)
     alpha_bar = float(parts.schedule(config).alpha_bar[-1])
     for text in configs.warnings(config, alpha_bar) if jax.process_index() == 0 else ():
         print(f"warning: {text}")
-    return images, locks[0]
+    return config, images, locks[0]
 
 
 def _resume(config, run, folder, manager):
@@ -193,11 +192,6 @@ def _dispatches(train, start):
         start = end
 
 
-def _split(tree):
-    """Copies arrays [D, …] to the D local devices, one part each."""
-    return jax.device_put(tree, NamedSharding(Mesh(np.array(jax.local_devices()), (AXIS,)), PartitionSpec(AXIS)))
-
-
 def _program(config, run, images, start, ks, shape):
     """Returns (k -> the program of k steps on all devices, an iterator over the batches of the dispatches)."""
     batch_size = config.train.batch_size
@@ -209,24 +203,7 @@ def _program(config, run, images, start, ks, shape):
     several = step.pmapped(step.several(run.train_step))  # takes as many steps as it gets batches
     processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     dataset = pipeline.batches(images, seed=config.seed, batch_size=batch_size, **processes)
-    return lambda k: several, _to_devices(pipeline.iterate(dataset, start, images.num_threads), ks, shape)
-
-
-def _to_devices(
-    batches: Iterator[dict[str, np.ndarray]], ks: Iterable[int], shape: tuple[int, int]
-) -> Iterator[dict[str, jax.Array]]:
-    """Yields the batches of each dispatch, arrays [D, k, B, …] on the D local devices; prefetches two dispatches."""
-    ahead: collections.deque[dict[str, jax.Array]] = collections.deque()
-
-    def stacked(*steps):
-        array = np.stack(steps)
-        return array.reshape(len(steps), *shape, *array.shape[2:]).swapaxes(0, 1)
-
-    for k in ks:
-        ahead.append(_split(jax.tree.map(stacked, *itertools.islice(batches, k))))
-        if len(ahead) > 2:
-            yield ahead.popleft()
-    yield from ahead
+    return lambda k: several, pipeline.to_devices(pipeline.iterate(dataset, start, images.num_threads), ks, shape)
 
 
 # ---------------------------------------------------------------- in the loop
@@ -237,13 +214,13 @@ def _is_due(every: int, number: int) -> bool:
     return bool(every) and number % every == 0
 
 
-def _draw_grid(sample_fn, state, seed, folder) -> epath.Path:
+def _draw_grid(config, sample_fn, state, folder) -> epath.Path:
     """Draws the grid of samples of this step unless it exists and can be read; returns its path."""
     path = folder / "samples" / f"{int(state.step)}.png"
     if not hosts.on_main(lambda: grids.is_readable(path)):
-        x = sample_fn(jax.device_get(state.ema_params), jax.random.key(seed))
+        x = sample_fn(jax.device_get(state.ema_params), jax.random.key(config.seed))
         if jax.process_index() == 0:
-            grids.save_png(path, grids.grid(pixels.to_uint8(x)))
+            grids.save_png(path, grids.by_class(pixels.to_uint8(x), config.data.classes))
     return path
 
 

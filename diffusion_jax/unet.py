@@ -169,6 +169,7 @@ class UNet(nn.Module):
       dtype: dtype of the computation, float32 or bfloat16. Parameters, the statistics of
         normalisation, the softmax and the output are float32.
       attention: (q, k, v [B, positions, 1, C]) -> [B, positions, 1, C], softmax of q·k / √C in float32.
+      num_classes: 0, or the number of classes; the network then has an embedding of each, and of ∅, no class.
       remat: True recomputes the activations inside the blocks for the gradient instead of storing them.
     """
 
@@ -181,10 +182,16 @@ class UNet(nn.Module):
     dtype: DTypeLike = jnp.float32
     attention: Callable[..., jax.Array] = jax.nn.dot_product_attention
     remat: bool = False
+    num_classes: int = 0
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, t: jax.Array, train: bool = False, dropout_keys: jax.Array | None = None
+        self,
+        x: jax.Array,
+        t: jax.Array,
+        train: bool = False,
+        dropout_keys: jax.Array | None = None,
+        labels: jax.Array | None = None,
     ) -> jax.Array:
         """Predicts ε̄.
 
@@ -193,13 +200,16 @@ class UNet(nn.Module):
           t: int [B] in 1..T.
           train: True switches dropout on.
           dropout_keys: [B] PRNG keys, one per example; None takes them from rngs={"dropout": key}.
+          labels: int [B] in 0..num_classes, where num_classes is ∅; None is ∅ for all.
 
         Returns:
           float32 [B, H, W, C].
 
         Raises:
-          ValueError: H or W is not a multiple of 2^(levels − 1).
+          ValueError: H or W is not a multiple of 2^(levels − 1), or a network without classes gets labels.
         """
+        if labels is not None and not self.num_classes:
+            raise ValueError("labels need a network with classes: num_classes is 0")
         levels = len(self.multipliers)
         check_image_size(x.shape[1], x.shape[2], levels)
         image_channels = x.shape[-1]
@@ -228,6 +238,9 @@ class UNet(nn.Module):
         temb = time_embedding(t - 1, self.channels)
         temb = dense(4 * self.channels, self.dtype, name="temb_dense0")(temb)
         temb = dense(4 * self.channels, self.dtype, name="temb_dense1")(nn.silu(temb))
+        if self.num_classes:
+            labels = jnp.full(len(x), self.num_classes) if labels is None else labels
+            temb += nn.Embed(self.num_classes + 1, 4 * self.channels, dtype=self.dtype, name="class_embedding")(labels)
 
         h = conv(self.channels, self.dtype, name="conv_in")(x)
         skips = [h]

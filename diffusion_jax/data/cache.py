@@ -56,6 +56,7 @@ class Cached:
             self._start = file.tell()
         self._file = os.open(folder / "images.npy", os.O_RDONLY)  # stays readable if another process rebuilds the cache
         weakref.finalize(self, os.close, self._file)
+        self.classes = tuple(json.loads((folder / "manifest.json").read_text())["classes"])
         labels = folder / "labels.npy"
         self.labels = np.load(labels) if labels.exists() else None
 
@@ -87,6 +88,7 @@ class OnTheFly:
 
     def __init__(self, source: Source, image_size: int, channels: int, crop: int, skip_corrupt: bool):
         self.shape = (len(source), image_size, image_size, channels)
+        self.classes = tuple(source.classes)
         self._source = source
         self._form = (image_size, channels, crop)
         self._skip_corrupt = skip_corrupt

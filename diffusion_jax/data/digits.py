@@ -17,7 +17,13 @@ def digits(split: str = "train") -> Source:
     if split != "train":
         raise UserError(f"config.data.split={split!r}: the digits have only 'train': give 'train', or a part of it")
     return Source(
-        "digits", "scikit-learn", 1797, "digit {}".format, lambda i: _digits()[0][i], lambda i: _digits()[1][i]
+        "digits",
+        "scikit-learn",
+        1797,
+        "digit {}".format,
+        lambda i: _digits()[0][i],
+        lambda i: _digits()[1][i],
+        "0123456789",
     )
 
 

@@ -38,6 +38,7 @@ def idx(file: Path) -> Source:
         lambda i: printable(f"{file.name}[{i}]"),
         lambda i: images[i, ..., None],
         None if labels is None else labels.__getitem__,
+        () if labels is None else [str(k) for k in range(int(labels.max()) + 1)],
     )
 
 

@@ -1,9 +1,14 @@
 """Batches of images: the batch of step k is a pure function of (seed, k)."""
 
-from collections.abc import Iterator
+import collections
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import grain  # noqa: TID251 (the only importer of Grain)
+import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diffusion_jax.data import order
 from diffusion_jax.data.cache import Cached, OnTheFly
@@ -32,3 +37,26 @@ def iterate(dataset: grain.MapDataset, start: int, num_threads: int = 1) -> Iter
     """Iterates over dataset[start], dataset[start + 1], …; threads read at least 8 batches ahead."""
     ahead = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(8, num_threads))
     return iter(dataset[start:].to_iter_dataset(ahead))
+
+
+def to_devices(
+    batches: Iterator[dict[str, np.ndarray]], ks: Iterable[int], shape: tuple[int, int]
+) -> Iterator[dict[str, jax.Array]]:
+    """Yields the batches of each dispatch, arrays [D, k, B, …] on the D local devices; prefetches two dispatches."""
+    ahead: collections.deque[dict[str, jax.Array]] = collections.deque()
+
+    def stacked(*steps):
+        array = np.stack(steps)
+        return array.reshape(len(steps), *shape, *array.shape[2:]).swapaxes(0, 1)
+
+    for k in ks:
+        ahead.append(split(jax.tree.map(stacked, *itertools.islice(batches, k))))
+        if len(ahead) > 2:
+            yield ahead.popleft()
+    yield from ahead
+
+
+def split(tree: Any) -> Any:
+    """Copies arrays [D, …] to the D local devices, one part each."""
+    mesh = Mesh(np.array(jax.local_devices()), ("batch",))  # the axis of `step.pmapped`
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec("batch")))

@@ -20,7 +20,7 @@ class Source:
     name: Callable[[int], str]  # the name of image i, for messages
     read: Callable[[int], np.ndarray]  # the pixels of image i
     label: Callable[[int], int] | None = None  # the class of image i; None without classes
-    classes: Sequence[str] = ()  # the names of the classes; () without names
+    classes: Sequence[str] = ()  # the names of the classes; () without classes
     several: Callable[[], int] = lambda: 0  # images read so far that have more frames or pages than the first
 
     def __len__(self) -> int:

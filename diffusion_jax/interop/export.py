@@ -12,6 +12,7 @@ it anew from the parameters and the config.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -30,7 +31,7 @@ from diffusion_jax.running import config as configs
 from diffusion_jax.running import files, hosts
 from diffusion_jax.running.workdir import read_config
 from diffusion_jax.sample import ema_params
-from diffusion_jax.sampling import image_numbers
+from diffusion_jax.sampling import class_labels, image_numbers
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 _PROMISE = (
@@ -125,16 +126,20 @@ def _check_out(out):
 
 def _program(config, params):
     """Returns the serialised program of any number of images, for all PLATFORMS."""
-    sample = parts.build(config).indexed_sample_fn()
+    run = parts.build(config)
 
-    def program(params, key_data, indices):
-        return sample(params, jax.random.wrap_key_data(key_data), indices)
+    def program(params, key_data, indices, *labels_and_weight):
+        labels, weight = labels_and_weight or (None, 1.0)
+        sample = dataclasses.replace(run, guided=parts.guided(config, weight)).indexed_sample_fn()
+        return sample(params, jax.random.wrap_key_data(key_data), indices, labels=labels)
 
     (num,) = jax.export.symbolic_shape("num")
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
     key_data, indices = jax.ShapeDtypeStruct((2,), np.uint32), jax.ShapeDtypeStruct((num,), np.int32)
+    of_classes = (jax.ShapeDtypeStruct((num,), np.int32), jax.ShapeDtypeStruct((), np.float32))
+    arguments = (shapes, key_data, indices, *(of_classes if run.num_classes else ()))
     with _no_source_locations(), jax.enable_x64(False):
-        exported = jax.export.export(jax.jit(program), platforms=PLATFORMS)(shapes, key_data, indices)
+        exported = jax.export.export(jax.jit(program), platforms=PLATFORMS)(*arguments)
     return exported.serialize()
 
 
@@ -159,8 +164,9 @@ def load_exported(path: epath.PathLike) -> tuple[Callable, dict]:
         x = sample_fn(params, jax.random.key(0), 16)  # float32 [16, H, W, C]
 
     Returns:
-      (sample_fn, params): sample_fn(params, rng, num, first=0) returns images first .. first + num - 1. Image i
-      depends on (params, rng, i) alone and equals that of the run's own sampler.
+      (sample_fn, params): sample_fn(params, rng, num, first=0, labels=None, guidance=None) returns images first ..
+      first + num - 1. Image i depends on (params, rng, i, its label) alone and equals that of the run's own sampler.
+      Labels and guidance are for a run with classes, see `diffusion_jax.load`; None is the run's guidance.
 
     Raises:
       UserError: the file does not exist, is damaged, or was written by a version of JAX that this one cannot read.
@@ -178,8 +184,17 @@ def load_exported(path: epath.PathLike) -> tuple[Callable, dict]:
             f"that version, or write it again with this one (diffusion_jax --mode=export --from={path} --out=NEW.npz)"
         ) from None
 
-    def sample_fn(params, rng, num, first=0):
-        return call(params, jax.random.key_data(rng), image_numbers(first, num).view(np.int32))
+    model, settings = about["config"]["model"], about["config"]["sampling"]
+    num_classes = model.get("num_classes", 0)
+
+    def sample_fn(params, rng, num, first=0, labels=None, guidance=None):
+        numbers = image_numbers(first, num)
+        labels = class_labels(numbers, num_classes, labels)
+        if labels is None and guidance is not None:
+            raise ValueError(f"guidance={guidance} needs a sampler with classes, and this one has none")
+        weight = np.float32(settings.get("guidance", 1.0) if guidance is None else guidance)
+        of_classes = () if labels is None else (labels, weight)
+        return call(params, jax.random.key_data(rng), numbers.view(np.int32), *of_classes)
 
     return sample_fn, _params(arrays)
 

@@ -3,6 +3,7 @@
 import json
 import re
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 import tqdm
 from etils import epath
 from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
 
 from diffusion_jax import parts
 from diffusion_jax.data import pixels
@@ -23,7 +25,9 @@ from diffusion_jax.sample import ema_params
 SHARD = 1024  # images of one file
 
 
-def write_samples(workdir: epath.PathLike, num: int, seed: int, out: str, **settings: Any) -> None:
+def write_samples(
+    workdir: epath.PathLike, num: int, seed: int, out: str, labels: Sequence[str | int] = (), **settings: Any
+) -> None:
     """Writes `num` images: a grid if `out` ends in .png, uint8 [num, H, W, C] if in .npz, shards if in "/".
 
     An .npz stores the images as "arr_0", the name that evaluation suites read, and their settings as JSON in
@@ -32,30 +36,33 @@ def write_samples(workdir: epath.PathLike, num: int, seed: int, out: str, **sett
     number of devices or processes, which share the work; process 0 writes.
 
     Args:
-      settings: sampler, steps and eta of `load`.
+      labels: the classes to draw, by name or number: image i has class labels[i mod len(labels)]; () for all. The .npz
+        has the class of each image as "labels", and the grid a row for each class.
+      settings: sampler, steps, eta and guidance of `load`.
 
     Raises:
-      UserError: there is no checkpoint, `num` or `seed` is out of range, or `out` has another ending, cannot be
-        written or contains other samples.
+      UserError: there is no checkpoint, `num`, `seed` or a label is out of range, or `out` has another ending, cannot
+        be written or contains other samples.
     """
     path = epath.Path(out).expanduser()
     config = with_sampling(read_config(workdir), **settings)
     hosts.on_main(lambda: _check(num, seed, out, path))
-    run = parts.build(config)
+    chosen, run = choose(config, labels), parts.build(config)
     per_call = -(-min(num, run.num_samples) // jax.process_count())
     sample_fn, (step, params) = run.sample_fn(per_call), ema_params(run, workdir)
-    about = _about(config, workdir, step, params, seed)
+    about = _about(config, workdir, step, params, seed, chosen)
     params = jax.device_put(params)
     with tqdm.tqdm(total=num, unit="image", desc="sampling", disable=jax.process_index() != 0) as bar:
 
         def make(first, num):
-            return _share(sample_fn, params, seed, first, num, per_call, bar)
+            return _share(sample_fn, params, seed, first, num, per_call, bar, chosen)
 
         if out.endswith("/"):
             _write_shards(path, num, make, bar, about)
         elif out.endswith(".png"):
             samples = make(0, num)
-            hosts.on_main(lambda: grids.save_png(path, grids.grid(samples)))
+            picture = grids.by_class(samples, config.data.classes, _labels(chosen, 0, num))
+            hosts.on_main(lambda: grids.save_png(path, picture))
         else:
             _save_npz(path, make(0, num), 0, about)
     if jax.process_index() == 0:
@@ -73,7 +80,31 @@ def _check(num, seed, out, path):
     files.check_writable(path / "samples.json" if out.endswith("/") else path, f"--out={out}")
 
 
-def _about(config, workdir, step, params, seed):
+def choose(config: ConfigDict, labels: Sequence[str | int]) -> tuple[int, ...] | None:
+    """Returns the numbers of the classes that `labels` names, all for none; None for a run without classes.
+
+    Raises:
+      UserError: there is no such class, or the run has no classes.
+    """
+    num_classes, names = config.model.num_classes, list(config.data.classes)
+    if not num_classes:
+        if labels:
+            raise UserError(f"--labels={','.join(map(str, labels))}: the run has no classes: leave it out")
+        return None
+    numbers = [names.index(str(label)) if str(label) in names else str(label) for label in labels]
+    for label in numbers:
+        if not (isinstance(label, int) or (label.isdecimal() and int(label) < num_classes)):
+            shown = ", ".join(names[:20]) or f"0..{num_classes - 1}"
+            raise UserError(f"--labels: {label!r} is not a class of the run: give some of {shown}")
+    return tuple(map(int, numbers)) or tuple(range(num_classes))
+
+
+def _labels(chosen, first, num):
+    """Returns the class of images first .. first + num − 1; None without classes."""
+    return None if chosen is None else np.array(chosen, np.int32)[np.arange(first, first + num) % len(chosen)]
+
+
+def _about(config, workdir, step, params, seed, chosen):
     """Returns everything that samples depend on, as a dict for JSON. Unused settings are None."""
     checksums = json.dumps(checkpoint.checksums(params), sort_keys=True)
     sampler, num_steps = config.sampling.sampler, config.schedule.num_steps
@@ -89,15 +120,18 @@ def _about(config, workdir, step, params, seed):
         "sigma": config.sampling.sigma if sampler == "ancestral" else None,
         "clip": config.sampling.clip,
         "dtype": config.model.dtype,
+        "classes": None if chosen is None else list(chosen),
+        "guidance": None if chosen is None else float(config.sampling.guidance),
+        "guidance_interval": None if chosen is None else list(config.sampling.guidance_interval),
     }
 
 
-def _share(sample_fn, params, seed, first, num, per_call, bar):
+def _share(sample_fn, params, seed, first, num, per_call, bar, chosen):
     """Returns images first .. first + num - 1, uint8, in every process; the processes divide each round of calls."""
     processes, made = jax.process_count(), []
     for done in range(0, num, per_call * processes):
         own = first + done + per_call * jax.process_index()
-        x = pixels.to_uint8(sample_fn(params, jax.random.key(seed), own))
+        x = pixels.to_uint8(sample_fn(params, jax.random.key(seed), own, _labels(chosen, own, per_call)))
         made.append(multihost_utils.process_allgather(x, tiled=True) if processes > 1 else x)
         bar.update(min(per_call * processes, num - done))
     return np.concatenate(made)[:num]
@@ -166,15 +200,6 @@ def _is_whole(folder, first, stop, about, manifest):
     return whole
 
 
-def _same_origin(manifest, about):
-    """True if samples.json agrees with `about`, wherever the workdir is: "runs/x" and "runs/x/" are one."""
-    try:
-        there = json.loads(manifest.read_text())
-    except ValueError:
-        return False
-    return isinstance(there, dict) and there | {"workdir": about["workdir"]} == about
-
-
 def _shard(folder, first, stop):
     return folder / f"{first:08d}-{stop - 1:08d}.npz"
 
@@ -187,10 +212,12 @@ def _shards(folder):
 
 def _save_npz(path, samples, first, about):
     """Writes samples from index `first` on, and what they depend on."""
-    about = np.array(json.dumps({**about, "first": first, "num": len(samples)}))
+    labels = _labels(about["classes"], first, len(samples))
+    others = {"about": np.array(json.dumps({**about, "first": first, "num": len(samples)}))}
+    others |= {} if labels is None else {"labels": labels}
 
     def save():
         with files.replacing(path) as file:
-            np.savez(file, samples, about=about)
+            np.savez(file, samples, **others)
 
     hosts.on_main(save)

@@ -66,6 +66,24 @@ def labelled(x: np.ndarray, row_labels: Sequence[str], column_labels: Sequence[s
     return np.asarray(picture).reshape(picture.height, picture.width, -1)
 
 
+def by_class(x: np.ndarray, classes: Sequence[str], labels: np.ndarray | None = None) -> np.ndarray:
+    """Returns `grid` of the images without classes, else a row for each class that occurs, with its name.
+
+    Args:
+      x: uint8 [N, H, W, C].
+      classes: the names of the classes; () for none.
+      labels: int [N]; None: image i has class i mod len(classes). A label of len(classes) means no class.
+    """
+    if not classes:
+        return grid(x)
+    labels = np.arange(len(x)) % len(classes) if labels is None else labels
+    rows = [x[labels == label] for label in np.unique(labels)]
+    columns = max(map(len, rows))
+    filled = [np.concatenate([row, np.full((columns - len(row), *x.shape[1:]), 128, np.uint8)]) for row in rows]
+    names = [*classes, "none"]
+    return labelled(np.concatenate(filled), [names[label] for label in np.unique(labels)], [""] * columns)
+
+
 def save_animation(path: epath.PathLike, frames: Iterable[np.ndarray]) -> None:
     """Writes an animation that loops for ever, and creates its folder. The last frame stays for 2 seconds.
 

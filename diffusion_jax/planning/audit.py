@@ -73,6 +73,7 @@ def audit(config: ConfigDict, out: str | None = None) -> list[tuple[str, object,
     Raises:
       UserError: `out` cannot be written.
     """
+    config = parts.with_classes(config)
     size = 32 if config.data.image_size <= 96 else 256
     ours, theirs = settings(config), _PAPER[size]
     rows = [(name, ours[name], theirs[name], _agree(name, ours[name], theirs[name])) for name in ours]

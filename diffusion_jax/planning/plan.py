@@ -72,6 +72,7 @@ def plan(config: ConfigDict, topology: str, out: epath.PathLike | None = None, s
       UserError: the topology or its compiler does not exist, the batch does not divide among the chips, or
         the config does not fit into their memory.
     """
+    config = parts.with_classes(config)
     devices, chip = _devices(topology)
     num_chips = len(devices)
     check_batch(config, num_chips)
@@ -183,6 +184,7 @@ def lower_train_step(config: ConfigDict, devices: Sequence[jax.Device], batch_pe
     if config.data.on_device:
         step, num_images, in_spec = resident(step, 1, config.seed, num), len(parts.source(config)), _REPLICATED
     batch = {"image": jax.ShapeDtypeStruct((num_images, *run.image_shape), jnp.uint8)}
+    batch |= {"label": jax.ShapeDtypeStruct((num_images,), jnp.int32)} if run.num_classes else {}
     args = (run.abstract_state(), batch, jax.ShapeDtypeStruct((num,), jnp.int32))
     in_specs = (_REPLICATED, in_spec, _SPLIT)
     return _lower(lambda state, *batch: step(state, batch), devices, args, in_specs, _REPLICATED, donate_argnums=0)

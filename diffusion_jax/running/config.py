@@ -7,7 +7,7 @@ object: `diffusion_jax.parts` does.
 import difflib
 import importlib.resources
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,19 +111,22 @@ def with_sampling(
     clip: bool | None = None,
     dtype: str | None = None,
     num: int | None = None,
+    guidance: float | None = None,
 ) -> ConfigDict:
     """Returns a checked copy of the config with these values, unless None, in place of its own.
 
     Raises:
-      UserError: a value is invalid, or eta is given for another sampler than ddim.
+      UserError: a value is invalid, eta is given for another sampler than ddim, or guidance for a run without classes.
     """
-    values = {"sampler": sampler, "steps": steps, "eta": eta, "clip": clip, "num": num}
+    values = {"sampler": sampler, "steps": steps, "eta": eta, "clip": clip, "num": num, "guidance": guidance}
     flat = {f"sampling.{key}": value for key, value in values.items() if value is not None}
     flat |= {} if dtype is None else {"model.dtype": dtype}
     config = config.copy_and_resolve_references()
     with config.unlocked(), config.ignore_type():
         config.update_from_flattened_dict({key: _as_python(value) for key, value in flat.items()})
     check(config)
+    if guidance is not None and not config.model.num_classes:
+        raise UserError(f"guidance={guidance} needs a run with classes (config.model.num_classes): leave it out")
     if eta is not None and config.sampling.sampler != "ddim":
         raise UserError(
             f"eta={eta} applies to ddim, but the sampler is {config.sampling.sampler}: leave it out, or choose ddim"
@@ -158,11 +161,37 @@ def check(config: ConfigDict) -> None:
         wanted = f"integers in 1..{high:,}"
         _need(config, key, lambda value, high=high: all(type(n) is int and 1 <= n <= high for n in value), wanted)
     _need(config, "model.multipliers", lambda value: len(value) >= 1, "one multiplier per level, e.g. (1, 2, 2)")
+    _check_classes(config)
     _check_sampling(config)
     _check_vlb(config)
     _check_attention(config)
     _check_length(config)
     _check_image_size(config)
+
+
+def with_classes(config: ConfigDict, classes: Sequence[str]) -> ConfigDict:
+    """Returns a copy of the config with data.classes and the number that model.num_classes="auto" stands for.
+
+    Args:
+      classes: the names of the data's classes; () without classes.
+
+    Raises:
+      UserError: model.num_classes does not agree with the data.
+    """
+    wanted = config.model.num_classes
+    if wanted == 0:
+        return config
+    if not classes:
+        raise UserError(
+            f"config.model.num_classes={wanted!r}, but the data have no classes: give a folder of images for each, "
+            "or config.model.num_classes=0"
+        )
+    if wanted not in ("auto", len(classes)):
+        raise UserError(f"config.model.num_classes={wanted}, but the data have {len(classes)} classes: give auto")
+    config = config.copy_and_resolve_references()
+    with config.unlocked(), config.ignore_type():
+        config.model.num_classes, config.data.classes = len(classes), tuple(classes)
+    return config
 
 
 def check_integer(name: str, value: object, low: int, high: int) -> None:
@@ -239,6 +268,7 @@ def check_same_run(old: ConfigDict, new: ConfigDict, workdir: object) -> None:
         and key not in _MAY_CHANGE
         and (chosen or key not in _OF_TRAINING)
         and before[key] != now[key]
+        and (key, now[key]) != ("model.num_classes", "auto")
     ]
     if changed:
         raise UserError(
@@ -275,6 +305,8 @@ def _check_types(config):
     for key, value in values.items():
         check_key(key)
         kind = type(reference[key])
+        if key == "model.num_classes":  # an int or "auto", see `_check_classes`
+            continue
         if type(value) is not kind and not (kind is float and type(value) is int):
             raise UserError(f"config.{key}={value!r} must be of type {kind.__name__}")
     for key in reference.keys() - values.keys():
@@ -291,6 +323,21 @@ def _check_sampling(config):
             f"config.sampling.steps={steps} does not fit config.sampling.sampler='ancestral', which takes all "
             f"{num_steps} steps: choose ddim or dpmpp_2m, or 0 steps"
         )
+
+
+def _check_classes(config):
+    """Checks the number of classes and the guidance."""
+    wanted = "an integer in 0..65,536, or auto"
+    _need(config, "model.num_classes", lambda n: n == "auto" or (type(n) is int and 0 <= n <= 2**16), wanted)
+    _need(config, "train.label_dropout", lambda value: 0 <= value <= 1, "in [0, 1]")
+    _need(config, "sampling.guidance", lambda value: abs(value) <= _LARGEST, "a number within float32's range")
+    steps = config.schedule.num_steps
+
+    def is_interval(value):
+        return len(value) == 2 and all(type(t) is int for t in value) and 1 <= value[0] <= value[1] <= steps
+
+    wanted = f"() or two steps (low, high) in 1..{steps}"
+    _need(config, "sampling.guidance_interval", lambda value: value == () or is_interval(value), wanted)
 
 
 def _check_vlb(config):

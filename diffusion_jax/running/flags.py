@@ -22,6 +22,8 @@ FLAGS: dict[str, tuple[Any, Any, str]] = {  # name: (its definition or values, d
     "sampler": (configs.CHOICES["sampling.sampler"], None, "sampler; default: the config's"),
     "steps": (flags.DEFINE_integer, None, "steps of the sampler; default: the config's"),
     "eta": (flags.DEFINE_float, None, "noise of ddim; default: the config's"),
+    "guidance": (flags.DEFINE_float, None, "weight of classifier-free guidance; default: the config's"),
+    "labels": (flags.DEFINE_list, [], "classes to draw, by name or number, e.g. cat,dog; default: all in turn"),
     "show": (_SHOWS, None, "the figure to draw"),
     "images": (flags.DEFINE_string, "", "folder or zip to interpolate or inpaint; default: the run's images"),
     "splits": (flags.DEFINE_list, [], "splits to evaluate; default: data.split and data.test_split"),
@@ -79,6 +81,18 @@ def _with_files(arg: str) -> str:
     if match[2] not in (shipped := configs.shipped()):
         raise UserError(f"--config={match[2]} is not a shipped config: give one of {', '.join(shipped)}, or a file")
     return match[1] + str(shipped[match[2]])
+
+
+def help_text(name: str, modes: dict[str, Any], always: Sequence[str], args: flags.FlagValues) -> str:
+    """Returns the purpose, an example and the flags of a mode; `always` are the flags of all modes."""
+    mode = modes[name]
+    lines = [f"--mode={name}: {mode.purpose}", "", f"    diffusion_jax {mode.example}", ""]
+    for title, names in (("Needs", mode.needs), ("Takes", mode.takes), ("Always", always)):
+        lines += [f"{title}:", *(f"    --{flag:<14} {args[flag].help}" for flag in names), ""] if names else []
+    if "config" in (*mode.needs, *mode.takes):
+        lines += ["Shipped configs: " + ", ".join(configs.shipped()) + "; any key: --config.train.num_steps=200", ""]
+    lines += ["Modes: " + ", ".join(modes) + "; each has its own --help."]
+    return "\n".join(lines)
 
 
 def common(args: flags.FlagValues) -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""Watches the steps of a training: their metrics, the loss that is not finite, the progress bar."""
+"""Watches the steps of a training and of a sampler: metrics, a loss that is not finite, progress bars."""
 
 import collections
+import itertools
 import math
 import sys
 import time
@@ -11,6 +12,7 @@ import numpy as np
 import tqdm
 from ml_collections import ConfigDict  # noqa: TID251 (the type of a config)
 
+from diffusion_jax import sampling
 from diffusion_jax.running.log import MetricsLog
 
 
@@ -72,3 +74,23 @@ def progress_bar(start: int, num_steps: int) -> tqdm.tqdm:
         mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds; a log file needs fewer lines
         disable=jax.process_index() != 0,
     )
+
+
+def progress_window(steps: int, num: int) -> sampling.Window:
+    """Returns a window that moves a progress bar from inside the program; each call of the sampler restarts it."""
+    every = max(1, steps // 100)
+    reports = steps // every * len(jax.local_devices()[:num])  # each device reports
+    bar = tqdm.tqdm(total=reports, desc="sampling", bar_format="{desc}: {percentage:.0f}%|{bar}| {elapsed}<{remaining}")
+
+    calls = itertools.count()  # thread-safe: each device reports from a thread of its own
+
+    def report(_):
+        done = next(calls) % reports + 1
+        if done == 1:
+            bar.reset()
+        bar.n = done
+        bar.update(0)
+        if done == reports:
+            bar.refresh()
+
+    return sampling.Window(report, every)
