@@ -20,9 +20,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_opti
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# The devices start here, so that no test can change XLA's flags for those after it: with the oneDNN flag of main.py
-# jax 0.12 runs out of memory (std::bad_alloc) when it writes a program to the cache.
-jax.devices()
+jax.devices()  # starts them here, so that no test can change XLA's flags for those after it
 # Most tests compile the same few programs: once is enough, for all workers, which inherit the variable.
 if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="diffusion_jax_tests_")

@@ -18,7 +18,6 @@ from PIL import Image
 import diffusion_jax
 from diffusion_jax import cli
 from diffusion_jax.running import flags
-from tools import torture
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -101,7 +100,7 @@ def together(*args):
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     group = [f"--coordinator={address}", "--num_processes=2"]
-    xla_flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2 {torture.CACHEABLE}"
+    xla_flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
     pair = [start(*args, *group, f"--process_id={i}", XLA_FLAGS=xla_flags) for i in range(2)]
     errors = [running.communicate(timeout=300)[1] for running in pair]
     return [running.returncode for running in pair], errors

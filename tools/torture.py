@@ -36,8 +36,6 @@ STEPS = flags.DEFINE_integer("steps", 1000, "steps of the run that is killed, 60
 FLIPS = flags.DEFINE_integer("flips", 100, "number of single bits to flip")
 SEED = flags.DEFINE_integer("seed", 0, "seed of the moments and places of the damage")
 
-# jax 0.12 cannot write programs with oneDNN calls to the compilation cache, and each process would compile anew.
-CACHEABLE = "" if jax.__version__.startswith("0.10") else "--xla_cpu_experimental_onednn_custom_call=false"
 # Changes to configs/tiny.py, which make the run long enough for many kills.
 CONFIG = {"train.warmup_steps": 10, "train.checkpoint_every": 10, "sampling.num": 8}
 
@@ -49,7 +47,7 @@ def start(workdir, devices=1, code=None, args=(), **overrides):
     """Starts main.py; `code` runs before it and turns the program into a mutant."""
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices} {CACHEABLE}",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}",
         "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", f"{WORKDIR.value}/compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

@@ -23,7 +23,7 @@ COMPILED = epath.Path("~/.cache/diffusion_jax/compiled")  # the compilation cach
 # XLA flags that speed up the CPU, by version of jax, each measured (docs/performance.md). XLA ends the process at a
 # flag that it does not know, so other versions get none.
 _REDUCE = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_REDUCE"
-_CPU_FLAGS = {"0.10": [_REDUCE], "0.12": [_REDUCE, "--xla_cpu_experimental_onednn_custom_call=true"]}
+_CPU_FLAGS = {"0.10": [_REDUCE], "0.12": [_REDUCE]}
 
 _EXTRAS = {"tpu": "tpu", "gpu": "cuda12", "cpu": "cpu"}  # extras of the package jax, by platform
 
