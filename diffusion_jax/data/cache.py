@@ -32,7 +32,7 @@ from diffusion_jax.data.source import Source
 from diffusion_jax.errors import UserError, one_line
 
 _LOCAL = "~/.cache/diffusion_jax"
-_FORMAT = 2  # version of the caches; increase it when the same settings give other pixels
+_FORMAT = 3  # version of the caches; increase it when the same settings give another content
 _LEFTOVER = re.compile(r"-[0-9a-f]{16}\.[0-9a-f]{8}\.(partial|stale)")  # the end of the name of a temporary folder
 _CHUNK = 32  # images per task of a decoding thread; with single images the threads contend
 
