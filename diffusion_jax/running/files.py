@@ -1,6 +1,7 @@
 """Files that appear whole or not at all."""
 
 import contextlib
+import io
 import os
 import secrets
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ def replacing(path: epath.PathLike) -> Iterator[BinaryIO]:
     Readers of `path` see its old or its new content, never a part of it. The new content is on disk before
     the rename. A missing folder is created. An error leaves `path` unchanged.
     The temporary name is random: processes in containers may share a host name and a process number.
+    An object of a bucket appears whole in any case, so the content is collected in memory and written at once.
 
     Raises:
       OSError: the file cannot be written, or `path` is a folder.
@@ -25,14 +27,18 @@ def replacing(path: epath.PathLike) -> Iterator[BinaryIO]:
     path = epath.Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder")
+    if "://" in str(path):
+        content = io.BytesIO()
+        yield content
+        path.write_bytes(content.getvalue())
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial(path)
     try:
         with partial.open("wb") as file:
             yield file
             file.flush()
-            if "://" not in str(path):  # a bucket has no file descriptor; closing stores the object
-                os.fsync(file.fileno())
+            os.fsync(file.fileno())
         partial.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
