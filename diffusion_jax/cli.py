@@ -278,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except hosts.Stopped as stopped:
         print(stopped, file=sys.stderr)
         return stopped.exit_code
-    except (UserError, FloatingPointError, OSError, jax.errors.JaxRuntimeError) as error:
+    except (UserError, FloatingPointError, OSError, ImportError, jax.errors.JaxRuntimeError) as error:
         if "--debug" in argv:
             raise
         print(f"error: {one_line(error)}", file=sys.stderr)
