@@ -210,7 +210,7 @@ MODES = {
 }
 # Every mode takes these; the last four matter only to modes that use a device.
 _ALWAYS = ("mode", "help", "debug", "platform", "coordinator", "num_processes", "process_id")
-_SHOWS = ("interpolation", "progressive", "variations", "inpainting", "animation")
+_SHOWS = ("interpolation", "progressive", "variations", "inpainting", "reconstruction", "animation")
 _FLAGS: dict[str, tuple[Any, Any, str]] = {  # name: (its definition or values, default, help)
     "mode": (tuple(sorted({name.split(" ")[0] for name in MODES})), "train", "what to do"),
     "help": (flags.DEFINE_bool, False, "show the flags of the mode"),

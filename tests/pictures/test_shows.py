@@ -1,5 +1,7 @@
 """The pictures of `--show` have the sizes and the contents that they state."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from PIL import Image
 from diffusion_jax import train
 from diffusion_jax.data import pixels
 from diffusion_jax.errors import UserError
-from diffusion_jax.pictures import grids, shows
+from diffusion_jax.pictures import edits, grids, shows
 
 pytestmark = pytest.mark.slow
 
@@ -24,6 +26,7 @@ def run(tmp_path_factory):
 
 
 SIZES = {"interpolation": (13, 4), "progressive": (11, 4), "variations": (5, 4), "inpainting": (7, 4)}
+SIZES["reconstruction"] = (5, 4)  # 10 steps, and all 20
 
 
 @pytest.mark.parametrize("name, size", SIZES.items(), ids=SIZES)
@@ -78,6 +81,61 @@ def test_images_of_another_folder_have_the_size_of_the_runs(run, tmp_path):
     np.testing.assert_array_equal(own.images(2), np.ones((2, 8, 8, 1)))
     with pytest.raises(UserError, match="the picture needs 3 images, but the data set has 2"):
         own.images(3)
+
+
+def test_inpainting_prints_the_boundary_errors_of_its_columns(run, tmp_path, monkeypatch, capsys):
+    saved = []
+    monkeypatch.setattr(shows, "_save", lambda out, rows, *labels: saved.append((rows, *labels)))
+    shows.show(run, "inpainting", seed=0, out=str(tmp_path / "x.png"), num=2)
+    (rows, _, columns), inside = saved[0], np.zeros((2, 8, 8, 1), bool)
+    assert columns == ["image", "known", "chain 1", "chain 2", "RePaint 1", "RePaint 2", "RePaint 3"]
+    inside[0, 4:] = inside[1, 2:6, 2:6] = True
+    np.testing.assert_array_equal(
+        np.where(inside[:, None], 0, rows), np.where(inside, 0, rows[:, 0])[:, None] + 0 * rows
+    )
+    assert all(np.ptp(rows[:, [i, j]], axis=1).max() > 0.1 for i, j in itertools.combinations(range(2, 7), 2))
+    errors = [np.mean(edits.boundary_error(rows[:, i], inside)) for i in range(7)]
+    means = errors[0], np.mean(errors[2:4]), np.mean(errors[4:])
+    expected = ": image {:.3f}, chain {:.3f}, RePaint {:.3f}\n".format(*means)
+    assert expected in capsys.readouterr().out
+
+
+def test_variations_of_pictures_are_sdedit(run, tmp_path, monkeypatch):
+    """Rows start with a picture of the folder. The noise decides at t = T, the picture at a small t."""
+    saved = []
+    monkeypatch.setattr(shows, "_save", lambda out, rows, *labels: saved.append((rows, *labels)))
+    monkeypatch.setattr(
+        shows._Run,
+        "images",
+        lambda self, num, or_fewer: np.float32([1, -1]).reshape(2, 1, 1, 1) + np.zeros((1, *self.shape), np.float32),
+    )
+    shows.show(run, "variations", seed=0, out=str(tmp_path / "x.png"), num=3, path="folder")
+    rows, steps, columns = saved[0]
+    rows = np.stack([np.stack(row) for row in rows])
+    assert steps == ["t = 20", "t = 15", "t = 10", "t = 5"] * 2 and columns == ["image", "1", "2", "3"]
+    np.testing.assert_array_equal(rows[:4, 0], 1), np.testing.assert_array_equal(rows[4:, 0], -1)
+    parts = shows._Run(run, 0, "folder")
+    keys, x_0 = parts.keys(3, stream=1), np.ones((3, *parts.shape), np.float32)
+    np.testing.assert_allclose(rows[2, 1:], parts.compiled(edits.sdedit, t=10)(x_0, keys), atol=1e-5)
+
+
+def test_a_folder_of_one_picture_is_enough_for_variations(run, tmp_path):
+    (tmp_path / "own").mkdir()
+    Image.new("RGB", (8, 8), "white").save(tmp_path / "own" / "0.png")
+    own = shows._Run(run, 0, str(tmp_path / "own"))
+    own._config.data.cache_dir = str(tmp_path / "cache")
+    np.testing.assert_array_equal(own.images(2, or_fewer=True), np.ones((1, 8, 8, 1)))
+
+
+def test_reconstruction_prints_the_errors_of_its_columns(run, tmp_path, monkeypatch, capsys):
+    saved = []
+    monkeypatch.setattr(shows, "_save", lambda out, rows, *labels: saved.append((rows, *labels)))
+    shows.show(run, "reconstruction", seed=0, out=str(tmp_path / "x.png"), num=3)
+    rows, _, columns = saved[0]
+    assert columns == ["image", "latent 10", "10 steps", "latent 20", "20 steps"]
+    errors = [np.sqrt(np.mean((rows[:, i] - rows[:, 0]) ** 2, axis=(1, 2, 3))).mean() for i in (2, 4)]
+    assert ": 10 steps {:.3f}, 20 steps {:.3f}\n".format(*errors) in capsys.readouterr().out
+    assert 0 < errors[1] < errors[0]
 
 
 def test_unusable_arguments_are_refused(run, tmp_path):
