@@ -177,7 +177,7 @@ MUTANTS = [
         "process.predict_x_0(s, x, u, eps_bar), t, eps_bar)",
         "process.predict_x_0(s, x, t, eps_bar), t, eps_bar)",
     ),
-    ("pictures/edits", "lax.scan(step, x, (grid[:-1], grid[1:]))", "lax.scan(step, x, (grid[1:], grid[1:]))"),
+    ("pictures/edits", "(grid[:-1], grid[1:])", "(grid[1:], grid[1:])"),
     ("data/order", "_mix(epoch ^ _mix(_word(seed, i)))", "_mix(_mix(_word(seed, i)))"),
     ("data/order", "_mix(epoch ^ _mix(_word(seed, i)))", "_mix(epoch + _word(seed, 0))"),
     ("data/order", "seed + i * 0x9E3779B9", "i * 0x9E3779B9"),

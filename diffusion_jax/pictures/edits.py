@@ -19,11 +19,11 @@ from diffusion_jax.schedule import MOST_STEPS, Schedule, checked
 
 
 def repaint_times(num_steps: int, jump: int, repeats: int) -> np.ndarray:
-    """Returns the steps that RePaint visits, Lugmayr et al. (2022), appendix B: int [n + 1] from T to 0.
+    """Returns the steps that RePaint visits, Lugmayr et al. (2022): int [n + 1] from T to 0.
 
     Each entry is 1 below or 1 above the entry before. The chain goes down. At the steps 1, 1 + jump,
     1 + 2 jump, … up to T − jump it goes up `jump` steps and down again, `repeats` − 1 times. jump = 1 is their
-    algorithm 1. Every reverse step from `jump` + 1 steps or fewer below T down to 2 is done `repeats` times.
+    algorithm 1. Step 1 and the up to `jump` − 1 steps above the last jump are done once, the others `repeats` times.
 
     Args:
       jump: in 1..max(1, T − 1).
@@ -54,10 +54,10 @@ def repaint(
 ) -> jax.Array:
     """Fills in unknown pixels by the chain of `repaint_times`, Lugmayr et al. (2022), algorithm 1.
 
-    Before each reverse step t, ᾱ_t x_0 + β̄_t ε̄ replaces the known pixels of x_t, by (6). The unknown pixels of a
-    single chain then fit a known part that is mostly noise. The chain therefore goes back up `jump` steps, by
+    Before each reverse step t, ᾱ_t x_0 + β̄_t ε̄ replaces the known pixels of x_t, by (6). In a single chain the
+    unknown pixels take shape beside known ones that are mostly noise. RePaint goes back up `jump` steps, by
     q(x_t | x_{t−jump}) in one draw, and down again, so that both parts can agree. All reverse steps, about
-    `repeats` T, are one `lax.scan`.
+    `repeats` · T, are one `lax.scan`.
 
     Visit r = 0, 1, … of step t draws from (keys[i], t, r) alone: ε̄ from fold_in(k, T + t), the noise of the reverse
     step from fold_in(k, t) and the noise of the way up to t from fold_in(k, 2T + t). k is keys[i] for r = 0 and
@@ -93,7 +93,7 @@ def _reverse_steps(times):
     """Returns (t, u, visit) of the reverse steps, int32 [n] each. The chain goes up from u to t before it, if u < t."""
     down = times[1:] < times[:-1]
     ts, reached = times[:-1][down], times[1:][down]
-    counts: collections.Counter[int] = collections.Counter()
+    counts = collections.Counter()
     visits = []
     for t in ts.tolist():
         visits.append(counts[t])
@@ -114,11 +114,11 @@ def boundary_error(images: np.ndarray, known: np.ndarray) -> np.ndarray:
       [B], in the units of the images; NaN where the mask has no edge.
     """
     known = np.broadcast_to(known, (*images.shape[:3], 1))
-    total, count = 0.0, 0
+    total, count = np.zeros(len(images)), np.zeros(len(images), int)
     for axis in (1, 2):
         across = np.diff(known, axis=axis)  # of booleans: True where they differ
-        total = total + np.sum(across * abs(np.diff(np.asarray(images, np.float64), axis=axis)), axis=(1, 2, 3))
-        count = count + np.sum(across, axis=(1, 2, 3)) * images.shape[3]
+        total += np.sum(across * abs(np.diff(np.asarray(images, np.float64), axis=axis)), axis=(1, 2, 3))
+        count += np.sum(across, axis=(1, 2, 3)) * images.shape[3]
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
@@ -126,7 +126,7 @@ def sdedit(
     eps_bar_fn: Network,
     s: Schedule,
     sigma: ArrayLike,
-    x_0: ArrayLike,
+    x_0: jax.Array,
     keys: jax.Array,
     t: int,
     clip: tuple[float, float] | None = None,
@@ -144,11 +144,11 @@ def sdedit(
     return sampling.reverse_chain(eps_bar_fn, s, sigma, x_t, keys, start=t, clip=clip)
 
 
-def invert(eps_bar_fn: Network, s: Schedule, ts: ArrayLike | Sequence[int], x: ArrayLike) -> jax.Array:
+def invert(eps_bar_fn: Network, s: Schedule, ts: ArrayLike | Sequence[int], x: jax.Array) -> jax.Array:
     """DDIM inversion, Song et al. (2021), section 4.3: `ddim_chain` with eta = 0 upwards, from x_{ts[-1]} to x_{ts[0]}.
 
     A step from u to t takes ε̄ at x_u, where `ddim_chain` takes it at x_t. So `ddim_chain` over the same grid
-    returns x with an error that falls as 1/n. A clip would make different latents of one: there is none.
+    returns x with an error that falls as 1/n, if that chain has no clip: a clipped step has no inverse.
 
     Args:
       ts: int [n + 1], the falling grid of `ddim_chain`. At u = 0 the network is asked for t = 1.
@@ -160,7 +160,7 @@ def invert(eps_bar_fn: Network, s: Schedule, ts: ArrayLike | Sequence[int], x: A
     ts = checked("ts", ts, 0, s.num_steps, ndim=1)
     if isinstance(ts, np.ndarray) and (len(ts) < 2 or (np.diff(ts.astype(np.int64)) >= 0).any()):
         raise ValueError(f"ts={ts} must fall, in at least one step")
-    s, x = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (s, x))
+    s = jax.tree.map(jnp.asarray, s)
 
     def step(x, u_t):
         u, t = u_t
@@ -168,4 +168,4 @@ def invert(eps_bar_fn: Network, s: Schedule, ts: ArrayLike | Sequence[int], x: A
         return process.forward(s, process.predict_x_0(s, x, u, eps_bar), t, eps_bar), None
 
     grid = jnp.asarray(ts, jnp.int32)[::-1]
-    return lax.scan(step, x, (grid[:-1], grid[1:]))[0]
+    return lax.scan(step, jnp.asarray(x), (grid[:-1], grid[1:]))[0]

@@ -145,17 +145,17 @@ def inpainting(run: _Run, out: str, num: int = 6) -> None:
     known = ~np.stack([np.broadcast_to([lower, centre][i % 2], (height, width))[..., None] for i in range(num)])
     jump = max(1, run.s.num_steps // JUMPS)
     fills = {"chain": (figures.inpaint, {}, 2), "RePaint": (edits.repaint, {"jump": jump, "repeats": REPEATS}, 3)}
-    real, columns = run.images(num), {}
+    real, columns = run.images(num), dict[str, np.ndarray]()
     errors = {"image": edits.boundary_error(real, known)}
     for name, (formula, static, streams) in fills.items():
         keys = jnp.concatenate([run.keys(num, stream) for stream in range(streams)])
         images, masks = (np.concatenate([x] * streams) for x in (real, known))
         filled = run.compiled(formula, **static)(images, masks, run.latents(keys), keys)
         columns |= {f"{name} {i}": x for i, x in enumerate(np.split(filled, streams), 1)}
-        errors[name] = edits.boundary_error(filled, masks)
+        errors[name] = edits.boundary_error(filled, masks).reshape(streams, num).mean(axis=0)
     rows = np.stack([real, np.where(known, real, 0), *columns.values()], axis=1)
     _save(out, rows, [["lower half", "centre"][i % 2] for i in range(num)], ["image", "known", *columns])
-    _print("boundary error (white is 1, black is -1)", errors)
+    _print("boundary error", errors)
 
 
 def reconstruction(run: _Run, out: str, num: int = 6) -> None:
@@ -176,7 +176,7 @@ def reconstruction(run: _Run, out: str, num: int = 6) -> None:
         columns |= {f"latent {steps}": latent, f"{steps} steps": back}
         errors[f"{steps} steps"] = np.sqrt(np.mean((back - real) ** 2, axis=(1, 2, 3)))
     _save(out, np.stack(list(columns.values()), axis=1), [""] * num, list(columns))
-    _print("reconstruction error (white is 1, black is -1)", errors)
+    _print("reconstruction error", errors)
 
 
 def animation(run: _Run, out: str, num: int = 16) -> None:
@@ -214,6 +214,7 @@ def _save(out, rows, row_labels, column_labels):
 
 
 def _print(title, errors):
-    """Prints the mean of the numbers of each kind on one line."""
+    """Prints the mean and its standard error of each kind's numbers, one number for each image."""
+    texts = [f"{kind} {np.mean(x):.3f} ± {np.std(x) / len(x) ** 0.5:.3f}" for kind, x in errors.items()]
     if jax.process_index() == 0:
-        print(f"{title}: " + ", ".join(f"{name} {np.mean(values):.3f}" for name, values in errors.items()))
+        print(f"{title} of {len(errors.popitem()[1])} images (white is 1, black is -1): {', '.join(texts)}")
