@@ -115,10 +115,9 @@ def variations(run: _Run, out: str, num: int = 8) -> None:
     x_t is a state of one chain, or with --images a noised image of up to two (SDEdit).
     """
     num_steps, keys = run.s.num_steps, run.keys(num, stream=1)
-    steps = _evenly(num_steps, 4)
     if run.path:
-        return _save_edits(run, out, steps, keys)
-    first, rows = run.keys(1), []
+        return _save_edits(run, out, _evenly(num_steps // 2, 3), keys)
+    first, rows, steps = run.keys(1), [], _evenly(num_steps, 4)
     x = run.latents(first)
     for start, t in zip([num_steps, *steps], steps, strict=False):
         x = run.compiled(sampling.reverse_chain, start=start, stop=t)(x, first)

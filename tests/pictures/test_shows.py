@@ -102,7 +102,7 @@ def test_inpainting_prints_the_boundary_errors_of_its_columns(run, tmp_path, mon
 
 
 def test_variations_of_pictures_are_sdedit(run, tmp_path, monkeypatch):
-    """Rows start with a picture of the folder. The noise decides at t = T, the picture at a small t."""
+    """Rows start with a picture of the folder; there is one for each picture and t."""
     saved = []
     monkeypatch.setattr(shows, "_save", lambda out, rows, *labels: saved.append((rows, *labels)))
     monkeypatch.setattr(
@@ -113,11 +113,11 @@ def test_variations_of_pictures_are_sdedit(run, tmp_path, monkeypatch):
     shows.show(run, "variations", seed=0, out=str(tmp_path / "x.png"), num=3, path="folder")
     rows, steps, columns = saved[0]
     rows = np.stack([np.stack(row) for row in rows])
-    assert steps == ["t = 20", "t = 15", "t = 10", "t = 5"] * 2 and columns == ["image", "1", "2", "3"]
-    np.testing.assert_array_equal(rows[:4, 0], 1), np.testing.assert_array_equal(rows[4:, 0], -1)
+    assert steps == ["t = 10", "t = 7", "t = 3"] * 2 and columns == ["image", "1", "2", "3"]
+    np.testing.assert_array_equal(rows[:3, 0], 1), np.testing.assert_array_equal(rows[3:, 0], -1)
     parts = shows._Run(run, 0, "folder")
     keys, x_0 = parts.keys(3, stream=1), np.ones((3, *parts.shape), np.float32)
-    np.testing.assert_allclose(rows[2, 1:], parts.compiled(edits.sdedit, t=10)(x_0, keys), atol=1e-5)
+    np.testing.assert_allclose(rows[0, 1:], parts.compiled(edits.sdedit, t=10)(x_0, keys), atol=1e-5)
 
 
 def test_a_folder_of_one_picture_is_enough_for_variations(run, tmp_path):
