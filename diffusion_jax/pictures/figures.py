@@ -12,6 +12,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from diffusion_jax import process, sampling
+from diffusion_jax.pictures import edits
 from diffusion_jax.process import Network
 from diffusion_jax.schedule import Schedule, checked
 
@@ -105,25 +106,12 @@ def inpaint(
     keys: jax.Array,
     clip: tuple[float, float] | None = None,
 ) -> jax.Array:
-    """Fills in unknown pixels by a chain whose known pixels follow the forward process (6).
+    """Fills in unknown pixels by one chain whose known pixels follow the forward process (6).
 
-    Before each step t, ᾱ_t x_0 + β̄_t ε̄ replaces the known pixels of x_t. The ε̄ of example i is drawn from
-    fold_in(keys[i], T + t). The chain does not resample (RePaint does), so an edge may be visible.
-
-    Args:
-      x_0: [B, ...] the images. The values of unknown pixels are not used.
-      known: bool, broadcasts to [B, ...].
-      x: [B, ...] x_T.
+    This is `edits.repaint` with repeats=1, where the arguments are described: a chain that never goes back up, so an
+    edge may be visible. The ε̄ of example i at step t is drawn from fold_in(keys[i], T + t).
 
     Returns:
       [B, ...], equal to x_0 at known pixels, bit for bit.
     """
-    s, sigma = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (s, sigma))
-
-    def step(x, t):
-        noise = sampling.normal(keys, s.num_steps + t, x.shape[1:])
-        x = jnp.where(known, process.forward(s, x_0, t, noise), x)
-        return sampling.ancestral_step(eps_bar_fn, s, sigma, x, keys, t, clip)[0], None
-
-    x, _ = lax.scan(step, x, jnp.arange(s.num_steps, 0, -1, dtype=jnp.int32))
-    return jnp.where(known, x_0, x)
+    return edits.repaint(eps_bar_fn, s, sigma, x_0, known, x, keys, clip, jump=1, repeats=1)

@@ -11,7 +11,7 @@ from ml_collections import config_flags  # noqa: TID251 (the flag of a config)
 from diffusion_jax.errors import UserError, one_line
 from diffusion_jax.running import config as configs
 
-_SHOWS = ("interpolation", "progressive", "variations", "inpainting", "animation")
+_SHOWS = ("interpolation", "progressive", "variations", "inpainting", "reconstruction", "animation")
 FLAGS: dict[str, tuple[Any, Any, str]] = {  # name: (its definition or values, default, help)
     "help": (flags.DEFINE_bool, False, "show the flags of the mode"),
     "debug": (flags.DEFINE_bool, False, "show the traceback of an error"),
@@ -25,7 +25,7 @@ FLAGS: dict[str, tuple[Any, Any, str]] = {  # name: (its definition or values, d
     "guidance": (flags.DEFINE_float, None, "weight of classifier-free guidance; default: the config's"),
     "labels": (flags.DEFINE_list, [], "classes to draw, by name or number, e.g. cat,dog; default: all in turn"),
     "show": (_SHOWS, None, "the figure to draw"),
-    "images": (flags.DEFINE_string, "", "folder or zip to interpolate or inpaint; default: the run's images"),
+    "images": (flags.DEFINE_string, "", "folder or zip of images to edit; default: the run's images"),
     "splits": (flags.DEFINE_list, [], "splits to evaluate; default: data.split and data.test_split"),
     "samples": (flags.DEFINE_string, "", "samples that --mode=sample wrote, to measure too"),
     "inception": (flags.DEFINE_string, "", "weights of Inception v3 (tools.convert_inception)"),

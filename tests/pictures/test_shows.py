@@ -1,5 +1,7 @@
 """The pictures of `--show` have the sizes and the contents that they state."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from PIL import Image
 from diffusion_jax import train
 from diffusion_jax.data import pixels
 from diffusion_jax.errors import UserError
-from diffusion_jax.pictures import grids, shows
+from diffusion_jax.pictures import edits, grids, shows
 
 pytestmark = pytest.mark.slow
 
@@ -24,6 +26,7 @@ def run(tmp_path_factory):
 
 
 SIZES = {"interpolation": (13, 4), "progressive": (11, 4), "variations": (5, 4), "inpainting": (7, 4)}
+SIZES["reconstruction"] = (5, 4)  # 10 steps, and all 20
 
 
 @pytest.mark.parametrize("name, size", SIZES.items(), ids=SIZES)
@@ -78,6 +81,63 @@ def test_images_of_another_folder_have_the_size_of_the_runs(run, tmp_path):
     np.testing.assert_array_equal(own.images(2), np.ones((2, 8, 8, 1)))
     with pytest.raises(UserError, match="the picture needs 3 images, but the data set has 2"):
         own.images(3)
+
+
+def test_inpainting_prints_the_boundary_errors_of_its_columns(run, tmp_path, monkeypatch, capsys):
+    saved = []
+    monkeypatch.setattr(shows, "_save", lambda out, rows, *labels: saved.append((rows, *labels)))
+    shows.show(run, "inpainting", seed=0, out=str(tmp_path / "x.png"), num=2)
+    (rows, _, columns), inside = saved[0], np.zeros((2, 8, 8, 1), bool)
+    assert columns == ["image", "known", "chain 1", "chain 2", "RePaint 1", "RePaint 2", "RePaint 3"]
+    inside[0, 4:] = inside[1, 2:6, 2:6] = True
+    np.testing.assert_array_equal(
+        np.where(inside[:, None], 0, rows), np.where(inside, 0, rows[:, 0])[:, None] + 0 * rows
+    )
+    assert all(np.ptp(rows[:, [i, j]], axis=1).max() > 0.1 for i, j in itertools.combinations(range(2, 7), 2))
+    errors = np.stack([edits.boundary_error(rows[:, i], inside) for i in range(7)])
+    texts = []
+    for kind, x in {"image": errors[0], "chain": errors[2:4].mean(0), "RePaint": errors[4:].mean(0)}.items():
+        texts.append(f"{kind} {x.mean():.3f} ± {abs(x[0] - x[1]) / 8**0.5:.3f}")
+    assert f"boundary error of 2 images (white is 1, black is -1): {', '.join(texts)}\n" in capsys.readouterr().out
+
+
+def test_variations_of_pictures_are_sdedit(run, tmp_path, monkeypatch):
+    """Rows start with a picture of the folder; there is one for each picture and t."""
+    saved = []
+    monkeypatch.setattr(shows, "_save", lambda out, rows, *labels: saved.append((rows, *labels)))
+    monkeypatch.setattr(
+        shows._Run,
+        "images",
+        lambda self, num, or_fewer: np.float32([1, -1]).reshape(2, 1, 1, 1) + np.zeros((1, *self.shape), np.float32),
+    )
+    shows.show(run, "variations", seed=0, out=str(tmp_path / "x.png"), num=3, path="folder")
+    rows, steps, columns = saved[0]
+    rows = np.stack([np.stack(row) for row in rows])
+    assert steps == ["t = 10", "t = 7", "t = 3"] * 2 and columns == ["image", "1", "2", "3"]
+    np.testing.assert_array_equal(rows[:3, 0], 1), np.testing.assert_array_equal(rows[3:, 0], -1)
+    parts = shows._Run(run, 0, "folder")
+    keys, x_0 = parts.keys(3, stream=1), np.ones((3, *parts.shape), np.float32)
+    np.testing.assert_allclose(rows[0, 1:], parts.compiled(edits.sdedit, t=10)(x_0, keys), atol=1e-5)
+
+
+def test_a_folder_of_one_picture_is_enough_for_variations(run, tmp_path):
+    (tmp_path / "own").mkdir()
+    Image.new("RGB", (8, 8), "white").save(tmp_path / "own" / "0.png")
+    own = shows._Run(run, 0, str(tmp_path / "own"))
+    own._config.data.cache_dir = str(tmp_path / "cache")
+    np.testing.assert_array_equal(own.images(2, or_fewer=True), np.ones((1, 8, 8, 1)))
+
+
+def test_reconstruction_prints_the_errors_of_its_columns(run, tmp_path, monkeypatch, capsys):
+    """The network of one step predicts about 0: DDIM divides a latent by ᾱ_T. These latents are wrong by 1/n."""
+    saved = []
+    monkeypatch.setattr(shows, "_save", lambda out, rows, *labels: saved.append((rows, *labels)))
+    monkeypatch.setattr(shows.edits, "invert", lambda _, s, ts, x: s.alpha_bar[-1] * (x + 1 / (len(ts) - 1)))
+    shows.show(run, "reconstruction", seed=0, out=str(tmp_path / "x.png"), num=3)
+    rows, _, columns = saved[0]
+    assert columns == ["image", "latent 10", "10 steps", "latent 20", "20 steps"]
+    np.testing.assert_allclose(rows[:, 2] - rows[:, 0], np.full((3, 8, 8, 1), 0.1), atol=1e-4)
+    assert ": 10 steps 0.100 ± 0.000, 20 steps 0.050 ± 0.000\n" in capsys.readouterr().out
 
 
 def test_unusable_arguments_are_refused(run, tmp_path):
