@@ -47,7 +47,7 @@ def _show(args):
     from diffusion_jax.pictures.shows import show
 
     out = args.out or f"{args.show}.{'gif' if args.show == 'animation' else 'png'}"
-    show(args.workdir, args.show, args.seed, out, args.num, args.images)
+    show(args.workdir, args.show, args.seed, out, args.num, args.images, args.labels, args.guidance)
 
 
 def _export(args):
@@ -151,7 +151,7 @@ MODES = {
         "Draws a figure of what the model can do, with all steps of the ancestral sampler.",
         "--mode=sample --workdir=runs/digits --show=interpolation",
         needs=("workdir", "show"),
-        takes=("num", "seed", "out", "images"),
+        takes=("num", "seed", "out", "images", "labels", "guidance"),
     ),
     "evaluate": Mode(
         _evaluate,

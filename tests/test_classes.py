@@ -197,17 +197,17 @@ def test_the_number_of_classes_agrees_with_the_data():
 
 def test_labels_by_name_or_number():
     config = configs.with_classes(tiny_config(model__num_classes="auto"), ("cat", "dog", "7"))
-    assert samples.choose(config, ["dog", "0", "7"]) == (1, 0, 2)
-    assert samples.choose(config, []) == (0, 1, 2)
-    assert samples.choose(tiny_config(), []) is None
+    assert configs.choose(config, ["dog", "0", "7"]) == (1, 0, 2)
+    assert configs.choose(config, []) == (0, 1, 2)
+    assert configs.choose(tiny_config(), []) is None
     for labels, message in (
         (["cow"], "'cow' is not a class of the run: give some of cat, dog, 7"),
         (["3"], "'3' is not"),
     ):
         with pytest.raises(UserError, match=message):
-            samples.choose(config, labels)
+            configs.choose(config, labels)
     with pytest.raises(UserError, match=r"--labels=cat: the run has no classes"):
-        samples.choose(tiny_config(), ["cat"])
+        configs.choose(tiny_config(), ["cat"])
 
 
 def test_a_grid_has_a_row_for_each_class():

@@ -11,14 +11,13 @@ import numpy as np
 import tqdm
 from etils import epath
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict
 
 from diffusion_jax import parts
 from diffusion_jax.data import pixels
 from diffusion_jax.errors import UserError
 from diffusion_jax.pictures import grids
 from diffusion_jax.running import checkpoint, files, hosts
-from diffusion_jax.running.config import check_integer, check_seed, with_sampling
+from diffusion_jax.running.config import check_integer, check_seed, choose, with_sampling
 from diffusion_jax.running.workdir import absolute, read_config
 from diffusion_jax.sample import ema_params
 
@@ -78,25 +77,6 @@ def _check(num, seed, out, path):
     if path.exists() and path.is_dir() != out.endswith("/"):
         raise UserError(f"--out={out} is a {'folder' if path.is_dir() else 'file'}: give another name")
     files.check_writable(path / "samples.json" if out.endswith("/") else path, f"--out={out}")
-
-
-def choose(config: ConfigDict, labels: Sequence[str | int]) -> tuple[int, ...] | None:
-    """Returns the numbers of the classes that `labels` names, all for none; None for a run without classes.
-
-    Raises:
-      UserError: there is no such class, or the run has no classes.
-    """
-    num_classes, names = config.model.num_classes, list(config.data.classes)
-    if not num_classes:
-        if labels:
-            raise UserError(f"--labels={','.join(map(str, labels))}: the run has no classes: leave it out")
-        return None
-    numbers = [names.index(str(label)) if str(label) in names else str(label) for label in labels]
-    for label in numbers:
-        if not (isinstance(label, int) or (label.isdecimal() and int(label) < num_classes)):
-            shown = ", ".join(names[:20]) or f"0..{num_classes - 1}"
-            raise UserError(f"--labels: {label!r} is not a class of the run: give some of {shown}")
-    return tuple(map(int, numbers)) or tuple(range(num_classes))
 
 
 def _labels(chosen, first, num):

@@ -1,6 +1,7 @@
 """Pictures and animations of a trained model: `figures` and `edits` applied to a run's images and checkpoint."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from diffusion_jax import parts, sample, sampling
 from diffusion_jax.data import pipeline, pixels
 from diffusion_jax.errors import UserError
 from diffusion_jax.pictures import edits, figures, grids
-from diffusion_jax.running.config import check_integer, check_seed
+from diffusion_jax.running.config import check_integer, check_seed, choose, with_sampling
 from diffusion_jax.running.workdir import read_config
 
 FRAMES = 50  # frames of an animation
@@ -19,7 +20,16 @@ JUMPS = 25  # RePaint goes back up by T / JUMPS steps: 10 of 250 in Lugmayr et a
 REPEATS = 5  # of each step of RePaint: as many network evaluations at T = 1000 as theirs, 10 repeats of 250 steps
 
 
-def show(workdir: epath.PathLike, name: str, seed: int, out: str, num: int | None = None, path: str = "") -> None:
+def show(
+    workdir: epath.PathLike,
+    name: str,
+    seed: int,
+    out: str,
+    num: int | None = None,
+    path: str = "",
+    labels: Sequence[str] = (),
+    guidance: float | None = None,
+) -> None:
     """Writes one of SHOWS: a labelled picture, or an animation.
 
     Args:
@@ -28,6 +38,9 @@ def show(workdir: epath.PathLike, name: str, seed: int, out: str, num: int | Non
       num: rows of the picture; images in a row of "variations"; images of the animation.
       path: images to interpolate between, to edit or to reconstruct, as config.data.path; "" means those of the run,
         and samples for "variations".
+      labels: classes of a run with classes, by name or number: image i of a call has class labels[i mod len(labels)].
+        () draws without a class.
+      guidance: see `diffusion_jax.load`.
 
     Raises:
       UserError: there is no checkpoint, there are too few images, or `out` has another suffix.
@@ -38,7 +51,7 @@ def show(workdir: epath.PathLike, name: str, seed: int, out: str, num: int | Non
     if num is not None:
         check_integer("--num", num, 1, 2**32)
     check_seed(seed)
-    run = _Run(workdir, seed, path)
+    run = _Run(workdir, seed, path, labels, guidance)
     SHOWS[name](run, out, *() if num is None else (num,))
     if jax.process_index() == 0:
         print(f"{name} of step {run.step}: {out}")
@@ -47,8 +60,10 @@ def show(workdir: epath.PathLike, name: str, seed: int, out: str, num: int | Non
 class _Run:
     """A run's network, schedule and images, for the functions of `figures`, `edits` and `sampling`."""
 
-    def __init__(self, workdir, seed, path):
-        self._config = read_config(workdir)
+    def __init__(self, workdir, seed, path, labels, guidance):
+        self._config = with_sampling(read_config(workdir), guidance=guidance)
+        chosen = choose(self._config, labels)
+        self._labels = jnp.array(chosen) if labels else None
         self._parts = parts.build(self._config)
         self.step, self._params = sample.ema_params(self._parts, workdir)
         self.s, self.shape = self._parts.schedule, self._parts.image_shape
@@ -59,7 +74,10 @@ class _Run:
         """Compiles formula(eps_bar_fn, s, sigma, …, clip=clip, **static) as one program that returns NumPy arrays."""
 
         def program(params, *arrays, **named):
-            eps_bar_fn = functools.partial(self._parts.network, {"params": params})
+            def eps_bar_fn(x, t):
+                labels = None if self._labels is None else jnp.resize(self._labels, len(x))
+                return self._parts.guided({"params": params}, x, t, labels)
+
             return formula(eps_bar_fn, self.s, self._parts.sigma, *arrays, clip=self._parts.clip, **static, **named)
 
         program = functools.partial(jax.jit(program), jax.device_put(self._params))

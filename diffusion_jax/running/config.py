@@ -194,6 +194,25 @@ def with_classes(config: ConfigDict, classes: Sequence[str]) -> ConfigDict:
     return config
 
 
+def choose(config: ConfigDict, labels: Sequence[str | int]) -> tuple[int, ...] | None:
+    """Returns the numbers of the classes that `labels` names, all for none; None for a run without classes.
+
+    Raises:
+      UserError: there is no such class, or the run has no classes.
+    """
+    num_classes, names = config.model.num_classes, list(config.data.classes)
+    if not num_classes:
+        if labels:
+            raise UserError(f"--labels={','.join(map(str, labels))}: the run has no classes: leave it out")
+        return None
+    numbers = [names.index(str(label)) if str(label) in names else str(label) for label in labels]
+    for label in numbers:
+        if not (isinstance(label, int) or (label.isdecimal() and int(label) < num_classes)):
+            shown = ", ".join(names[:20]) or f"0..{num_classes - 1}"
+            raise UserError(f"--labels: {label!r} is not a class of the run: give some of {shown}")
+    return tuple(map(int, numbers)) or tuple(range(num_classes))
+
+
 def check_integer(name: str, value: object, low: int, high: int) -> None:
     """Raises UserError unless `value` is an integer in low..high; `name` is its key or flag, e.g. "--seed"."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
