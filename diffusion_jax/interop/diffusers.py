@@ -483,10 +483,10 @@ def export_diffusers(workdir: epath.PathLike, out: str) -> None:
         print(f"diffusers model of step {step}: {out}")
         if num_classes := config.model.num_classes:
             print(
-                f"num_class_embeds={num_classes + 1:,}: {num_classes:,} classes and, last, no class, as guidance needs; "
+                f"num_class_embeds={num_classes + 1}: {num_classes} classes and, last, no class, which guidance needs; "
                 "DDPMPipeline passes no classes: call its unet(x, t, class_labels)"
             )
-        if (num_steps := config.schedule.num_steps) != 1000:
+        elif (num_steps := config.schedule.num_steps) != 1000:
             print(f"DDPMPipeline takes 1000 steps by default: call it with num_inference_steps={num_steps}")
 
     hosts.on_main(write)

@@ -330,7 +330,7 @@ def table(report: dict[str, Any]) -> str:
         f"{report['topology']}: {report['chips']:,} × {report['device']}, {report['parameters']:,} parameters, "
         f"{report['dtype']}"
     ]
-    if classes := report["classes"]:
+    if classes := report.get("classes"):
         head.append(f"{classes:,} classes, sampled with guidance {report['guidance']:g}")
     if chip := report["chip"]:
         head.append(

@@ -178,7 +178,6 @@ def test_table_marks_every_estimate():
         "chip": CHIP._asdict(),
         "dtype": "bfloat16",
         "parameters": 35_746_307,
-        "classes": 0,
         "train": program | plan._totals(program, 16, 8, 1, 800_000),
         "sampling": program | plan._totals(program, 8, 8, 1000, 782_000),
         "largest_batch_per_chip": {"estimate": 1000},
@@ -194,6 +193,7 @@ def test_table_marks_every_estimate():
     assert any("3 all-reduce of 1 MiB" in line for line in lines)
     assert "about 1,000 images" in lines[-1]
     assert len({len(line) for line in lines if line.startswith("|")}) == 1
+    assert "10 classes, sampled with guidance 2\n" in plan.table(report | {"classes": 10, "guidance": 2.0})
 
 
 @pytest.mark.slow
