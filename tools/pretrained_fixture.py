@@ -3,7 +3,8 @@
     pip install torch diffusers safetensors && python -m tools.pretrained_fixture
 
 `DDPMPipeline.save_pretrained` writes the folder. outputs.npz holds images x [3, 8, 8, 3] of unit variance, steps t
-in 1..T, and the network's outputs for x and for x × 0.01.
+in 1..T, and the network's outputs for x and for x × 0.01. classes.npz holds class embeddings for the same network,
+labels [3], and the outputs for x with both.
 """
 
 import pathlib
@@ -14,6 +15,7 @@ import numpy as np
 SEED = 0
 FOLDER = pathlib.Path("tests/fixtures/diffusers")
 LOW_CONTRAST = 0.01
+LABELS = (0, 2, 3)  # of 4 embeddings
 # The settings of google/ddpm-cifar10-32 with smaller sizes; the middle level has attention.
 UNET = {
     "sample_size": 8,
@@ -44,13 +46,14 @@ def random_unet(seed: int = SEED, **settings: Any) -> Any:
     return model
 
 
-def outputs(model: Any, x: np.ndarray, t: np.ndarray) -> np.ndarray:
+def outputs(model: Any, x: np.ndarray, t: np.ndarray, labels: np.ndarray | None = None) -> np.ndarray:
     """Returns the network's outputs for images [B, H, W, C] at steps t in 1..T, which diffusers calls 0..T−1."""
     import torch
 
     with torch.no_grad():
         images = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
-        return model(images, torch.from_numpy(t - 1)).sample.numpy().transpose(0, 2, 3, 1)
+        class_labels = None if labels is None else torch.from_numpy(labels)
+        return model(images, torch.from_numpy(t - 1), class_labels).sample.numpy().transpose(0, 2, 3, 1)
 
 
 def main() -> None:
@@ -62,6 +65,10 @@ def main() -> None:
     t = np.array([1, 500, 1000])
     low = outputs(model, np.float32(LOW_CONTRAST) * x, t)
     np.savez(FOLDER / "outputs.npz", x=x, t=t, unit=outputs(model, x, t), low=low)
+    with_classes, labels = random_unet(**UNET, num_class_embeds=4), np.array(LABELS)
+    with_classes.load_state_dict(model.state_dict(), strict=False)
+    embedding = with_classes.class_embedding.weight.detach().numpy()
+    np.savez(FOLDER / "classes.npz", embedding=embedding, labels=labels, unit=outputs(with_classes, x, t, labels))
 
 
 if __name__ == "__main__":

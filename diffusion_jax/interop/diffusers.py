@@ -33,6 +33,10 @@ _PICKLE = (
     "weights in .bin, .pt or .ckpt are pickles, which can run code when they are read: convert them with diffusers' "
     "save_pretrained(folder, safe_serialization=True)"
 )
+_WITHOUT_NULL = (
+    "{:,} classes and no embedding of no class, which gets zeros: p(x) is untrained, so a guidance other than 1 means "
+    "nothing until the run trains on (if the last embedding is that of no class, import with model.num_classes={})"
+)
 # Settings that `unet.UNet` fixes: (default of diffusers 0.42, accepted values).
 _FIXED = {
     "act_fn": ("silu", ("silu", "swish")),
@@ -46,7 +50,6 @@ _FIXED = {
     "mid_block_scale_factor": (1.0, (1,)),
     "mid_block_type": ("UNetMidBlock2D", ("UNetMidBlock2D",)),
     "norm_eps": (1e-5, (1e-6,)),
-    "num_class_embeds": (None, (None,)),
     "resnet_time_scale_shift": ("default", ("default",)),
     "time_embedding_type": ("positional", ("positional",)),
     "upsample_type": ("conv", ("conv",)),
@@ -65,6 +68,8 @@ _UNET = {key: default for key, (default, _) in _FIXED.items()} | {
     "attn_norm_num_groups": None,
     "time_embedding_dim": None,
     "num_train_timesteps": None,  # of learned embeddings
+    "num_class_embeds": None,
+    "_num_classes": None,  # in our exports alone: the embeddings are those of so many classes and, last, of ∅
 }
 _MAY_BE_NULL = ("attention_head_dim", "mid_block_type")
 _DDPM = {
@@ -87,6 +92,7 @@ _SIGMAS = {"fixed_large": "beta", "fixed_small_log": "posterior", "fixed_small":
 # Our names of modules: names in diffusers. `_torch_name` translates those of the levels.
 _MODULES = {
     "conv_in": "conv_in",
+    "class_embedding": "class_embedding",
     "temb_dense0": "time_embedding.linear_1",
     "temb_dense1": "time_embedding.linear_2",
     "mid_block_1": "mid_block.resnets.0",
@@ -104,6 +110,7 @@ _PARTS = {
     "v": "to_v",
     "proj_out": "to_out.0",
 }
+_CLASSES = "class_embedding.weight"  # [num_class_embeds, features] in both, a table that is not transposed
 _OLD_PARTS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # before diffusers 0.15
 
 
@@ -120,7 +127,9 @@ def import_diffusers(source: str, workdir: epath.PathLike, reference: ConfigDict
         its config.json beside it; or a repository of the Hugging Face hub, e.g. google/ddpm-cifar10-32.
       workdir: a new workdir.
       reference: a config for everything that the model does not determine: data.*, train.*, model.dropout, and,
-        without a scheduler_config.json, schedule.*, sampling.* and model.prediction.
+        without a scheduler_config.json, schedule.*, sampling.* and model.prediction. Of n class embeddings the last
+        is that of ∅ if its model.num_classes is n − 1 (for "auto": if its images have n − 1 classes), or if the
+        model is an export of this package. Otherwise all are classes, ∅ gets zeros, and sampling.guidance is 1.
 
     Raises:
       UserError: the source cannot be read, its network or schedule is not one of this package or beyond
@@ -132,11 +141,11 @@ def import_diffusers(source: str, workdir: epath.PathLike, reference: ConfigDict
 def _import(source, workdir, reference):
     weights, scheduler = _find(source)
     config = reference.copy_and_resolve_references()
-    _read_unet(config, weights.parent / "config.json")
+    has_null = _read_unet(config, weights.parent / "config.json")
     if scheduler is not None:
         _read_scheduler(config, scheduler)
     configs.check(config)
-    params = _to_params(config, weights)
+    params = _to_params(config, weights, has_null)
     opt_state = jax.device_get(parts.optimizer(config).init(params))
     state = TrainState(np.zeros((), np.int32), params, jax.tree.map(np.copy, params), opt_state)
     run = history.new_identity()
@@ -151,6 +160,8 @@ def _import(source, workdir, reference):
         raise UserError(f"--workdir={workdir} cannot be written ({one_line(error)}): give another folder") from None
     count, schedule = sum(leaf.size for leaf in jax.tree.leaves(params)), config.schedule
     print(f"imported {count:,} parameters of {source}, {schedule.name} of {schedule.num_steps} steps: {workdir}")
+    if n := config.model.num_classes:
+        print(f"{n:,} classes; the last embedding is that of no class" if has_null else _WITHOUT_NULL.format(n, n - 1))
 
 
 def _new_workdir(workdir):
@@ -198,7 +209,11 @@ def _download(source):
 
 
 def _read_unet(config, file):
-    """Sets data.image_size, data.channels and model.*, except the dropout, from the config.json of a UNet2DModel."""
+    """Sets data.image_size, data.channels and model.*, except the dropout, from the config.json of a UNet2DModel.
+
+    Returns:
+      True if the last class embedding is that of ∅, or there are no classes.
+    """
     settings, require = _read_json(file, "UNet2DModel", _UNET)
     for key, value in settings.items():
         require(key, key in _UNET or value in (None, False), "is not a known key")
@@ -228,6 +243,31 @@ def _read_unet(config, file):
     config.model.num_res_blocks = settings["layers_per_block"]
     config.model.attention_resolutions = tuple(size >> level for level in attention_levels)
     config.model.num_groups = groups
+    return _read_classes(config, settings, require)
+
+
+def _read_classes(config, settings, require):
+    """Sets model.num_classes and data.classes. Returns True if the last embedding is that of ∅, or there are none."""
+    n, wanted, names = settings["num_class_embeds"], config.model.num_classes, config.data.classes
+    has_null, num_classes = True, 0
+    if n is not None:
+        require("num_class_embeds", type(n) is int and 1 <= n <= 2**16 + 1, "must be null or an integer in 1..65,537")
+        is_export = settings["_num_classes"] is not None
+        require("_num_classes", settings["_num_classes"] in (None, n - 1), f"must be num_class_embeds - 1, {n - 1:,}")
+        if wanted == "auto":  # of the images, if the reference names any
+            names = parts.source(config).classes if configs.has_images(config) else ()
+            wanted = len(names)
+        fits = wanted in ((0, n - 1) if is_export else (0, n - 1, n))
+        choice = f"{n - 1:,}" if is_export else f"{n - 1:,} if the last embedding is that of no class, or {n:,}"
+        require("num_class_embeds", fits, f"does not fit config.model.num_classes={wanted}: give {choice}")
+        has_null = is_export or 0 < wanted == n - 1
+        num_classes = n - has_null
+    with config.ignore_type():
+        config.model.num_classes = num_classes
+    config.data.classes = tuple(names) if len(names) == num_classes else ()
+    if not has_null:
+        config.sampling.guidance = 1.0
+    return has_null
 
 
 def _bound(require, key, value, ours):
@@ -300,7 +340,7 @@ def _read_json(file, class_name, defaults):
         raise UserError(f"{file} is not a config of diffusers ({one_line(error, 200)}): restore it") from None
     settings.setdefault("_class_name", class_name)
     _require(file, settings, "_class_name", settings["_class_name"] == class_name, f"must be {class_name}")
-    settings = defaults | {key: value for key, value in settings.items() if not key.startswith("_")}
+    settings = defaults | {key: value for key, value in settings.items() if key in defaults or key[:1] != "_"}
     require = functools.partial(_require, file, settings)
     for key, default in defaults.items():
         types = {float: (float, int), tuple: (tuple, list)}.get(type(default), (type(default),))
@@ -318,16 +358,23 @@ def _require(file, settings, key, condition, reason):
 # ---------------------------------------------------------------- weights
 
 
-def _to_params(config, file):
-    """Returns the parameters of the network, nested dicts of float32 arrays, from a file of diffusers' tensors."""
+def _to_params(config, file, has_null=True):
+    """Returns the parameters of the network, nested dicts of float32 arrays, from a file of diffusers' tensors.
+
+    Args:
+      has_null: False if the file has no embedding of ∅, which gets zeros.
+    """
     tensors = _read_tensors(file)
     params = {}
     for name, (keys, shape) in _layout(config).items():
+        added = int(name == _CLASSES and not has_null)
+        shape = (shape[0] - 1, shape[1]) if added else shape
         if name not in tensors:
             raise UserError(
                 f"{file} lacks the tensor {name}, {_torch_shape(name, shape)}: give the config.json of these weights"
             )
-        params[keys] = _to_flax(file, name, tensors.pop(name), shape)
+        array = _to_flax(file, name, tensors.pop(name), shape)
+        params[keys] = np.pad(array, ((0, 1), (0, 0))) if added else array
     if tensors:
         names = ", ".join(sorted(tensors)[:5]) + (", …" if len(tensors) > 5 else "")
         raise UserError(f"{file} has {len(tensors)} tensors that are not in this network: {names}")
@@ -367,12 +414,16 @@ def _torch_name(keys, levels):
 
 def _torch_shape(name, shape):
     """Returns the shape of a parameter in torch: kernels are [out, in, height, width], dense ones [out, in]."""
+    if name == _CLASSES:
+        return shape
     if len(shape) == 4:
         return tuple(shape[i] for i in (3, 2, 0, 1))
     return (*shape[::-1], *((1, 1) if name.endswith("conv_shortcut.weight") else ()))
 
 
 def _to_torch(name, array):
+    if name == _CLASSES:
+        return array
     transposed = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
     return np.ascontiguousarray(transposed.reshape(_torch_shape(name, array.shape)))
 
@@ -380,10 +431,11 @@ def _to_torch(name, array):
 def _to_flax(file, name, array, shape):
     """Returns the parameter of this shape; a dense kernel may be stored as a 1×1 convolution, or the reverse."""
     expected = _torch_shape(name, shape)
-    is_dense = len(shape) == 2 and array.shape in (expected[:2], (*expected[:2], 1, 1))
+    is_dense = len(shape) == 2 and name != _CLASSES and array.shape in (expected[:2], (*expected[:2], 1, 1))
     if not (is_dense or array.shape == expected) or not np.issubdtype(array.dtype, np.floating):
         raise UserError(f"{file} has {name} as {array.dtype} {array.shape}, not float32 {expected}")
-    array = array.transpose(2, 3, 1, 0) if len(shape) == 4 else array.reshape(expected[: len(shape)]).T
+    if name != _CLASSES:
+        array = array.transpose(2, 3, 1, 0) if len(shape) == 4 else array.reshape(expected[: len(shape)]).T
     with np.errstate(over="ignore"):  # float64 may overflow, which the next line reports
         array = np.array(array, np.float32, order="C")
     if not np.isfinite(array).all():
@@ -398,7 +450,8 @@ def export_diffusers(workdir: epath.PathLike, out: str) -> None:
     """Writes the averaged parameters of the last checkpoint for diffusers' `DDPMPipeline.from_pretrained(out)`.
 
     The pipeline runs the ancestral chain with the run's sigma, whatever the run's sampling.sampler. Schedules
-    other than Ho's are written as `trained_betas`.
+    other than Ho's are written as `trained_betas`. A run with classes has num_classes + 1 class embeddings, the last
+    of ∅; DDPMPipeline itself passes no classes.
 
     The folder appears whole or not at all. Of several processes the first writes it.
 
@@ -428,7 +481,12 @@ def export_diffusers(workdir: epath.PathLike, out: str) -> None:
         except OSError as error:
             raise UserError(f"--out={out} cannot be written ({one_line(error)}): give another folder") from None
         print(f"diffusers model of step {step}: {out}")
-        if (num_steps := config.schedule.num_steps) != 1000:
+        if num_classes := config.model.num_classes:
+            print(
+                f"num_class_embeds={num_classes + 1}: {num_classes} classes and, last, no class, which guidance needs; "
+                "DDPMPipeline passes no classes: call its unet(x, t, class_labels)"
+            )
+        elif (num_steps := config.schedule.num_steps) != 1000:
             print(f"DDPMPipeline takes 1000 steps by default: call it with num_inference_steps={num_steps}")
 
     hosts.on_main(write)
@@ -476,6 +534,8 @@ def _unet_config(config):
         "dropout": model.dropout,
         "attention_head_dim": None,
         "norm_num_groups": _num_groups(config),
+        "num_class_embeds": model.num_classes + 1 if model.num_classes else None,
+        **({"_num_classes": model.num_classes} if model.num_classes else {}),
     }
 
 

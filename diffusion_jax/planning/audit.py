@@ -20,6 +20,7 @@ _BOTH = {
     "heights of the levels with attention": [16],
     "attention blocks (down, middle, up)": [2, 1, 3],
     "groups of GroupNorm": [32],
+    "classes": 0,
     "prediction": "eps_bar",
     "T": 1000,
     "beta² of the first step": 1e-4,
@@ -76,6 +77,7 @@ def audit(config: ConfigDict, out: str | None = None) -> list[tuple[str, object,
     config = parts.with_classes(config)
     size = 32 if config.data.image_size <= 96 else 256
     ours, theirs = settings(config), _PAPER[size]
+    theirs = dict.fromkeys(ours, "none") | theirs
     rows = [(name, ours[name], theirs[name], _agree(name, ours[name], theirs[name])) for name in ours]
     departures = sum(not agree for *_, agree in rows)
     cells = [(name, _text(a), _text(b), "" if agree else "**departs**") for name, a, b, agree in rows]
@@ -109,6 +111,8 @@ def settings(config: ConfigDict) -> dict[str, object]:
         ],
         "groups of GroupNorm": sorted({math.gcd(config.model.num_groups, width) for width in widths}),
         "dropout": config.model.dropout,
+        "classes": config.model.num_classes,
+        **(_class_settings(config) if config.model.num_classes else {}),
         "prediction": config.model.prediction,
         "T": config.schedule.num_steps,
         "beta² of the first step": float(f"{beta_squared[0]:.6g}"),
@@ -128,6 +132,16 @@ def settings(config: ConfigDict) -> dict[str, object]:
         "training steps": config.train.num_steps,
         "random flips": config.data.flip,
         "dtype of the computation": config.model.dtype,
+    }
+
+
+def _class_settings(config):
+    """Returns the settings that a network without classes lacks."""
+    interval = config.sampling.guidance_interval
+    return {
+        "label dropout": config.train.label_dropout,
+        "guidance": config.sampling.guidance,
+        "steps t with guidance": f"{interval[0]}..{interval[1]}" if interval else "all",
     }
 
 

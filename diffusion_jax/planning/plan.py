@@ -103,6 +103,8 @@ def plan(config: ConfigDict, topology: str, out: epath.PathLike | None = None, s
         "chip": chip._asdict() if chip else None,
         "dtype": config.model.dtype,
         "parameters": parts.num_parameters(config),
+        "classes": config.model.num_classes,
+        "guidance": config.sampling.guidance if config.model.num_classes else None,
         "train": train | _totals(train, batch, num_chips, 1, config.train.num_steps),
         "sampling": chain | _totals(chain, num, num_chips, num_steps, num_steps * num_calls),
         "largest_batch_per_chip": {"estimate": _estimate_batch(train["memory"], batch, chip) if chip else None},
@@ -196,10 +198,11 @@ def lower_chain(config: ConfigDict, devices: Sequence[jax.Device], num_per_chip:
 
     def arguments():
         s, sigma = jax.tree.map(jnp.asarray, (run.schedule, run.sigma))
-        return jax.random.key(0), jnp.zeros(num_per_chip * len(devices), jnp.int32), s, sigma
+        numbers = jnp.zeros(num_per_chip * len(devices), jnp.int32)
+        return jax.random.key(0), numbers, s, sigma, *((numbers,) if run.num_classes else ())  # the last: labels
 
     args = (run.abstract_state().ema_params, *jax.eval_shape(arguments))
-    specs = (_REPLICATED, _REPLICATED, _SPLIT, _REPLICATED, _REPLICATED)
+    specs = (_REPLICATED, _REPLICATED, _SPLIT, _REPLICATED, _REPLICATED, _SPLIT)[: len(args)]
     return _lower(run.indexed_sample_fn(), devices, args, specs, _SPLIT)
 
 
@@ -327,6 +330,8 @@ def table(report: dict[str, Any]) -> str:
         f"{report['topology']}: {report['chips']:,} × {report['device']}, {report['parameters']:,} parameters, "
         f"{report['dtype']}"
     ]
+    if classes := report.get("classes"):
+        head.append(f"{classes:,} classes, sampled with guidance {report['guidance']:g}")
     if chip := report["chip"]:
         head.append(
             f"per chip: {chip['flops'] / 1e12:g} TFLOP/s in bfloat16, {_bytes(chip['hbm'])} HBM at "

@@ -120,6 +120,97 @@ def test_network_equals_diffusers(imported, outputs, scale, atol):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=atol)
 
 
+@pytest.fixture
+def classes(source):
+    """Adds four class embeddings to the copy of the fixture; returns them, the labels and diffusers' outputs."""
+    with np.load(FOLDER / "classes.npz") as file:
+        arrays = {name: file[name] for name in ("embedding", "labels", "unit")}
+    save(source, load(source) | {"class_embedding.weight": arrays["embedding"]})
+    update(source / "unet/config.json", num_class_embeds=4)
+    return arrays
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_classes", [3, 4])
+def test_network_with_classes_equals_diffusers(imported, source, classes, tmp_path, num_classes, capsys):
+    """The reference says whether the last of four embeddings is ∅. One that the file lacks is of zeros."""
+    reference = without_dropout()
+    reference.model.num_classes, reference.sampling.guidance = num_classes, 2.0
+    diffusers.import_diffusers(str(source), str(tmp_path / "run"), reference)
+    config = workdirs.read_config(tmp_path / "run")
+    assert config.model.num_classes == num_classes and config.sampling.guidance == (2.0 if num_classes == 3 else 1.0)
+    assert ("p(x) is untrained" in capsys.readouterr().out) == (num_classes == 4)
+    apply_fn, params, _ = diffusion_jax.load_network(tmp_path / "run")
+    with np.load(FOLDER / "outputs.npz") as file:
+        x, t, plain = file["x"], file["t"], file["unit"]
+    actual = jax.jit(apply_fn)({"params": params}, x, t, classes["labels"])
+    assert abs(classes["unit"] - plain).max() > 0.05
+    np.testing.assert_allclose(actual, classes["unit"], rtol=0, atol=1e-5)
+    if num_classes == 4:
+        np.testing.assert_allclose(jax.jit(apply_fn)({"params": params}, x, t), plain, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "wanted, exported, num_classes, has_null",
+    [(0, None, 4, False), (4, None, 4, False), (3, None, 3, True), (0, 3, 3, True), ("auto", None, 4, False)],
+)
+def test_number_of_classes_of_an_import(source, classes, wanted, exported, num_classes, has_null):
+    """By default all embeddings are classes; our exports say that the last one is not."""
+    update(source / "unet/config.json", _num_classes=exported)
+    config = tiny_config(model__num_classes=wanted, data__source="files", data__path="", data__classes=("a", "b", "c"))
+    assert diffusers._read_unet(config, source / "unet/config.json") == has_null
+    assert config.model.num_classes == num_classes
+    assert config.data.classes == (("a", "b", "c") if num_classes == 3 and wanted != "auto" else ())
+    params = diffusers._to_params(config, epath.Path(source) / "unet" / WEIGHTS, has_null)
+    table = params["class_embedding"]["embedding"]
+    np.testing.assert_array_equal(table[:4], classes["embedding"])
+    assert table.shape == (num_classes + 1, 16) and not table[4:].any()
+
+
+@pytest.mark.parametrize("num_embeddings, has_null", [(11, True), (10, False)])
+def test_auto_is_the_number_of_classes_of_the_images(source, num_embeddings, has_null):
+    update(source / "unet/config.json", num_class_embeds=num_embeddings)
+    config = tiny_config(model__num_classes="auto")
+    assert diffusers._read_unet(config, source / "unet/config.json") == has_null
+    assert config.model.num_classes == 10 and config.data.classes == tuple("0123456789")
+
+
+def test_a_network_without_classes_has_none_whatever_the_reference(source):
+    for wanted in (7, "auto"):
+        config = tiny_config(model__num_classes=wanted, data__classes=tuple("abcdefg"))
+        assert diffusers._read_unet(config, source / "unet/config.json")
+        assert config.model.num_classes == 0 and config.data.classes == ()
+
+
+def test_classes_that_do_not_fit_are_refused(source, classes, tmp_path):
+    file = source / "unet/config.json"
+    message = error(source, tmp_path, tiny_config(model__num_classes=7))
+    assert "num_class_embeds=4, which does not fit config.model.num_classes=7: give 3 if the last embedding" in message
+    update(file, _num_classes=3)
+    message = error(source, tmp_path, tiny_config(model__num_classes=4))
+    assert message.endswith("does not fit config.model.num_classes=4: give 3")
+    for number in (4, 0, -1, "3", True):
+        update(file, _num_classes=number)
+        assert "which must be num_class_embeds - 1, 3" in error(source, tmp_path)
+    update(file, num_class_embeds=5, _num_classes=...)
+    assert "class_embedding.weight as float32 (4, 16), not float32 (5, 16)" in error(source, tmp_path)
+    update(file, num_class_embeds=None)
+    assert "1 tensors that are not in this network: class_embedding.weight" in error(source, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_run_with_classes_is_the_same_after_export_and_import(tmp_path, capsys):
+    """diffusers reads the export as a network with one embedding more than there are classes."""
+    write_random_run(tmp_path / "run", model__num_classes=3)
+    diffusers.export_diffusers(str(tmp_path / "run"), str(tmp_path / "out"))
+    assert "num_class_embeds=4: 3 classes and, last, no class" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out/unet/config.json").read_text())["num_class_embeds"] == 4
+    diffusers.import_diffusers(str(tmp_path / "out"), str(tmp_path / "again"), tiny_config())
+    before, after = (workdirs.read_config(tmp_path / name) for name in ("run", "again"))
+    assert before.to_dict() == after.to_dict() and after.model.num_classes == 3
+    assert_same(*(restore(tmp_path / name, before).ema_params for name in ("run", "again")))
+
+
 @pytest.mark.slow
 def test_tensors_are_bitwise_equal_after_export_and_import(imported, tmp_path):
     diffusers.export_diffusers(str(imported), str(tmp_path / "out"))
@@ -347,7 +438,10 @@ def test_missing_source_or_config_is_refused(source, tmp_path):
         ("norm_eps", 1e-5),
         ("norm_eps", ...),
         ("norm_num_groups", 8),
-        ("num_class_embeds", 10),
+        ("num_class_embeds", 0),
+        ("num_class_embeds", True),
+        ("num_class_embeds", "10"),
+        ("num_class_embeds", 2**40),
         ("out_channels", 6),
         ("resnet_time_scale_shift", "scale_shift"),
         ("sample_size", None),
@@ -468,10 +562,11 @@ def test_config_of_a_scheduler(source, variance, sigma, prediction, ours):
         source / SCHEDULER, variance_type=variance, prediction_type=prediction, clip_sample=False, clip_sample_range=9.0
     )
     config = default.get_config()
-    config.sampling.update({"sampler": "ddim", "steps": 7})
+    config.sampling.update({"sampler": "ddim", "steps": 7, "guidance": 2.0})
     diffusers._read_scheduler(config, source / SCHEDULER)
     assert config.sampling.to_dict() | {"num": 0, "eta": 0} == {
-        **{"sampler": "ancestral", "steps": 0, "sigma": sigma, "clip": False, "num": 0, "eta": 0}
+        **{"sampler": "ancestral", "steps": 0, "sigma": sigma, "clip": False, "num": 0, "eta": 0},
+        **{"guidance": 2.0, "guidance_interval": ()},
     }
     assert config.model.prediction == ours
 

@@ -98,6 +98,18 @@ def test_every_departure_is_marked(tmp_path, capsys):
     assert text.strip() in capsys.readouterr().out
 
 
+def test_classes_depart_with_their_settings(capsys):
+    plain = audit.settings(tiny_config())
+    assert plain["classes"] == 0 and "label dropout" not in plain and "guidance" not in plain
+    changes = {"sampling__guidance": 2.5, "sampling__guidance_interval": (3, 9), "train__label_dropout": 0.2}
+    rows = {row[0]: row[1:] for row in audit.audit(tiny_config(model__num_classes="auto", **changes))}
+    assert rows["classes"] == (10, 0, False)
+    assert rows["label dropout"] == (0.2, "none", False) and rows["guidance"] == (2.5, "none", False)
+    assert rows["steps t with guidance"] == ("3..9", "none", False)
+    assert rows["parameters"][0] == plain["parameters"] + 11 * 4 * tiny_config().model.channels
+    assert "| guidance " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("ours, theirs", [(28, 32), (96, 32), (128, 256)])
 def test_other_sizes_are_compared_with_the_nearer_one(ours, theirs, capsys):
     audit.audit(tiny_config(data__image_size=ours))

@@ -193,6 +193,7 @@ def test_table_marks_every_estimate():
     assert any("3 all-reduce of 1 MiB" in line for line in lines)
     assert "about 1,000 images" in lines[-1]
     assert len({len(line) for line in lines if line.startswith("|")}) == 1
+    assert "10 classes, sampled with guidance 2\n" in plan.table(report | {"classes": 10, "guidance": 2.0})
 
 
 @pytest.mark.slow
@@ -218,6 +219,31 @@ def test_planned_chain_equals_that_of_sampling():
     compiled = plan.lower_chain(config, jax.devices(), 1).compile()
     s, sigma = jax.tree.map(jnp.asarray, (parts.schedule(config), parts.sigma(config)))
     args = (params, jax.random.key(3), np.arange(4, dtype=np.int32), s, sigma)
+    actual = compiled(*jax.device_put(args, compiled.input_shardings[0]))
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_planned_programs_of_a_run_with_classes():
+    """A step of a guided chain computes twice the images; a train step reads labels."""
+    device, flops = jax.devices()[:1], {}
+    for guidance in (0.0, 1.0, 2.0):
+        config = tiny_config(model__num_classes=10, sampling__guidance=guidance)
+        flops[guidance] = plan.lower_chain(config, device, 2).compile().cost_analysis()["flops"]
+    assert flops[0.0] == pytest.approx(flops[1.0], rel=0.01) and flops[2.0] == pytest.approx(2 * flops[1.0], rel=0.05)
+    state, batch, _ = plan.lower_train_step(config, device, 2).in_avals[0]
+    assert batch["label"].shape == (2,) and state.params["class_embedding"]["embedding"].shape[0] == 11
+
+
+@pytest.mark.slow
+def test_planned_chain_with_classes_equals_that_of_sampling():
+    config = tiny_config(model__num_classes=10, sampling__guidance=2.0)
+    shapes, rng = parts.abstract_state(config).params, np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: rng.normal(0, 0.1, leaf.shape).astype(leaf.dtype), shapes)
+    expected = parts.build(config).sample_fn()(params, jax.random.key(3), labels=[7, 1, 10, 7])
+    compiled = plan.lower_chain(config, jax.devices(), 1).compile()
+    s, sigma = jax.tree.map(jnp.asarray, (parts.schedule(config), parts.sigma(config)))
+    args = (params, jax.random.key(3), np.arange(4, dtype=np.int32), s, sigma, np.array([7, 1, 10, 7], np.int32))
     actual = compiled(*jax.device_put(args, compiled.input_shardings[0]))
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
