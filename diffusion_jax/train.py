@@ -142,10 +142,11 @@ def _begin(config, folder, stack):
     configs.check_batch(config, jax.device_count())
     workdirs.check_name(folder)
     locks = [stack.enter_context(Lock(folder))] if hosts.on_main(folder.exists) else []  # before the long work
-    if hosts.on_main(lambda: workdirs.holds_run(folder)):
-        configs.check_same_run(workdirs.read_config(folder), config, folder)
+    old = workdirs.read_config(folder) if hosts.on_main(lambda: workdirs.holds_run(folder)) else config
+    configs.check_same_run(old, config, folder)
     images = parts.images(config)
     config = configs.with_classes(config, images.classes)
+    configs.check_same_run(old, config, folder)
     locks = locks or [stack.enter_context(Lock(folder))]
     hosts.check_shared(folder)
     alpha_bar = float(parts.schedule(config).alpha_bar[-1])

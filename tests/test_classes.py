@@ -195,6 +195,12 @@ def test_the_number_of_classes_agrees_with_the_data():
             configs.check(tiny_config(sampling__guidance_interval=interval))
 
 
+def test_a_run_keeps_its_number_of_classes(tmp_path):
+    write_random_run(tmp_path)
+    with pytest.raises(UserError, match=r"holds another run \(config.model.num_classes: 0 there, 10 here\)"):
+        train.train(tiny_config(model__num_classes="auto"), str(tmp_path))
+
+
 def test_labels_by_name_or_number():
     config = configs.with_classes(tiny_config(model__num_classes="auto"), ("cat", "dog", "7"))
     assert configs.choose(config, ["dog", "0", "7"]) == (1, 0, 2)

@@ -287,7 +287,7 @@ def check_same_run(old: ConfigDict, new: ConfigDict, workdir: object) -> None:
         and key not in _MAY_CHANGE
         and (chosen or key not in _OF_TRAINING)
         and before[key] != now[key]
-        and (key, now[key]) != ("model.num_classes", "auto")
+        and "auto" not in (before[key], now[key])  # a number of classes that is known when the images are open
     ]
     if changed:
         raise UserError(
