@@ -249,7 +249,7 @@ def _charts(curves, group, num_steps):
     charts = []
     for title, names, log in (*CHARTS, *((name, (name,), None) for name in curves if name not in known)):
         if series := {_label(name, num_steps): curves[name] for name in names if name in curves}:
-            charts.append(_chart(title, "step", title, series, log, group))
+            charts.append(chart(title, "step", title, series, log, group))
     return charts
 
 
@@ -329,7 +329,7 @@ def _list_charts(columns, keys):
             )
             for name, x in lists.items()
         }
-        yield "picture", _chart(*map(_printable, (f"{y_name} over {x_name}", x_name, y_name)), series)
+        yield "picture", chart(*map(_printable, (f"{y_name} over {x_name}", x_name, y_name)), series)
 
 
 def _cell(value):
@@ -350,7 +350,9 @@ def _cell(value):
 # ---------------------------------------------------------------- a chart
 
 
-def _chart(title, x_name, y_name, series, log=None, group=1):
+def chart(
+    title: str, x_name: str, y_name: str, series: dict[str, np.ndarray], log: bool | None = None, group: int = 1
+) -> Picture:
     """Returns a chart with a line for each of `series` {name: float [2, n]}; non-finite values are gaps.
 
     Args:
