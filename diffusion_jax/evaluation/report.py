@@ -372,7 +372,7 @@ def chart(
     _set_ticks(axes, values, log)
     if len(lines) > 1:
         figure.legend(lines, series, loc="outside upper left", ncols=2, frameon=False, markerscale=0)
-    alt = f"{title}: " + "; ".join(f"{name} {_described(*xy, x_name)}" for name, xy in series.items())
+    alt = f"{title}: " + "; ".join(f"{name} {_described(x, y, x_name)}" for name, (x, y) in series.items())
     return Picture(title, "log scale" if log else "", alt, _saved(figure, "svg"), figure)
 
 

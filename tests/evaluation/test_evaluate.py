@@ -120,7 +120,9 @@ def test_the_bound_of_a_class_takes_the_labels(rough, tmp_path):
 
     def bits(with_labels):
         partial = epath.Path(tmp_path / f"bound-{with_labels}.npz")
-        return bound.evaluate_split(run, sigma, {}, dataset, chosen, 5, 8, partial, "a", with_labels)["bits_per_dim"]
+        return bound.evaluate_split(run, sigma, {"a": np.ones(1)}, dataset, chosen, 5, 8, partial, "a", with_labels)[
+            "bits_per_dim"
+        ]
 
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(5), chosen)
     x_0 = dataset[chosen].astype(np.float32) / 127.5 - 1
