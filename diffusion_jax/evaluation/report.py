@@ -28,6 +28,7 @@ from diffusion_jax.running.log import parse_line
 from diffusion_jax.running.workdir import absolute, read_config
 
 GRIDS = 12  # grids of samples on the page, at most
+SHOWN = 20  # names of classes, at most
 RECENT = 10  # lines of metrics.jsonl whose median is the speed
 LONG = 8  # a longer list of numbers becomes a chart
 MANY = 400  # a metric with more values is drawn faint, with a curve of about MEANS means over it
@@ -213,11 +214,17 @@ def _facts(workdir, flat, step, checkpoints, num_parameters, curves):
         "checkpoints": checkpoints or None,
         "parameters": num_parameters,
         "data": [source, " × ".join(shape)],
+        "classes": _classes(flat["data.classes"]) if flat["model.num_classes"] else None,
         "images seen": step * flat["train.batch_size"],
         "loss": f"{_cell(loss[-1])}, least {_cell(loss.min())}" if len(loss) else None,
         "images per second": float(np.median(speed[-RECENT:])) if len(speed) else None,
         **_times(workdir, *_finite(curves, "steps_per_second")),
     }
+
+
+def _classes(names):
+    """Returns the number of the classes and the first names."""
+    return f"{len(names):,}: {', '.join(names[:SHOWN])}{', …' if len(names) > SHOWN else ''}"
 
 
 def _finite(curves, name):
