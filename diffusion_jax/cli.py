@@ -81,15 +81,9 @@ def _import(args):
 def _evaluate(args):
     from diffusion_jax.evaluation.evaluate import evaluate
 
-    evaluate(
-        args.workdir,
-        seed=args.seed,
-        num=args.num,
-        splits=tuple(args.splits),
-        samples=args.samples,
-        inception_path=args.inception,
-        reference=args.reference,
-    )
+    of_samples = {"samples": args.samples, "inception_path": args.inception, "reference": args.reference}
+    asked = {"splits": tuple(args.splits), "labels": tuple(args.labels)}
+    evaluate(args.workdir, seed=args.seed, num=args.num, **asked, **of_samples)
 
 
 def _report(args):
@@ -158,7 +152,7 @@ MODES = {
         "Measures bits/dim of the last checkpoint, and the quality of samples.",
         "--mode=evaluate --workdir=runs/digits --samples=samples.npz",
         needs=("workdir",),
-        takes=("num", "seed", "splits", "samples", "inception", "reference"),
+        takes=("num", "seed", "splits", "labels", "samples", "inception", "reference"),
     ),
     "report": Mode(
         _report,

@@ -222,6 +222,10 @@ def _workdir_cases(command, run, files):
             ["--mode=evaluate", f"--workdir={run}", "--splits=test"],
             r"split='test': the digits have only 'train'",
         ),
+        "labels without classes": (
+            ["--mode=evaluate", f"--workdir={run}", "--labels=none"],
+            r"--labels=none: the run has no classes: leave it out",
+        ),
         "no samples to evaluate": (
             ["--mode=evaluate", f"--workdir={run}", f"--samples={files / 'text.txt'}"],
             r"--samples=.*text\.txt holds no samples",

@@ -6,9 +6,10 @@ import sys
 import jax
 import numpy as np
 import pytest
+from conftest import Examples
 
 import diffusion_jax
-from tools import hub_logits, mutate
+from tools import guidance_sweep, hub_logits, mutate
 
 
 def test_every_mutant_can_be_planted():
@@ -38,3 +39,25 @@ def test_a_short_torture(tmp_path):
         command, cwd=pathlib.Path(__file__).parent.parent, env=env, text=True, capture_output=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_sweep_of_guidance_makes_a_table_and_a_chart(tmp_path):
+    labels = np.arange(200) % 2
+    noise = np.random.default_rng(0).integers(0, 60, (200, 2, 2, 1))
+    real = (noise + 150 * labels[:, None, None, None]).astype(np.uint8)
+
+    class Real(Examples):
+        classes = ("a", "b")
+
+        def __getitem__(self, indices):
+            return self.arrays["image"][indices]
+
+    wrong = np.concatenate([real[2:3].repeat(20, axis=0), real[20:120]])  # twenty samples of the class 0
+    rows = {w: guidance_sweep.measure(x, {"train": Real(real, labels)}) for w, x in ((0.0, wrong), (1.5, real[:120]))}
+    table = guidance_sweep.table(rows)
+    assert len(table) == 5 and table[2].startswith("| 0 ") and "91.7% ± 2.5%" in table[2]
+    assert table[3].startswith("| 1.5 ") and "100.0% ± 0.0%" in table[3]
+    assert table[4].startswith("| held out ") and "100.0%" in table[4]
+    assert rows[0.0]["frechet"][0] > rows[1.5]["frechet"][0] and rows[1.5]["settings"]["classifiers"]["fit"] == 160
+    guidance_sweep.write_chart(rows, str(tmp_path / "guidance.svg"))
+    assert "Fréchet distance" in (tmp_path / "guidance.svg").read_text()

@@ -33,6 +33,7 @@ def evaluate_split(
     batch_size: int,
     partial: epath.Path,
     identity: str,
+    with_labels: bool = False,
 ) -> dict:
     """Measures the images at the indices `chosen` of one split.
 
@@ -42,13 +43,14 @@ def evaluate_split(
       batch_size: images at a time over all devices.
       partial: a file of intermediate results; a second call with the same `identity` resumes from it.
       identity: a digest of everything that the numbers depend on.
+      with_labels: True gives the network the class of each image, for p(x | y); False is p(x), or p(x | ∅).
 
     Returns:
       Means over the images: bits_per_dim with its standard_error, prior, decoder, rate (bits/dim), distortion
       (root mean square error, scale 0..255), loss (15), the loss and the rate-distortion curve by t, and the
       bits/dim of two simple coders.
     """
-    each, sums = _bound(run, sigma, params, dataset, chosen, seed, batch_size, partial, identity)
+    each, sums = _bound(run, sigma, params, dataset, chosen, seed, batch_size, partial, identity, with_labels)
     n, (total, prior, decoder, squared_error) = len(chosen), each.mean(axis=0)
     terms, squared_errors, losses = sums / n
     rate, distortion = likelihood.rate_distortion(prior, terms, squared_errors)
@@ -74,7 +76,7 @@ def _short(values):
     return [float(f"{value:.6g}") for value in values]
 
 
-def _bound(run, sigma, params, dataset, chosen, seed, batch_size, partial, identity):
+def _bound(run, sigma, params, dataset, chosen, seed, batch_size, partial, identity, with_labels):
     """Returns (each [n, 4]: total, prior, decoder, squared error of t = 1; sums [3, T] of `vlb_by_step` over images).
 
     The file `partial` keeps both after every batch. Image i draws its noise from (seed, i) alone, so the
@@ -93,7 +95,8 @@ def _bound(run, sigma, params, dataset, chosen, seed, batch_size, partial, ident
         for first in range(len(each), len(chosen), batch):
             wanted = chosen[first : first + batch]
             padded = np.resize(wanted, batch).reshape(processes, devices, per_device)[jax.process_index()]
-            arrays = jax.device_get(bound(params, rng, dataset[padded], padded))  # [D, B], [D, B, T] thrice
+            batch_of = _examples(dataset, padded, with_labels)
+            arrays = jax.device_get(bound(params, rng, batch_of, padded))  # [D, B], [D, B, T] thrice
             if processes > 1:
                 arrays = multihost_utils.process_allgather(arrays)
             prior, *by_step = (np.float64(x).reshape(batch, *x.shape[arrays[0].ndim :])[: len(wanted)] for x in arrays)
@@ -108,16 +111,24 @@ def _bound(run, sigma, params, dataset, chosen, seed, batch_size, partial, ident
 
 
 def _bound_fn(run: Parts, sigma: jax.Array) -> Callable:
-    """Returns (params, rng, images uint8 [D, B, H, W, C], indices [D, B]) -> prior [D, B] and three [D, B, T]."""
+    """Returns (params, rng, a batch [D, B, …], indices [D, B]) -> prior [D, B] and three [D, B, T]."""
 
-    def bound(params, rng, images, indices):
-        x_0, keys = pixels.from_uint8(images), sampling.image_keys(rng, indices)
-        eps_bar_fn = functools.partial(run.network, {"params": params})
+    def bound(params, rng, batch, indices):
+        x_0, keys = pixels.from_uint8(batch["image"]), sampling.image_keys(rng, indices)
+        labels = {"labels": batch["label"]} if "label" in batch else {}
+        eps_bar_fn = functools.partial(run.network, {"params": params}, **labels)
         prior = likelihood.prior_kl(run.schedule, x_0).mean(axis=(1, 2, 3)) / math.log(2)
         by_step = likelihood.vlb_by_step(eps_bar_fn, run.schedule, sigma, x_0, keys, clip=run.clip)
         return prior, *(x.T for x in by_step)
 
     return jax.pmap(bound, in_axes=(None, None, 0, 0))
+
+
+def _examples(dataset, indices, with_labels):
+    """Returns the images at indices [D, B] as {"image": [D, B, H, W, C]}, and their "label" [D, B] where asked."""
+    if not with_labels:
+        return {"image": dataset[indices]}
+    return {name: x.reshape(*indices.shape, *x.shape[1:]) for name, x in dataset.examples(indices.ravel()).items()}
 
 
 def _read_partial(path, identity, num, num_steps):

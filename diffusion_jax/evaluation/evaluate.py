@@ -16,7 +16,7 @@ from etils import epath
 from diffusion_jax import likelihood, parts, schedule
 from diffusion_jax.data import sources
 from diffusion_jax.errors import UserError, one_line
-from diffusion_jax.evaluation import bound, inception, metrics, monitor, quality
+from diffusion_jax.evaluation import bound, classifier, inception, metrics, monitor, quality
 from diffusion_jax.evaluation.report import report
 from diffusion_jax.pictures import grids
 from diffusion_jax.pictures.shows import show
@@ -35,6 +35,7 @@ def evaluate(
     seed: int = 0,
     num: int | None = None,
     splits: tuple[str, ...] = (),
+    labels: tuple[str, ...] = (),
     samples: str = "",
     inception_path: str = "",
     reference: str = "",
@@ -45,6 +46,7 @@ def evaluate(
       seed: the seed of the noise and of the choice of images.
       num: number of images from each split, drawn without replacement; None means all.
       splits: splits of the data set; () means config.data.split and config.data.test_split.
+      labels: ("none",) also measures p(x | ∅) for a run with classes, whose bound is that of p(x | y).
       samples: a file or folder that --mode=sample wrote, to compare with the first split; "" leaves samples out.
       inception_path: weights of Inception v3, see `inception`; "" uses pixels as features.
       reference: statistics that another evaluation saved, to compare with in place of a split.
@@ -64,24 +66,30 @@ def evaluate(
     run = parts.build(config)
     if not all(splits):
         raise UserError(f"--splits={','.join(splits)} has an empty name: give splits such as train,test")
+    densities = _densities(config, labels)
     generated, extractor, saved = _read_samples(config, run.image_shape, samples, inception_path, reference)
     step, params = ema_params(run, workdir)
     datasets = _datasets(config, workdir, splits)
+    asked = None
     if generated is not None and saved is None:
+        asked = _asked(samples, datasets)
         quality.check_sizes(extractor.num_features, len(generated), len(next(iter(datasets.values()))))
     folder = absolute(workdir) / "evaluation" / str(step)
     sigma_name, sigma = _deviations(config, run)
-    result = {"step": step, "seed": seed, "protocol": _protocol(run, sigma_name, seed), "splits": {}}
+    result = {"step": step, "seed": seed, "protocol": _protocol(run, sigma_name, seed, densities), "splits": {}}
     result |= _earlier_samples(folder)
     for split, dataset in datasets.items():
         chosen = np.sort(np.random.default_rng(seed).permutation(len(dataset))[:num])
-        partial, identity = folder / f"bound-{_stem(split)}.npz", _identity(config, params, split, chosen, seed)
-        result["splits"][split] = bound.evaluate_split(
-            run, sigma, params, dataset, chosen, seed, config.train.batch_size, partial, identity
-        )
+        for density in densities:
+            name = f"{split} without labels" if density == "p(x | ∅)" else split
+            saved_as = folder / f"bound-{_stem(name)}.npz", _identity(config, params, split, chosen, seed, density)
+            values = bound.evaluate_split(
+                run, sigma, params, dataset, chosen, seed, config.train.batch_size, *saved_as, density == "p(x | y)"
+            )
+            result["splits"][name] = {"density": density} | values
     if generated is not None:
         section = "samples" if saved is None else "samples_to_statistics"
-        result[section] = _evaluate_samples(config, generated, samples, datasets, extractor, saved, seed, folder)
+        result[section] = _evaluate_samples(config, generated, samples, asked, datasets, extractor, saved, seed, folder)
     if jax.process_index() == 0:
         files.write_text(folder / "evaluation.json", json.dumps(result, indent=1) + "\n")
         files.write_text(folder / "evaluation.md", markdown(result))
@@ -92,15 +100,38 @@ def evaluate(
     return result
 
 
+def _densities(config, labels):
+    """Returns the densities to measure, by their names."""
+    if labels and not config.model.num_classes:
+        raise UserError(f"--labels={','.join(labels)}: the run has no classes: leave it out")
+    if labels not in ((), ("none",)):
+        raise UserError(
+            f"--labels={','.join(labels)} does not go with --mode=evaluate, which takes the labels of the images: give "
+            "none to measure p(x | ∅) too, or leave it out"
+        )
+    return ("p(x | y)", "p(x | ∅)")[: 1 + len(labels)] if config.model.num_classes else ("p(x)",)
+
+
 def _datasets(config, workdir, splits):
-    """Returns {split: images} of `splits`, or else of the config's."""
-    if not splits:
-        named = config.data.split, *filter(None, [config.data.test_split])
-        return {split: read_images(config, workdir, split) for split in named}
+    """Returns {split: images} of `splits`, or else of the config's; they have the classes of the run."""
+    named = splits or (config.data.split, *filter(None, [config.data.test_split]))
     try:
-        return {split: read_images(config, workdir, split) for split in splits}
+        datasets = {split: read_images(config, workdir, split) for split in named}
     except UserError as error:
-        raise UserError(f"--splits={','.join(splits)}: {error}") from None
+        raise UserError(f"--splits={','.join(splits)}: {error}" if splits else str(error)) from None
+    for split, dataset in datasets.items():
+        if config.model.num_classes and list(dataset.classes) != list(config.data.classes):
+            few = [", ".join(names[:20]) or "none" for names in (list(dataset.classes), list(config.data.classes))]
+            raise UserError(
+                f"the split {split} has the classes {few[0]}, but the run {few[1]}: give --splits with those"
+            )
+    return datasets
+
+
+def _asked(path, datasets):
+    """Returns the class that each sample was asked for, int [n]; None if the samples or the images have no classes."""
+    classes, *others = (tuple(dataset.classes) for dataset in datasets.values())
+    return quality.read_labels(path, len(classes)) if classes and {*others} <= {classes} else None
 
 
 def _earlier_samples(folder):
@@ -123,9 +154,10 @@ def _stem(split):
     return "".join(c if c.isalnum() else "-" for c in split).strip("-")
 
 
-def _identity(config, params, split, chosen, seed):
+def _identity(config, params, split, chosen, seed, density):
     """Returns a digest of everything that the numbers of a split depend on."""
     values = [config.to_dict(), checkpoint.checksums(params), split, chosen.tolist(), seed]
+    values += [] if density == "p(x)" else [density]  # files of earlier versions stay valid
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -136,9 +168,10 @@ def _deviations(config, run):
     return config.sampling.sigma, run.sigma
 
 
-def _protocol(run, sigma_name, seed):
+def _protocol(run, sigma_name, seed, densities):
     return {
         "bound": "bits/dim by the variational bound over all steps, one draw of noise for each image and step",
+        "densities": list(densities),
         "parameters": "EMA",
         "sigma": sigma_name,
         "clip": None if run.clip is None else list(run.clip),
@@ -202,7 +235,7 @@ def _read_samples(config, image_shape, path, inception_path, reference):
     return generated, extractor, (statistics, protocol)
 
 
-def _evaluate_samples(config, generated, path, datasets, extractor, saved, seed, folder):
+def _evaluate_samples(config, generated, path, asked, datasets, extractor, saved, seed, folder):
     """Compares the samples with `saved` statistics, or else with the first split and its nearest images."""
     protocol = _describe(config, generated, extractor, path) | {"made_by": quality.read_about(path)}
     if saved is not None:
@@ -213,6 +246,9 @@ def _evaluate_samples(config, generated, path, datasets, extractor, saved, seed,
     distances = quality.compare(generated, dataset, features, seed)
     nearest, nearest_settings = _nearest(generated, datasets, folder)
     settings = distances.pop("settings") | {"nearest_training_image": nearest_settings}
+    if asked is not None:
+        by_class, settings_by_class = classifier.compare_classes(generated, asked, datasets, features)
+        distances, settings = distances | by_class, settings | settings_by_class
     if num_features <= quality.MAX_FEATURES:
         statistics = quality.moments(dataset, features)
         if jax.process_index() == 0:
@@ -257,7 +293,7 @@ def markdown(result: dict[str, Any]) -> str:
     """Returns the numbers of evaluation.json as Markdown."""
     protocol = result["protocol"]
     lines = [f"# Evaluation of step {result['step']}", ""]
-    names: tuple[str, ...] = ("n", "bits_per_dim", "standard_error", "rate", "distortion", "prior", "loss")
+    names: tuple[str, ...] = ("density", "n", "bits_per_dim", "standard_error", "rate", "distortion", "prior", "loss")
     names += ("histogram_bits_per_dim", "png_bits_per_dim")
     rows = [[split, *(x[name] for name in names)] for split, x in result["splits"].items()]
     lines += markdown_table(["split", *names], rows, _cell)

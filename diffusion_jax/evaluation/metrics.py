@@ -181,6 +181,35 @@ def frechet_extrapolated(
     return float(line.intercept), float(np.hypot(line.intercept_stderr, frechet_standard_error(x, moments)))
 
 
+def frechet_within_classes(x: ArrayLike, x_labels: ArrayLike, y: ArrayLike, y_labels: ArrayLike) -> tuple[float, float]:
+    """Returns the mean over the classes of x of `frechet` within a class, and its standard error.
+
+    The error is that over new sets of the same sizes: classes share no row, so their squared errors add up.
+
+    Args:
+      x: [n, d].
+      x_labels: int [n].
+      y: [m, d].
+      y_labels: int [m].
+
+    Raises:
+      ValueError: a class of x has no more than d rows of x or of y, where the distance is mostly bias.
+    """
+    x, y = _pair(x, y, 1)
+    x_labels, y_labels = np.asarray(x_labels), np.asarray(y_labels)
+    if (x_labels.shape, y_labels.shape) != (x.shape[:1], y.shape[:1]):
+        raise ValueError(
+            f"need a label for each row, not {x_labels.shape} for {x.shape}, {y_labels.shape} for {y.shape}"
+        )
+    pairs = [(label, x[x_labels == label], y[y_labels == label]) for label in np.unique(x_labels)]
+    for label, a, b in pairs:
+        if (least := min(len(a), len(b))) <= x.shape[1]:
+            raise ValueError(f"class {label} has {least} rows in a set, too few for {x.shape[1]} features")
+    errors = [frechet_standard_error(a, b) for _, a, b in pairs]
+    distance = np.mean([frechet_of_features(a, b) for _, a, b in pairs])
+    return float(distance), float(np.linalg.norm(errors) / len(errors))
+
+
 def kernel_distance(
     x: ArrayLike, y: ArrayLike, rng: Generator, num_subsets: int = 100, subset_size: int = 1000
 ) -> tuple[float, float]:

@@ -33,7 +33,7 @@ class Monitor:
       held_out: held-out images, or None.
 
     Raises:
-      UserError: there are fewer than 2 images to compare samples with.
+      UserError: there are fewer than 2 images to compare samples with, or the held-out images have other classes.
     """
 
     def __init__(self, run: Parts, train_images: Cached | OnTheFly, held_out: Cached | OnTheFly | None = None) -> None:
@@ -42,6 +42,11 @@ class Monitor:
                 f"train.evaluate_every compares samples with at least 2 images, not {n}: give a larger "
                 f"data.{'split' if held_out is None else 'test_split'}, or train.evaluate_every=0"
             )
+        self._labels = None
+        if run.num_classes and held_out is not None:
+            if tuple(held_out.classes) != tuple(train_images.classes):
+                raise UserError("data.test_split has other classes than data.split: give a split with the same")
+            self._labels = held_out.examples(_spread(held_out))["label"]
         self._key, self._num_steps = jax.random.key(run.seed), run.schedule.num_steps
         self._per_call = run.num_samples
         self._train = _some(train_images)
@@ -55,10 +60,11 @@ class Monitor:
             (min(SAMPLES, run.num_samples), *run.image_shape),  # what fits for a grid fits here
             run.clip,
             lambda eps_bar_fn, s, _, x, keys, **options: sampling.dpmpp_2m_chain(eps_bar_fn, s, ts, x, **options),
+            num_classes=run.num_classes,
         )
 
     def __call__(self, params: dict, step: int, workdir: epath.Path) -> dict[str, float]:
-        """Measures the averaged parameters, with the same noise at every step.
+        """Measures the averaged parameters, with the same noise at every step, with the labels of a run with classes.
 
         Returns:
           held_out_loss, (15) at steps t spread evenly over 1..T, and held_out_loss_t1 … t4 by quarter of t, if
@@ -90,10 +96,11 @@ class Monitor:
         devices, n = jax.local_device_count(), min(HELD_OUT, len(self._held_out))
         per_call = -(-min(n, self._per_call) // devices) * devices
         numbers = np.arange(-(-n // per_call) * per_call)  # padded; the padding is dropped below
-        t = 1 + numbers % n * self._num_steps // n
+        t, labels = 1 + numbers % n * self._num_steps // n, self._labels
         each = []
         for i in np.split(numbers, len(numbers) // per_call):
-            shaped = [x.reshape(devices, -1, *x.shape[1:]) for x in (self._held_out[i % n], t[i], i)]
+            batch = self._held_out[i % n], t[i], i, None if labels is None else labels[i % n]
+            shaped = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch)
             each.append(np.asarray(self._loss(params, self._key, *shaped)).reshape(-1))
         each, t = np.concatenate(each)[:n], t[:n]
         quarter = (t - 1) * 4 // self._num_steps
@@ -126,17 +133,22 @@ def nearest_pairs(generated: np.ndarray, train: np.ndarray, index: np.ndarray, d
 
 def _some(dataset):
     """Returns up to REFERENCE images, spread over all, uint8 in memory."""
+    return dataset[_spread(dataset)]
+
+
+def _spread(dataset):
+    """Returns the indices of up to REFERENCE images, spread over all."""
     size = int(np.prod(dataset.shape[1:]))
     n = min(len(dataset), REFERENCE, max(SAMPLES, ENTRIES // size))
-    return dataset[np.linspace(0, len(dataset) - 1, n).round().astype(int)]
+    return np.linspace(0, len(dataset) - 1, n).round().astype(int)
 
 
 def _loss_fn(apply_fn: Callable, s: Schedule) -> Callable:
-    """Returns (params, rng, images uint8 [D, B, H, W, C], t [D, B], numbers [D, B]) -> (15) [D, B]."""
+    """Returns (params, rng, images uint8 [D, B, H, W, C], t, numbers, labels or None, [D, B] each) -> (15) [D, B]."""
     loss = losses.with_noise(losses.simple_loss, 1)
 
-    def each(params, rng, images, t, numbers):
-        keys = sampling.image_keys(rng, numbers)
-        return loss(lambda x, t: apply_fn({"params": params}, x, t), s, pixels.from_uint8(images), t, keys)
+    def each(params, rng, images, t, numbers, labels):
+        keys, of = sampling.image_keys(rng, numbers), () if labels is None else (labels,)
+        return loss(lambda x, t: apply_fn({"params": params}, x, t, *of), s, pixels.from_uint8(images), t, keys)
 
-    return jax.pmap(each, in_axes=(None, None, 0, 0, 0))
+    return jax.pmap(each, in_axes=(None, None, 0, 0, 0, 0))

@@ -247,6 +247,30 @@ def read_samples(path: epath.PathLike) -> np.ndarray:
     Raises:
       UserError: the file is missing, or holds no images.
     """
+    return np.concatenate([images for images, _ in _read_shards(path)])
+
+
+def read_labels(path: epath.PathLike, num_classes: int) -> np.ndarray | None:
+    """Returns the class of each image of `read_samples`, int [n]; `num_classes` means none. None if a file has none.
+
+    Raises:
+      UserError: the labels are not one class for each image.
+    """
+    shards = _read_shards(path)
+    if any(labels is None for _, labels in shards):
+        return None
+    for images, labels in shards:
+        is_integer = labels.dtype.kind in "iu" and labels.shape == images.shape[:1]
+        if not (is_integer and labels.min() >= 0 and labels.max() <= num_classes):
+            raise UserError(
+                f"--samples={path} holds labels {labels.dtype} {labels.shape}, not a class in 0..{num_classes} for "
+                "each image: give samples of this run"
+            )
+    return np.concatenate([labels for _, labels in shards]).astype(int)
+
+
+def _read_shards(path):
+    """Returns (images, labels or None) of each file."""
     path = epath.Path(path).expanduser()
     # A longer shard replaces a shorter one of the same start, which a kill may have left.
     shards = (
@@ -256,15 +280,15 @@ def read_samples(path: epath.PathLike) -> np.ndarray:
     for file in shards.values():
         try:
             with file.open("rb") as opened, np.load(opened, allow_pickle=False) as content:
-                arrays.append(content["arr_0"])
+                arrays.append((content["arr_0"], content.get("labels")))
         except Exception as error:  # NumPy and zipfile raise many types
             raise UserError(f"--samples={file} holds no samples ({one_line(error, 200)}): {remedy}") from None
-    for array in arrays or [np.zeros(0)]:
-        if array.ndim != 4 or array.dtype != np.uint8 or not len(array) or array.shape[1:] != arrays[0].shape[1:]:
+    for array, _ in arrays or [(np.zeros(0), None)]:
+        if array.ndim != 4 or array.dtype != np.uint8 or not len(array) or array.shape[1:] != arrays[0][0].shape[1:]:
             raise UserError(
                 f"--samples={path} holds {array.dtype} {array.shape}, not images uint8 [n, H, W, C]: {remedy}"
             )
-    return np.concatenate(arrays)
+    return arrays
 
 
 def read_about(path: epath.PathLike) -> dict[str, Any] | str:

@@ -28,6 +28,7 @@ from diffusion_jax.running.log import parse_line
 from diffusion_jax.running.workdir import absolute, read_config
 
 GRIDS = 12  # grids of samples on the page, at most
+SHOWN = 20  # names of classes, at most
 RECENT = 10  # lines of metrics.jsonl whose median is the speed
 LONG = 8  # a longer list of numbers becomes a chart
 MANY = 400  # a metric with more values is drawn faint, with a curve of about MEANS means over it
@@ -213,11 +214,17 @@ def _facts(workdir, flat, step, checkpoints, num_parameters, curves):
         "checkpoints": checkpoints or None,
         "parameters": num_parameters,
         "data": [source, " × ".join(shape)],
+        "classes": _classes(flat["data.classes"]) if flat["model.num_classes"] else None,
         "images seen": step * flat["train.batch_size"],
         "loss": f"{_cell(loss[-1])}, least {_cell(loss.min())}" if len(loss) else None,
         "images per second": float(np.median(speed[-RECENT:])) if len(speed) else None,
         **_times(workdir, *_finite(curves, "steps_per_second")),
     }
+
+
+def _classes(names):
+    """Returns the number of the classes and the first names."""
+    return f"{len(names):,}: {', '.join(names[:SHOWN])}{', …' if len(names) > SHOWN else ''}"
 
 
 def _finite(curves, name):
@@ -249,7 +256,7 @@ def _charts(curves, group, num_steps):
     charts = []
     for title, names, log in (*CHARTS, *((name, (name,), None) for name in curves if name not in known)):
         if series := {_label(name, num_steps): curves[name] for name in names if name in curves}:
-            charts.append(_chart(title, "step", title, series, log, group))
+            charts.append(chart(title, "step", title, series, log, group))
     return charts
 
 
@@ -329,7 +336,7 @@ def _list_charts(columns, keys):
             )
             for name, x in lists.items()
         }
-        yield "picture", _chart(*map(_printable, (f"{y_name} over {x_name}", x_name, y_name)), series)
+        yield "picture", chart(*map(_printable, (f"{y_name} over {x_name}", x_name, y_name)), series)
 
 
 def _cell(value):
@@ -350,7 +357,9 @@ def _cell(value):
 # ---------------------------------------------------------------- a chart
 
 
-def _chart(title, x_name, y_name, series, log=None, group=1):
+def chart(
+    title: str, x_name: str, y_name: str, series: dict[str, np.ndarray], log: bool | None = None, group: int = 1
+) -> Picture:
     """Returns a chart with a line for each of `series` {name: float [2, n]}; non-finite values are gaps.
 
     Args:
@@ -370,7 +379,7 @@ def _chart(title, x_name, y_name, series, log=None, group=1):
     _set_ticks(axes, values, log)
     if len(lines) > 1:
         figure.legend(lines, series, loc="outside upper left", ncols=2, frameon=False, markerscale=0)
-    alt = f"{title}: " + "; ".join(f"{name} {_described(*xy, x_name)}" for name, xy in series.items())
+    alt = f"{title}: " + "; ".join(f"{name} {_described(x, y, x_name)}" for name, (x, y) in series.items())
     return Picture(title, "log scale" if log else "", alt, _saved(figure, "svg"), figure)
 
 

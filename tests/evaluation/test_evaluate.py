@@ -1,17 +1,19 @@
 """The evaluation of a run: its numbers equal those of the functions, survive interruptions and state their protocol."""
 
+import dataclasses
 import io
 import json
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny_config
+from conftest import Examples, tiny_config, write_random_run
 from etils import epath
 from PIL import Image
 
-from diffusion_jax import likelihood, parts, sample, train
+from diffusion_jax import likelihood, parts, sample, schedule, train
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import bound, evaluate, inception, quality
 from diffusion_jax.interop.samples import write_samples
@@ -94,6 +96,115 @@ def test_interrupted_evaluation_resumes(run, monkeypatch):
     assert len(batches) == 6  # nothing is left to do
     evaluate.evaluate(run, seed=7, num=20)
     assert len(batches) == 12  # other noise, other images
+
+
+class WithLabels(Examples):
+    def __getitem__(self, indices):
+        return self.arrays["image"][indices]
+
+
+def test_the_bound_of_a_class_takes_the_labels(rough, tmp_path):
+    """A network that knows the noise-free image of each class has a lower bound with labels; ∅ is the default."""
+
+    def network(variables, x, t, labels=None):
+        labels = jnp.full(len(x), 3) if labels is None else labels
+        guess = jnp.array([-0.9, 0.1, 0.9, 0.0])[labels][:, None, None, None]
+        alpha, beta = (a[t][:, None, None, None] for a in (rough.alpha_bar, rough.beta_bar))
+        return (x - alpha * guess) / beta
+
+    values = np.array([13, 140, 242], np.uint8)
+    labels = np.arange(11) % 3
+    dataset = WithLabels(np.broadcast_to(values[labels][:, None, None, None], (11, 2, 2, 1)), labels)
+    run = dataclasses.replace(parts.build(tiny_config()), network=network, schedule=rough)
+    sigma, chosen = schedule.sigma_beta(rough), np.array([1, 4, 5, 9, 10])
+
+    def bits(with_labels):
+        partial = epath.Path(tmp_path / f"bound-{with_labels}.npz")
+        return bound.evaluate_split(run, sigma, {"a": np.ones(1)}, dataset, chosen, 5, 8, partial, "a", with_labels)[
+            "bits_per_dim"
+        ]
+
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(5), chosen)
+    x_0 = dataset[chosen].astype(np.float32) / 127.5 - 1
+    for with_labels, given in ((True, labels[chosen]), (False, None)):
+        expected = likelihood.vlb(lambda x, t, y=given: network({}, x, t, y), rough, sigma, x_0, keys, clip=run.clip)
+        assert bits(with_labels) == pytest.approx(float(expected["total"]), rel=1e-4)
+    assert bits(True) < bits(False) - 0.1
+
+
+CLASSES = {"model__num_classes": 10, "data__classes": tuple("0123456789")}
+
+
+def test_densities_of_a_run():
+    with_classes = tiny_config(**CLASSES)
+    assert evaluate._densities(tiny_config(), ()) == ("p(x)",)
+    assert evaluate._densities(with_classes, ()) == ("p(x | y)",)
+    assert evaluate._densities(with_classes, ("none",)) == ("p(x | y)", "p(x | ∅)")
+    for labels in (("3",), ("none", "3"), ("",)):
+        with pytest.raises(UserError, match=r"--labels=.* does not go with --mode=evaluate.* give none"):
+            evaluate._densities(with_classes, labels)
+    with pytest.raises(UserError, match=r"--labels=none: the run has no classes: leave it out"):
+        evaluate._densities(tiny_config(), ("none",))
+
+
+def test_bounds_of_other_densities_are_not_mixed():
+    """A file of results belongs to one density; those of runs without classes are as before."""
+    arguments = tiny_config(), {"a": np.ones(2)}, "train", np.arange(3), 0
+    names = ("p(x)", "p(x | y)", "p(x | ∅)")
+    assert len({evaluate._identity(*arguments, density) for density in names}) == 3
+
+
+def test_splits_have_the_classes_of_the_run(monkeypatch):
+    """Labels are numbers: a split that lacks a class would give its images those of others."""
+    config, dataset = tiny_config(**CLASSES), WithLabels(np.zeros((3, 8, 8, 1), np.uint8), np.arange(3))
+    monkeypatch.setattr(evaluate, "read_images", lambda *_: dataset)
+    dataset.classes = tuple("0123456789")
+    assert list(evaluate._datasets(config, "run", ())) == ["train"]
+    for classes in (tuple("012"), ()):
+        dataset.classes = classes
+        with pytest.raises(UserError, match=r"the split train has the classes .*, but the run 0, 1, 2"):
+            evaluate._datasets(config, "run", ())
+        assert evaluate._datasets(tiny_config(), "run", ())  # without classes the labels do not matter
+
+
+def test_labels_of_samples(tmp_path):
+    images = np.zeros((4, 8, 8, 1), np.uint8)
+    path, data = tmp_path / "x.npz", WithLabels(images, np.zeros(4, int))
+    data.classes = ("a", "b")
+    np.savez(path, images, labels=np.array([0, 1, 2, 0]))  # 2 is ∅
+    assert evaluate._asked(path, {"train": data, "test": data}).tolist() == [0, 1, 2, 0]
+    data.classes = ()
+    assert evaluate._asked(path, {"train": data}) is None
+    np.savez(path, images)
+    assert quality.read_labels(path, 2) is None
+    for labels in ([0, 1, 3, 0], [0, -1, 0, 0], [0, 1], [0.0, 1, 0, 0], 1, ["a", "b", "a", "b"]):
+        np.savez(path, images, labels=np.array(labels))
+        with pytest.raises(UserError, match=r"x\.npz holds labels .*, not a class in 0\.\.2 for each image"):
+            quality.read_labels(path, 2)
+    for first in (0, 4):
+        np.savez(tmp_path / f"{first:08d}-{first + 3:08d}.npz", images, labels=np.arange(4) % 2 + first // 4)
+    assert quality.read_labels(tmp_path, 2).tolist() == [0, 1, 0, 1, 1, 2, 1, 2]
+
+
+@pytest.mark.slow
+def test_an_evaluation_with_classes(tmp_path):
+    write_random_run(tmp_path, **CLASSES, data__split="train[:100]")
+    write_samples(tmp_path, 30, 0, str(tmp_path / "samples.npz"))
+    result = evaluate.evaluate(tmp_path, num=8, labels=("none",), samples=str(tmp_path / "samples.npz"))
+    given, without = result["splits"]["train[:100]"], result["splits"]["train[:100] without labels"]
+    assert (given["density"], without["density"]) == ("p(x | y)", "p(x | ∅)")
+    assert given["bits_per_dim"] != without["bits_per_dim"] and given["n"] == without["n"] == 8
+    assert result["protocol"]["densities"] == ["p(x | y)", "p(x | ∅)"]
+    samples = result["samples"]
+    assert samples["classifiers"]["logistic_regression"]["held_out_accuracy"] > 0.5
+    assert samples["protocol"]["metrics"]["classifiers"]["n"] == 30
+    assert samples["frechet_within_classes"] is None
+    assert "3 samples" in samples["protocol"]["metrics"]["frechet_within_classes"]["left_out"]
+    folder = tmp_path / "evaluation" / "0"
+    text = (folder / "evaluation.md").read_text()
+    assert "p(x | ∅)" in text and "logistic_regression accuracy" in text and "class 0 has 3 samples" in text
+    assert "held_out_accuracy" in (tmp_path / "report.html").read_text()
+    assert evaluate.evaluate(tmp_path, num=8)["splits"] == {"train[:100]": given}
 
 
 @pytest.mark.slow

@@ -428,3 +428,25 @@ def test_moments_may_replace_the_reference():
     for formula in (metrics.frechet_standard_error, lambda *args: metrics.frechet_extrapolated(*args, rng())):
         with pytest.raises(ValueError, match="x has 2 features and y has 3"):
             formula(x[:, :2], moments)
+
+
+def test_frechet_within_classes_is_a_mean_with_an_error():
+    """The marginals are equal, but two classes are swapped, which only the distance within classes sees."""
+    y_labels, x_labels = np.arange(300) % 3, np.arange(150) % 3
+    y = spread(300, 4) + 5 * y_labels[:, None]
+    x = spread(150, 4, seed=1) + 5 * x_labels[:, None]
+    each = [(x[x_labels == k], y[y_labels == k]) for k in range(3)]
+    distance, error = metrics.frechet_within_classes(x, x_labels, y, y_labels)
+    assert distance == pytest.approx(np.mean([metrics.frechet_of_features(a, b) for a, b in each]))
+    errors = [metrics.frechet_standard_error(a, b) for a, b in each]
+    assert error == pytest.approx(np.sqrt(np.sum(np.square(errors))) / 3)
+    swapped, _ = metrics.frechet_within_classes(x, np.array([1, 0, 2])[x_labels], y, y_labels)
+    assert swapped > distance + 50
+    only, _ = metrics.frechet_within_classes(x[x_labels == 1], np.ones(50, int), y, y_labels)
+    assert only == pytest.approx(metrics.frechet_of_features(*each[1]))
+    with pytest.raises(ValueError, match="class 7 has 0 rows in a set, too few for 4 features"):
+        metrics.frechet_within_classes(x, np.full(150, 7), y, y_labels)
+    with pytest.raises(ValueError, match="class 0 has 4 rows"):
+        metrics.frechet_within_classes(x[:12], x_labels[:12], y, y_labels)
+    with pytest.raises(ValueError, match="a label for each row"):
+        metrics.frechet_within_classes(x, x_labels[:3], y, y_labels)

@@ -1,9 +1,12 @@
 """The measurements that training makes at intervals."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny_config
+from conftest import Examples, tiny_config
 from etils import epath
 
 from diffusion_jax import parts
@@ -18,6 +21,41 @@ def test_a_single_image_is_refused():
         monitor.Monitor(run, two, one)
     with pytest.raises(UserError, match=r"not 1: give a larger data\.split,"):
         monitor.Monitor(run, one)
+
+
+class WithLabels(Examples):
+    classes = ("a", "b", "c")
+    shape = (20, 8, 8, 1)
+
+    def __getitem__(self, indices):
+        return self.arrays["image"][indices]
+
+
+def test_a_run_with_classes_is_measured_with_labels(tmp_path):
+    """The network here knows the grey level of each class: with the right labels, the loss is 0 and samples are exact.
+
+    ε̄ = (x − ᾱ level) / β̄ is then the noise itself.
+    """
+    config = tiny_config(model__num_classes=3, sampling__num=100, schedule__num_steps=20)
+    run, levels = parts.build(config), np.array([51, 102, 204], np.uint8)
+
+    def network(variables, x, t, labels=None):
+        labels = np.zeros(len(x), int) if labels is None else labels
+        level = pixels.from_uint8(jnp.asarray(levels))[labels][:, None, None, None]
+        alpha, beta = (a[t][:, None, None, None] for a in (run.schedule.alpha_bar, run.schedule.beta_bar))
+        return (x - alpha * level) / beta
+
+    labels = np.arange(20) % 3
+    images = WithLabels(np.broadcast_to(levels[labels][:, None, None, None], (20, 8, 8, 1)), labels)
+    measure = monitor.Monitor(dataclasses.replace(run, network=network), images, images)
+    values = measure({"a": np.ones(1)}, 3, epath.Path(tmp_path))
+    assert values["held_out_loss"] == pytest.approx(0, abs=1e-6)
+    generated = measure._generated({"a": np.ones(1)})
+    np.testing.assert_array_equal(generated[:, 0, 0, 0], levels[np.arange(monitor.SAMPLES) % 3])
+    other = WithLabels(images.arrays["image"], labels)
+    other.classes = ("a", "c")
+    with pytest.raises(UserError, match=r"data\.test_split has other classes than data\.split"):
+        monitor.Monitor(run, images, other)
 
 
 @pytest.mark.slow

@@ -391,3 +391,24 @@ def test_errors_name_workdir_and_out(run, tmp_path):
         with pytest.raises(UserError, match=f"--out={re.escape(str(out))} cannot be written"):
             report.report(run, out)
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_the_report_knows_classes(tmp_path):
+    """The names of the classes; a column for each classifier; "–" for what could not be measured."""
+    names = ("<cat>", *(f"n{i}" for i in range(24)))
+    workdirs.write_config(tmp_path, tiny_config(model__num_classes=25, data__classes=names))
+    values = {"accuracy": 0.875, "standard_error": 0.0625, "held_out_accuracy": 0.96875}
+    both = {"logistic_regression": values, "nearest_neighbours": values | {"accuracy": 0.75}}
+    samples = {"frechet_within_classes": None, "protocol": {}, "classifiers": both}
+    folder = tmp_path / "evaluation" / "3"
+    folder.mkdir(parents=True)
+    (folder / "evaluation.json").write_text(json.dumps({"step": 3, "samples": samples}))
+    text = rendered(tmp_path).text
+    assert "classes25: <cat>, n0, n1" in text and "n18, …" in text and "n19" not in text.split("images seen")[0]
+    assert "logistic_regressionnearest_neighboursaccuracy0.8750.75" in text
+    assert "frechet_within_classes–" in text
+
+
+def test_the_report_of_a_run_without_classes(tmp_path):
+    workdirs.write_config(tmp_path, tiny_config())
+    assert "classes–" in rendered(tmp_path).text
