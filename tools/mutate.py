@@ -25,7 +25,7 @@ TESTS = [
     *("tests/test_schedule.py", "tests/test_process.py", "tests/test_losses.py", "tests/test_likelihood.py"),
     *("tests/test_sampling.py", "tests/test_fast_sampling.py", "tests/pictures/test_figures.py"),
     "tests/pictures/test_edits.py",
-    "tests/data/test_order.py",
+    *("tests/data/test_order.py", "tests/test_classes.py"),
 ]
 
 # (module, text that stands in it exactly once, what replaces it)
