@@ -145,7 +145,7 @@ def model(config: ConfigDict) -> unet.UNet:
         dtype=_DTYPES[config.model.dtype],
         attention=_ATTENTION[config.model.attention],
         remat=config.train.remat,
-        num_classes=config.model.num_classes,
+        num_classes=with_classes(config).model.num_classes,
     )
 
 

@@ -162,19 +162,6 @@ def test_shards_of_the_same_chain_are_continued(workdir, shards):
         (workdir / "config.json").write_text(before)
 
 
-def test_an_origin_does_not_depend_on_the_name_of_the_workdir(tmp_path):
-    manifest, about = tmp_path / "samples.json", {"workdir": "runs/x/", "seed": 1}
-    for text, same in (
-        ('{"workdir": "runs/x", "seed": 1}', True),
-        ('{"workdir": "runs/x/", "seed": 2}', False),
-        ('{"workdir": "runs/x/", "seed": 1, "eta": 0.5}', False),
-        ("[]", False),
-        ('{"workdir', False),
-    ):
-        manifest.write_text(text)
-        assert samples._same_origin(manifest, about) is same, text
-
-
 @pytest.mark.slow
 def test_samples_state_their_origin(workdir, tmp_path):
     write_samples(workdir, 5, 1, str(tmp_path / "samples.npz"), sampler="ddim", steps=4, eta=1)
