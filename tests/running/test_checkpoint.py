@@ -1,5 +1,6 @@
 import collections
 import shutil
+import time
 from typing import Any, NamedTuple
 
 import jax
@@ -191,6 +192,9 @@ def test_half_written_checkpoints_are_never_read_and_only_a_training_run_removes
     assert_same(restore(run), state(30))
     assert half.exists()  # somebody may be writing it
     assert_same(restore(run, set_aside=True), state(30))
+    for _ in range(100):  # Orbax removes it in a thread
+        if half.exists():
+            time.sleep(0.1)
     assert not half.exists()
 
 
