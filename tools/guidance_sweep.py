@@ -68,7 +68,7 @@ def _percent(share, error):
 
 
 def write_chart(rows: dict[float, dict[str, Any]], out: str) -> None:
-    """Writes the Fréchet distance over the accuracy of both classifiers, with w at each point, as .svg or .png."""
+    """Writes the Fréchet distance over the accuracy of both classifiers, with w along the first, as .svg or .png."""
     series = {
         name.replace("_", " "): np.array(
             [[r["classifiers"][name]["accuracy"], r["frechet"][0]] for r in rows.values()]
@@ -77,9 +77,8 @@ def write_chart(rows: dict[float, dict[str, Any]], out: str) -> None:
     }
     figure = report.chart("Guidance", "accuracy", "Fréchet distance", series).figure
     assert figure is not None  # all values are finite
-    for points in series.values():
-        for w, point in zip(rows, points.T, strict=True):
-            figure.axes[0].annotate(f"{w:g}", point, xytext=(2, 2), textcoords="offset points", fontsize=8)
+    for w, point in zip(rows, series["logistic regression"].T, strict=True):
+        figure.axes[0].annotate(f"w = {w:g}", point, xytext=(3, 3), textcoords="offset points", fontsize=8)
     figure.savefig(out, dpi=200)
 
 

@@ -81,10 +81,10 @@ def evaluate(
     for split, dataset in datasets.items():
         chosen = np.sort(np.random.default_rng(seed).permutation(len(dataset))[:num])
         for density in densities:
-            name = f"{split} without labels" if density == "p(x | ∅)" else split
+            name = f"{split} without labels" if density == "x given ∅" else split
             saved_as = folder / f"bound-{_stem(name)}.npz", _identity(config, params, split, chosen, seed, density)
             values = bound.evaluate_split(
-                run, sigma, params, dataset, chosen, seed, config.train.batch_size, *saved_as, density == "p(x | y)"
+                run, sigma, params, dataset, chosen, seed, config.train.batch_size, *saved_as, density == "x given y"
             )
             result["splits"][name] = {"density": density} | values
     if generated is not None:
@@ -109,7 +109,7 @@ def _densities(config, labels):
             f"--labels={','.join(labels)} does not go with --mode=evaluate, which takes the labels of the images: give "
             "none to measure p(x | ∅) too, or leave it out"
         )
-    return ("p(x | y)", "p(x | ∅)")[: 1 + len(labels)] if config.model.num_classes else ("p(x)",)
+    return ("x given y", "x given ∅")[: 1 + len(labels)] if config.model.num_classes else ("x",)
 
 
 def _datasets(config, workdir, splits):
@@ -157,7 +157,7 @@ def _stem(split):
 def _identity(config, params, split, chosen, seed, density):
     """Returns a digest of everything that the numbers of a split depend on."""
     values = [config.to_dict(), checkpoint.checksums(params), split, chosen.tolist(), seed]
-    values += [] if density == "p(x)" else [density]  # files of earlier versions stay valid
+    values += [] if density == "x" else [density]  # files of earlier versions stay valid
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

@@ -23,7 +23,11 @@ FLAGS: dict[str, tuple[Any, Any, str]] = {  # name: (its definition or values, d
     "steps": (flags.DEFINE_integer, None, "steps of the sampler; default: the config's"),
     "eta": (flags.DEFINE_float, None, "noise of ddim; default: the config's"),
     "guidance": (flags.DEFINE_float, None, "weight of classifier-free guidance; default: the config's"),
-    "labels": (flags.DEFINE_list, [], "classes to draw, by name or number, default: all; none: p(x | ∅) too"),
+    "labels": (
+        flags.DEFINE_list,
+        [],
+        "classes to draw, by name or number; default: all in turn; evaluate: none adds p(x | ∅)",
+    ),
     "show": (_SHOWS, None, "the figure to draw"),
     "images": (flags.DEFINE_string, "", "folder or zip of images to edit; default: the run's images"),
     "splits": (flags.DEFINE_list, [], "splits to evaluate; default: data.split and data.test_split"),

@@ -137,9 +137,9 @@ CLASSES = {"model__num_classes": 10, "data__classes": tuple("0123456789")}
 
 def test_densities_of_a_run():
     with_classes = tiny_config(**CLASSES)
-    assert evaluate._densities(tiny_config(), ()) == ("p(x)",)
-    assert evaluate._densities(with_classes, ()) == ("p(x | y)",)
-    assert evaluate._densities(with_classes, ("none",)) == ("p(x | y)", "p(x | ∅)")
+    assert evaluate._densities(tiny_config(), ()) == ("x",)
+    assert evaluate._densities(with_classes, ()) == ("x given y",)
+    assert evaluate._densities(with_classes, ("none",)) == ("x given y", "x given ∅")
     for labels in (("3",), ("none", "3"), ("",)):
         with pytest.raises(UserError, match=r"--labels=.* does not go with --mode=evaluate.* give none"):
             evaluate._densities(with_classes, labels)
@@ -150,7 +150,7 @@ def test_densities_of_a_run():
 def test_bounds_of_other_densities_are_not_mixed():
     """A file of results belongs to one density; those of runs without classes are as before."""
     arguments = tiny_config(), {"a": np.ones(2)}, "train", np.arange(3), 0
-    names = ("p(x)", "p(x | y)", "p(x | ∅)")
+    names = ("x", "x given y", "x given ∅")
     assert len({evaluate._identity(*arguments, density) for density in names}) == 3
 
 
@@ -192,9 +192,9 @@ def test_an_evaluation_with_classes(tmp_path):
     write_samples(tmp_path, 30, 0, str(tmp_path / "samples.npz"))
     result = evaluate.evaluate(tmp_path, num=8, labels=("none",), samples=str(tmp_path / "samples.npz"))
     given, without = result["splits"]["train[:100]"], result["splits"]["train[:100] without labels"]
-    assert (given["density"], without["density"]) == ("p(x | y)", "p(x | ∅)")
+    assert (given["density"], without["density"]) == ("x given y", "x given ∅")
     assert given["bits_per_dim"] != without["bits_per_dim"] and given["n"] == without["n"] == 8
-    assert result["protocol"]["densities"] == ["p(x | y)", "p(x | ∅)"]
+    assert result["protocol"]["densities"] == ["x given y", "x given ∅"]
     samples = result["samples"]
     assert samples["classifiers"]["logistic_regression"]["held_out_accuracy"] > 0.5
     assert samples["protocol"]["metrics"]["classifiers"]["n"] == 30
@@ -202,7 +202,8 @@ def test_an_evaluation_with_classes(tmp_path):
     assert "3 samples" in samples["protocol"]["metrics"]["frechet_within_classes"]["left_out"]
     folder = tmp_path / "evaluation" / "0"
     text = (folder / "evaluation.md").read_text()
-    assert "p(x | ∅)" in text and "logistic_regression accuracy" in text and "class 0 has 3 samples" in text
+    assert "| x given ∅ |" in text and len({line.count("|") for line in text.splitlines()[2:6]}) == 1
+    assert "logistic_regression accuracy" in text and "class 0 has 3 samples" in text
     assert "held_out_accuracy" in (tmp_path / "report.html").read_text()
     assert evaluate.evaluate(tmp_path, num=8)["splits"] == {"train[:100]": given}
 
