@@ -34,6 +34,7 @@ KILLS = flags.DEFINE_integer("kills", 50, "number of SIGKILLs")
 TERMS = flags.DEFINE_integer("terms", 10, "number of SIGTERMs")
 STEPS = flags.DEFINE_integer("steps", 1000, "steps of the run that is killed, 60 or more")
 FLIPS = flags.DEFINE_integer("flips", 100, "number of single bits to flip")
+CLASSES = flags.DEFINE_bool("classes", False, "train with the ten classes of the digits")
 SEED = flags.DEFINE_integer("seed", 0, "seed of the moments and places of the damage")
 
 # Changes to configs/tiny.py, which make the run long enough for many kills.
@@ -52,6 +53,7 @@ def start(workdir, devices=1, code=None, args=(), **overrides):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     settings = {"train.num_steps": STEPS.value} | CONFIG
+    settings |= {"model.num_classes": "auto"} if CLASSES.value else {}
     settings |= {key.replace("__", "."): value for key, value in overrides.items()}
     mutant = f"import sys; {code}; from diffusion_jax import cli; sys.exit(cli.main())"
     program = ["-c", mutant] if code else ["main.py"]
