@@ -130,6 +130,7 @@ def test_the_embedding_is_added_to_that_of_the_step():
     model, plain = unet.UNet(**SMALL, num_classes=3), unet.UNet(**SMALL)
     params = jax.tree.map(lambda x: x + 0.1, model.init(jax.random.key(0), X, T)["params"])
 
+    @jax.jit
     def out(labels, params=params):
         return model.apply({"params": params}, X, T, labels=labels)
 

@@ -127,6 +127,7 @@ def test_a_config_that_was_edited_is_not_sampled(tmp_path):
         run(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_first_save_that_cannot_be_read_back_stops_the_run(uninterrupted, tmp_path, monkeypatch):
     def save(manager, step, state, about):
         write(manager, step, state, about)

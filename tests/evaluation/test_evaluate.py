@@ -103,6 +103,7 @@ class WithLabels(Examples):
         return self.arrays["image"][indices]
 
 
+@pytest.mark.slow
 def test_the_bound_of_a_class_takes_the_labels(rough, tmp_path):
     """A network that knows the noise-free image of each class has a lower bound with labels; ∅ is the default."""
 
