@@ -88,6 +88,11 @@ def _about(config, workdir, step, params, seed, chosen):
     """Returns everything that samples depend on, as a dict for JSON. Unused settings are None."""
     checksums = json.dumps(checkpoint.checksums(params), sort_keys=True)
     sampler, num_steps = config.sampling.sampler, config.schedule.num_steps
+    of_classes = {
+        "classes": list(chosen or ()),
+        "guidance": float(config.sampling.guidance),
+        "guidance_interval": list(config.sampling.guidance_interval),
+    }
     return {
         "workdir": absolute(workdir).name,  # samples travel: the folders above it belong to this machine
         "step": step,
@@ -100,9 +105,7 @@ def _about(config, workdir, step, params, seed, chosen):
         "sigma": config.sampling.sigma if sampler == "ancestral" else None,
         "clip": config.sampling.clip,
         "dtype": config.model.dtype,
-        "classes": None if chosen is None else list(chosen),
-        "guidance": None if chosen is None else float(config.sampling.guidance),
-        "guidance_interval": None if chosen is None else list(config.sampling.guidance_interval),
+        **({} if chosen is None else of_classes),
     }
 
 
@@ -192,7 +195,7 @@ def _shards(folder):
 
 def _save_npz(path, samples, first, about):
     """Writes samples from index `first` on, and what they depend on."""
-    labels = _labels(about["classes"], first, len(samples))
+    labels = _labels(about.get("classes"), first, len(samples))
     others = {"about": np.array(json.dumps({**about, "first": first, "num": len(samples)}))}
     others |= {} if labels is None else {"labels": labels}
 

@@ -60,7 +60,7 @@ def show(
 class _Run:
     """A run's network, schedule and images, for the functions of `figures`, `edits` and `sampling`."""
 
-    def __init__(self, workdir, seed, path, labels, guidance):
+    def __init__(self, workdir, seed, path, labels=(), guidance=None):
         self._config = with_sampling(read_config(workdir), guidance=guidance)
         chosen = choose(self._config, labels)
         self._labels = jnp.array(chosen) if labels else None

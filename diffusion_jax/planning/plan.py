@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -232,7 +233,8 @@ def _measure(topology, lowered, chip, num_chips, loop_iterations, steps):
     else:
         start = time.monotonic()
         try:
-            program = programs.compiled(lowered)
+            with _no_compilation_cache():
+                program = programs.compiled(lowered)
             needs = programs.needs(program, chip, num_chips, loop_iterations, steps)
             needs["compile_seconds"] = time.monotonic() - start
         except DoesNotFit as error:
@@ -242,6 +244,19 @@ def _measure(topology, lowered, chip, num_chips, loop_iterations, steps):
     if "does_not_fit" in needs:
         raise DoesNotFit(needs["does_not_fit"])
     return needs
+
+
+@contextlib.contextmanager
+def _no_compilation_cache():
+    """Keeps JAX's compilation cache out: it cannot read a program of an absent TPU back, and warns of it."""
+    before = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX looks at the flag once
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 def _version(package):
