@@ -84,7 +84,7 @@ def _loop(config, run, folder, images, lock, manager, state, about, sample_fn, b
             # Samples and evaluations take a while: the state is saved before them.
             if signum or end == config.train.num_steps or any(_is_due(config.train[f"{x}_every"], end) for x in _KINDS):
                 watch.finish()
-                checkpoint.save(manager, end, state, about | {"metrics": log.pending if log else []})
+                checkpoint.save(manager, end, state, about | {"metrics": list(log.pending) if log else []})
                 if is_first_save:
                     checkpoint.verify(manager, end, run.abstract_state())
                     is_first_save = False
