@@ -42,9 +42,9 @@ def record(folder: epath.Path, run: str, step: int, config: ConfigDict) -> list[
     history, now = read(folder), _flat(config)
     before = history["starts"][-1]["config"] if history["starts"] else now
     changes = [
-        f"config.{key}: {before.get(key)!r} before, {value!r} now"
+        f"config.{key}: {before[key]!r} before, {value!r} now"
         for key, value in now.items()
-        if before.get(key) != value
+        if key in before and before[key] != value  # a version adds keys, whose defaults change nothing
     ]
     if changes or not history["starts"] or history["run"] != run:
         start = {"step": step, "time": time.strftime("%F %T %Z"), "config": now}

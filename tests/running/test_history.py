@@ -30,6 +30,14 @@ def test_every_config_is_kept_with_its_step(tmp_path):
     assert history.read(folder)["run"] == "ab"
 
 
+def test_a_key_that_a_new_version_adds_is_no_change(tmp_path):
+    history.record(epath.Path(tmp_path), "ab", 0, tiny_config())
+    content = json.loads((tmp_path / "run.json").read_text())
+    del content["starts"][0]["config"]["train.label_dropout"]
+    (tmp_path / "run.json").write_text(json.dumps(content))
+    assert history.record(epath.Path(tmp_path), "ab", 5, tiny_config()) == []
+
+
 def test_a_path_that_is_spelled_otherwise_is_no_change(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     history.record(epath.Path(tmp_path), "ab", 0, tiny_config(data__path="./faces/"))
