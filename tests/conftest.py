@@ -29,8 +29,11 @@ jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def pytest_collection_modifyitems(items):
-    """The slow tests first: at the end one worker would wait for them."""
+def pytest_collection_modifyitems(config, items):
+    """Marks the tests of the core, and puts the slow ones first: at the end one worker would wait for them."""
+    for item in items:
+        if item.path.parent in (config.rootpath / "tests", config.rootpath / "tests/running"):
+            item.add_marker("core")
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 

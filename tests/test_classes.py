@@ -128,7 +128,7 @@ def test_the_network_with_classes_has_one_more_table():
 def test_the_embedding_is_added_to_that_of_the_step():
     """A table of zeros gives the network without classes; ∅ is the default; other rows give other noise."""
     model, plain = unet.UNet(**SMALL, num_classes=3), unet.UNet(**SMALL)
-    params = jax.tree.map(lambda x: x + 0.1, model.init(jax.random.key(0), X, T)["params"])
+    params = jax.tree.map(lambda x: x + 0.1, jax.jit(model.init)(jax.random.key(0), X, T)["params"])
 
     @jax.jit
     def out(labels, params=params):
@@ -138,7 +138,8 @@ def test_the_embedding_is_added_to_that_of_the_step():
     assert abs(out(np.array([0, 1])) - out(np.array([1, 1])))[0].max() > 1e-3
     np.testing.assert_array_equal(out(np.array([0, 1]))[1], out(np.array([1, 1]))[1])
     zeros = params | {"class_embedding": {"embedding": np.zeros((4, 32), np.float32)}}
-    expected = plain.apply({"params": {k: v for k, v in params.items() if k != "class_embedding"}}, X, T)
+    without = {name: value for name, value in params.items() if name != "class_embedding"}
+    expected = jax.jit(plain.apply)({"params": without}, X, T)
     np.testing.assert_allclose(out(np.array([0, 2]), zeros), expected, atol=1e-6)
     with pytest.raises(ValueError, match="labels need a network with classes"):
         plain.apply({"params": params}, X, T, labels=np.array([0, 1]))

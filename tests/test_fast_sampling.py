@@ -228,28 +228,6 @@ def test_an_image_does_not_depend_on_its_batch(rough):
         np.testing.assert_array_equal(chain(X[1:2], KEYS[1:2])[0], chain(X, KEYS)[1])
 
 
-# ---------------------------------------------------------------- velocity and variance
-
-
-def test_velocity_is_inverted(rough):
-    rng = np.random.default_rng(0)
-    x_0, eps_bar = rng.standard_normal((2, 5)).astype(np.float32)
-    for t in (1, 2, 3, 4):
-        x_t, v = process.forward(rough, x_0, t, eps_bar), process.velocity(rough, x_0, t, eps_bar)
-        np.testing.assert_allclose(process.predict_eps_bar_from_velocity(rough, x_t, t, v), eps_bar, atol=1e-6)
-        np.testing.assert_allclose(rough.alpha_bar[t] * x_t - rough.beta_bar[t] * v, x_0, atol=1e-6)
-
-
-def test_variance_between():
-    s = schedule.ho_linear(1000)
-    for t in (1, 2, 10, 300, 1000):
-        assert process.variance_between(s, t, t - 1) == pytest.approx(float(s.beta[t]) ** 2, rel=1e-4)
-    beta_squared = np.linspace(1e-4, 0.02, 1000)
-    exact = 1 - np.prod(1 - beta_squared[100:300])
-    assert process.variance_between(s, 300, 100) == pytest.approx(exact, rel=1e-5)
-    assert process.variance_between(s, 1000, 0) == pytest.approx(1 - np.prod(1 - beta_squared), rel=1e-5)
-
-
 # ---------------------------------------------------------------- windows
 
 

@@ -1,12 +1,12 @@
 """Exact identities in coordinates. x_0 and the noises ε_1..ε_T are an orthonormal
 basis, so a random variable is the vector of its coefficients and a covariance is a
-dot product. Nothing here is random."""
+dot product."""
 
 import jax
 import numpy as np
 import pytest
 
-from diffusion_jax import process
+from diffusion_jax import process, schedule
 
 STEPS = range(1, 5)
 X_0, EPS = np.eye(5)[0], np.eye(5)  # EPS[t] is ε_t, orthogonal to X_0
@@ -80,6 +80,25 @@ def test_posterior_mean_of_the_predicted_x_0_is_the_reverse_step(rough):
         x_0 = process.predict_x_0(rough, x_t, t, eps_bar)
         expected = process.reverse_step(rough, x_t, t, process.step_noise(rough, eps_bar, t))
         np.testing.assert_allclose(process.posterior_mean(rough, x_0, x_t, t), expected, rtol=2e-6, atol=2e-6)
+
+
+def test_velocity_is_inverted(rough):
+    rng = np.random.default_rng(0)
+    x_0, eps_bar = rng.standard_normal((2, 5)).astype(np.float32)
+    for t in (1, 2, 3, 4):
+        x_t, v = process.forward(rough, x_0, t, eps_bar), process.velocity(rough, x_0, t, eps_bar)
+        np.testing.assert_allclose(process.predict_eps_bar_from_velocity(rough, x_t, t, v), eps_bar, atol=1e-6)
+        np.testing.assert_allclose(rough.alpha_bar[t] * x_t - rough.beta_bar[t] * v, x_0, atol=1e-6)
+
+
+def test_variance_between():
+    s = schedule.ho_linear(1000)
+    for t in (1, 2, 10, 300, 1000):
+        assert process.variance_between(s, t, t - 1) == pytest.approx(float(s.beta[t]) ** 2, rel=1e-4)
+    beta_squared = np.linspace(1e-4, 0.02, 1000)
+    exact = 1 - np.prod(1 - beta_squared[100:300])
+    assert process.variance_between(s, 300, 100) == pytest.approx(exact, rel=1e-5)
+    assert process.variance_between(s, 1000, 0) == pytest.approx(1 - np.prod(1 - beta_squared), rel=1e-5)
 
 
 def test_vmap_over_t_equals_a_loop(rough):

@@ -114,9 +114,9 @@ def test_every_path_on_gaussian_data_ends_at_its_closed_form(rough, sigma_of, nu
     mean, deviation = 0.3, 0.5
     sigma = sigma_of(s)
     gain = gains(s, deviation)
-    expected = mean + gain[-1] * (X - float(s.alpha_bar[-1]) * mean)
-    for t in range(2, s.num_steps + 1):
-        expected = expected + gain[t - 1] * float(sigma[t]) * np.asarray(sampling.normal(KEYS, t, X.shape[1:]))
+    steps = np.arange(2, s.num_steps + 1)
+    z = np.asarray(jax.vmap(lambda t: sampling.normal(KEYS, t, X.shape[1:]))(steps), np.float64)
+    expected = mean + gain[-1] * (X - float(s.alpha_bar[-1]) * mean) + np.tensordot(gain[1:-1] * sigma[2:], z, axes=1)
     actual = sampling.reverse_chain(optimal(s, mean, deviation), s, sigma, X, KEYS)
     np.testing.assert_allclose(actual, expected, atol=3e-5)
 

@@ -57,6 +57,7 @@ def test_resumed_run_ends_bit_for_bit_where_the_uninterrupted_ends(uninterrupted
     assert without_speed(lines(tmp_path)) == without_speed(lines(whole_workdir))
 
 
+@pytest.mark.slow
 def test_a_stop_where_a_grid_is_due_loses_nothing(uninterrupted, tmp_path, monkeypatch, capsys):
     """The grid, the line of an interval that is cut, and that of the last, shorter interval."""
     own = {"train__sample_every": 3, "train__log_every": 4}

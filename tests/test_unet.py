@@ -1,3 +1,5 @@
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -32,9 +34,10 @@ def small():
     return model, jax.tree.unflatten(tree, leaves)
 
 
-def apply(model, params, *args, **kwargs):
+@functools.partial(jax.jit, static_argnames=("model", "train"))
+def apply(model, params, x, t, train=False, dropout_keys=None, rngs=None):
     """Applies the network as one program; op by op it takes seconds."""
-    return jax.jit(lambda params: model.apply({"params": params}, *args, **kwargs))(params)
+    return model.apply({"params": params}, x, t, train, dropout_keys, rngs=rngs)
 
 
 # ---------------------------------------------------------------- Ho et al.'s weights
@@ -147,7 +150,7 @@ def test_groups_divide_the_channels(channels, groups):
     variables = jax.tree.map(lambda leaf: leaf + np.random.default_rng(1).standard_normal(leaf.shape), variables)
 
     def value_and_gradient(module):
-        return jax.value_and_grad(lambda v, x: (module.apply(v, x) ** 3).mean(), (0, 1))(variables, x)
+        return jax.jit(jax.value_and_grad(lambda v, x: (module.apply(v, x) ** 3).mean(), (0, 1)))(variables, x)
 
     expected, actual = value_and_gradient(flax), value_and_gradient(unet.GroupNorm(32, jnp.float32))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), actual, expected)
