@@ -13,6 +13,7 @@ import bad_inputs
 import jax
 import numpy as np
 import pytest
+from conftest import write_random_run
 from PIL import Image
 
 import diffusion_jax
@@ -77,21 +78,22 @@ def losses(workdir):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """The workdir of 20 steps of configs/tiny.py on 4 devices."""
-    workdir = tmp_path_factory.mktemp("trained")
-    assert cli.main(["diffusion_jax", "--config=tiny", f"--workdir={workdir}", "--config.train.num_steps=20"]) == 0
+def run(tmp_path_factory):
+    """The workdir of a run of configs/tiny.py with random parameters."""
+    workdir = tmp_path_factory.mktemp("run")
+    write_random_run(workdir)
     return workdir
 
 
-def test_training_by_main_py_on_1_device_takes_the_steps_of_4_devices(trained, tmp_path):
-    """The losses of 20 steps agree, dropout, noise, t and data included. The workdir is relative to the checkout."""
-    workdir = os.path.relpath(tmp_path, ROOT)
-    code, out, err = process("--config=configs/tiny.py", f"--workdir={workdir}", "--config.train.num_steps=20")
+def test_training_by_main_py_on_1_device_takes_the_steps_of_4_devices(done, tmp_path):
+    """The losses agree, dropout, noise, t and data included. The workdir is relative to the checkout."""
+    workdir = os.path.relpath(tmp_path / "one", ROOT)
+    code, out, err = process("--config=configs/tiny.py", f"--workdir={workdir}")
     assert code == 0, err
     assert "samples: " in out
     assert re.search(r"first step after \d+\.\d s, compiled", out)
-    np.testing.assert_allclose(losses(tmp_path), losses(trained), rtol=0, atol=1e-6)
+    done("--config=tiny", f"--workdir={tmp_path / 'four'}")
+    np.testing.assert_allclose(losses(tmp_path / "one"), losses(tmp_path / "four"), rtol=0, atol=1e-6)
 
 
 def together(*args):
@@ -107,10 +109,12 @@ def together(*args):
 
 
 @pytest.mark.slow
-def test_two_processes_take_the_steps_and_draw_the_samples_of_one(done, trained, tmp_path):
+def test_two_processes_take_the_steps_and_draw_the_samples_of_one(done, tmp_path):
+    """The losses of 20 steps agree."""
     codes, errors = together("--config=tiny", f"--workdir={tmp_path / 'run'}", "--config.train.num_steps=20")
     assert codes == [0, 0], errors
-    np.testing.assert_allclose(losses(tmp_path / "run"), losses(trained), rtol=0, atol=1e-6)
+    done("--config=tiny", f"--workdir={tmp_path / 'whole'}", "--config.train.num_steps=20")
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "whole"), rtol=0, atol=1e-6)
     sample = ["--mode=sample", f"--workdir={tmp_path / 'run'}", "--num=5"]
     codes, errors = together(*sample, f"--out={tmp_path / 'two.npz'}")
     assert codes == [0, 0], errors
@@ -135,10 +139,10 @@ def test_of_two_processes_the_first_imports_and_exports(tmp_path):
     assert codes == [1, 1] and all("holds a run already" in error for error in errors)
 
 
-def test_sample_writes_a_grid_and_arrays(done, trained, tmp_path):
+def test_sample_writes_a_grid_and_arrays(done, run, tmp_path):
     grid, few, many = tmp_path / "grid.png", tmp_path / "few.npz", tmp_path / "many.npz"
     for out, num in ((grid, 9), (few, 2), (many, 9)):
-        printed = done("--mode=sample", f"--workdir={trained}", f"--num={num}", "--seed=1", f"--out={out}")
+        printed = done("--mode=sample", f"--workdir={run}", f"--num={num}", "--seed=1", f"--out={out}")
         assert f"{num} samples: {out}" in printed
     with Image.open(grid) as image:
         assert image.size == (3 * 68 + 4, 3 * 68 + 4)
@@ -215,21 +219,21 @@ def test_a_path_may_begin_in_the_home_directory(done, tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def mistakes(trained, tmp_path_factory):
-    return bad_inputs.cases(tmp_path_factory.mktemp("mistakes") / "files", trained)
+def mistakes(run, tmp_path_factory):
+    return bad_inputs.cases(tmp_path_factory.mktemp("mistakes") / "files", run)
 
 
 @pytest.mark.parametrize("name", bad_inputs.NAMES)
-def test_a_mistake_is_one_line_with_the_mend(name, mistakes, command, trained):
+def test_a_mistake_is_one_line_with_the_mend(name, mistakes, command, run):
     args, message = mistakes[name]
-    before = (trained / "config.json").read_text()
+    before = (run / "config.json").read_text()
     code, _, err = command(*args)
     assert code == 1
     last = err.splitlines()[-1]  # a bar may stand before it
     assert last.startswith("error: ") and "Traceback" not in err, err
     assert re.search(message, last), err
     assert not (mistakes.folder / "new").exists()
-    assert (trained / "config.json").read_text() == before
+    assert (run / "config.json").read_text() == before
 
 
 def test_every_mistake_is_tried(mistakes):
