@@ -26,6 +26,7 @@ def load(
     clip: bool | None = None,
     dtype: str | None = None,
     guidance: float | None = None,
+    step: int | None = None,
     progress: bool = False,
 ) -> tuple[Callable, dict]:
     """Loads the sampler and the parameters of the last checkpoint, for a notebook.
@@ -49,6 +50,7 @@ def load(
       dtype: dtype of the computation, "float32" or "bfloat16".
       guidance: weight of classifier-free guidance, for a run with classes: 1 is the plain conditional model, more
         brings images nearer to their class and to each other.
+      step: the step of the checkpoint; None is the last.
       progress: True shows a bar of the steps with speed and time left; the images stay the same.
 
     Returns:
@@ -61,11 +63,11 @@ def load(
     config = configs.with_sampling(workdirs.read_config(workdir), sampler, steps, eta, clip, dtype, num, guidance)
     run = parts.build(config)
     window = progress_window(run.num_sampling_steps, run.num_samples) if progress else None
-    return run.sample_fn(window=window), ema_params(run, workdir)[1]
+    return run.sample_fn(window=window), ema_params(run, workdir, step)[1]
 
 
-def load_network(workdir: epath.PathLike) -> tuple[Callable, dict, Schedule]:
-    """Loads the network of the last checkpoint, for a sampler of your own.
+def load_network(workdir: epath.PathLike, step: int | None = None) -> tuple[Callable, dict, Schedule]:
+    """Loads the network of the last checkpoint, or that of `step`, for a sampler of your own.
 
     Returns:
       (apply_fn, params, s): apply_fn({"params": params}, x [B, H, W, C], t [B] in 1..T, labels=None) is the predicted
@@ -75,7 +77,7 @@ def load_network(workdir: epath.PathLike) -> tuple[Callable, dict, Schedule]:
       UserError: `workdir` holds no run or no checkpoint.
     """
     run = parts.build(workdirs.read_config(workdir))
-    return run.network, ema_params(run, workdir)[1], run.schedule
+    return run.network, ema_params(run, workdir, step)[1], run.schedule
 
 
 # ---------------------------------------------------------------- images and parameters of a run
@@ -99,15 +101,15 @@ def read_images(config: ConfigDict, workdir: epath.PathLike, split: str | None =
         raise UserError(f"{error} (data.* of this run are in {file})") from None
 
 
-def ema_params(run: Parts, workdir: epath.PathLike) -> tuple[int, dict]:
-    """Returns (step, averaged parameters) of the last checkpoint; reads nothing else of it.
+def ema_params(run: Parts, workdir: epath.PathLike, step: int | None = None) -> tuple[int, dict]:
+    """Returns (step, averaged parameters) of the last checkpoint, or that of `step`; reads nothing else of it.
 
     Raises:
       UserError: there is no checkpoint, none can be read, or it does not belong to config.json.
     """
     like = run.abstract_state()._replace(params=None, opt_state=None)
     with checkpoint.open_manager(workdir, read_only=True) as manager:
-        state = checkpoint.restore(manager, like)
+        state = checkpoint.restore(manager, like) if step is None else checkpoint.restore_step(manager, like, step)
         if state is None:
             raise UserError(f"--workdir={workdir} holds no checkpoint yet: train first")
         about = checkpoint.read_about(manager, int(state.step))

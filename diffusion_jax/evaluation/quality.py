@@ -25,6 +25,7 @@ K, K_DENSITY = 3, 5  # neighbours for precision and recall, and for density and 
 SUBSETS = 100  # in the kernel distance
 DIRECTIONS = 512  # in the sliced Wasserstein distance
 _JACKKNIFE = {"method": "infinitesimal jackknife"}
+PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp")  # endings of files that are no samples, though they show some
 _BATCH = 256  # images in a call of the feature extractor
 _COMPARABLE = ("features", "checksum", "image_size", "channels", "resize")  # keys that must be equal in both protocols
 
@@ -282,7 +283,8 @@ def _read_shards(path):
             with file.open("rb") as opened, np.load(opened, allow_pickle=False) as content:
                 arrays.append((content["arr_0"], content.get("labels")))
         except Exception as error:  # NumPy and zipfile raise many types
-            raise UserError(f"--samples={file} holds no samples ({one_line(error, 200)}): {remedy}") from None
+            reason = f"it is a picture, {file.suffix}" if file.suffix in PICTURES else one_line(error, 200)
+            raise UserError(f"--samples={file} holds no samples ({reason}): {remedy}, e.g. --out=samples.npz") from None
     for array, _ in arrays or [(np.zeros(0), None)]:
         if array.ndim != 4 or array.dtype != np.uint8 or not len(array) or array.shape[1:] != arrays[0][0].shape[1:]:
             raise UserError(

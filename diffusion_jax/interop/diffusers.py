@@ -446,8 +446,8 @@ def _to_flax(file, name, array, shape):
 # ---------------------------------------------------------------- export
 
 
-def export_diffusers(workdir: epath.PathLike, out: str) -> None:
-    """Writes the averaged parameters of the last checkpoint for diffusers' `DDPMPipeline.from_pretrained(out)`.
+def export_diffusers(workdir: epath.PathLike, out: str, step: int | None = None) -> None:
+    """Writes the averaged parameters of the last checkpoint, or `step`, for diffusers' `DDPMPipeline.from_pretrained`.
 
     The pipeline runs the ancestral chain with the run's sigma, whatever the run's sampling.sampler. Schedules
     other than Ho's are written as `trained_betas`. A run with classes has num_classes + 1 class embeddings, the last
@@ -470,7 +470,7 @@ def export_diffusers(workdir: epath.PathLike, out: str) -> None:
         f"scheduler/{_SCHEDULER}": _scheduler_config(config),
     }
     hosts.on_main(lambda: _check_folder(folder, out))
-    step, params = ema_params(parts.build(config), workdir)
+    step, params = ema_params(parts.build(config), workdir, step)
 
     def write():
         try:

@@ -41,10 +41,11 @@ _PROMISE = (
 _PATHS = ("path", "cache_dir", "manual_dir")  # keys of config.data
 
 
-def export_sampler(workdir: epath.PathLike, out: str, **settings: Any) -> None:
+def export_sampler(workdir: epath.PathLike, out: str, step: int | None = None, **settings: Any) -> None:
     """Writes the sampler of the last checkpoint as one file, see `export`.
 
     Args:
+      step: the step of the checkpoint; None is the last.
       settings: sampler, steps and eta of `diffusion_jax.load`.
 
     Raises:
@@ -52,7 +53,7 @@ def export_sampler(workdir: epath.PathLike, out: str, **settings: Any) -> None:
     """
     config = _portable(configs.with_sampling(read_config(workdir), **settings))
     hosts.on_main(lambda: _check_out(out))
-    step, params = ema_params(parts.build(config), workdir)
+    step, params = ema_params(parts.build(config), workdir, step)
     hosts.on_main(lambda: export(config, params, step, out))
 
 

@@ -118,6 +118,8 @@ def with_sampling(
     Raises:
       UserError: a value is invalid, eta is given for another sampler than ddim, or guidance for a run without classes.
     """
+    if sampler == "ancestral" and steps is None:
+        steps = 0  # the config may name a sampler of few steps
     values = {"sampler": sampler, "steps": steps, "eta": eta, "clip": clip, "num": num, "guidance": guidance}
     flat = {f"sampling.{key}": value for key, value in values.items() if value is not None}
     flat |= {} if dtype is None else {"model.dtype": dtype}
