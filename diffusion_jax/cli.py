@@ -5,7 +5,6 @@ diffusion_jax --mode=sample --workdir=runs/celeba --num=64 --out=samples.png
 diffusion_jax --mode=sample --help
 """
 
-import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -259,11 +258,7 @@ def run(argv: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code; an error of the user or the system is one line on stderr."""
-    code = _code(sys.argv if argv is None else argv)
-    if watch.is_busy():  # a signal has stopped the command: nobody waits for the result
-        sys.stdout.flush()
-        os._exit(code)
-    return code
+    return watch.leave(_code(sys.argv if argv is None else argv))
 
 
 def _code(argv):

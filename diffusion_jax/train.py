@@ -4,7 +4,10 @@ import contextlib
 import functools
 import itertools
 import math
+import sys
 import time
+import types
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -19,15 +22,26 @@ from diffusion_jax.running import checkpoint, history, hosts
 from diffusion_jax.running import config as configs
 from diffusion_jax.running import workdir as workdirs
 from diffusion_jax.running.lock import Lock
-from diffusion_jax.running.log import MetricsLog
-from diffusion_jax.running.watch import Sampler, Watch, progress_bar, waiting
+from diffusion_jax.running.watch import Sampler, Watch, metrics_log, progress_bar, waiting
 from diffusion_jax.step import TrainState
 
 _KINDS = ("sample", "evaluate", "checkpoint")  # work that recurs every train.<kind>_every steps
 
 
-def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
+def train(
+    config: ConfigDict,
+    workdir: epath.PathLike,
+    *,
+    loss: Callable | None = None,
+    schedule: Callable | None = None,
+    sigma: Callable | None = None,
+) -> TrainState:
     """Trains to config.train.num_steps, from the last checkpoint of `workdir` if it has one.
+
+    Args (a function, whose name config.json keeps, in place of a name in the config):
+      loss: (eps_bar_fn, s, x_0, t, eps_bar) -> [B], as `losses.simple_loss`.
+      schedule: (num_steps) -> Schedule, as `schedule.cosine`; `load` then needs it too.
+      sigma: (s) -> [T + 1], as `schedule.sigma_beta`; `load` then needs it, or another one.
 
     Returns:
       The final state, NumPy arrays.
@@ -38,10 +52,12 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
       hosts.Stopped: a signal stopped the run after it saved its state.
     """
     began = time.monotonic()
+    config = configs.with_functions(config, loss=loss, schedule=schedule, sigma=sigma)
     configs.check(config)
     folder = workdirs.absolute(workdir)
     with contextlib.ExitStack() as stack:
         config, images, lock = _begin(config, folder, stack)
+        parts.loss(config)  # raises for a function that only Python can give
         run = parts.build(config)
         keep = config.train.keep_checkpoints, config.train.checkpoint_every
         manager = stack.enter_context(checkpoint.open_manager(folder, *keep))
@@ -70,7 +86,7 @@ def _loop(config, run, folder, images, lock, manager, state, about, sampler, beg
             num_steps = config.train.num_steps - start
             fit.foresee(config, program(next(dispatches())[0]), (state, (batch, indices)), num_steps)
             fit.foresee_sampler(config, sampler, state)
-        log = stack.enter_context(_log(folder, start, config.train.log_every, pending))
+        log = stack.enter_context(metrics_log(folder, start, config.train.log_every, pending))
         bar = stack.enter_context(progress_bar(start, config.train.num_steps))
         watch = Watch(config.train, manager, log, bar, began)
         look = _looks(config, run, images, folder, sampler, log, signals, manager)
@@ -229,8 +245,10 @@ def _draw_grid(config, sampler, state, folder) -> epath.Path:
     return path
 
 
-def _log(folder, start, every, pending):
-    """Opens the metrics of the run in process 0, which writes and prints."""
-    if jax.process_index() == 0:
-        return MetricsLog(folder, start, every, pending)
-    return contextlib.nullcontext()
+class _Callable(types.ModuleType):
+    """This module, which is a function too: diffusion_jax.train(config, workdir) is diffusion_jax.train.train."""
+
+    __call__ = staticmethod(train)
+
+
+sys.modules[__name__].__class__ = _Callable

@@ -17,13 +17,14 @@ from diffusion_jax import likelihood, parts, schedule
 from diffusion_jax.data import sources
 from diffusion_jax.errors import UserError, one_line
 from diffusion_jax.evaluation import bound, classifier, inception, metrics, monitor, quality
+from diffusion_jax.evaluation.meaning import meaning, with_reasons
 from diffusion_jax.evaluation.report import report
 from diffusion_jax.pictures import grids
-from diffusion_jax.pictures.shows import show
+from diffusion_jax.pictures.shows import read_images, show
 from diffusion_jax.running import checkpoint, files
 from diffusion_jax.running.tables import markdown_table
 from diffusion_jax.running.workdir import absolute, read_config
-from diffusion_jax.sample import ema_params, read_images
+from diffusion_jax.sample import ema_params
 
 _SECTIONS = {"samples": "Samples", "samples_to_statistics": "Samples against saved statistics"}
 MANY = 10_000  # largest number of held-out images whose nearest training images are searched
@@ -311,19 +312,19 @@ class _Pixels:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """Returns the numbers of evaluation.json as Markdown."""
-    protocol = result["protocol"]
+    """Returns the numbers of evaluation.json as Markdown, each with what it is and what is good."""
+    result, protocol = with_reasons(result), result["protocol"]
     lines = [f"# Evaluation of step {result['step']}", ""]
     names: tuple[str, ...] = ("density", "n", "bits_per_dim", "standard_error", "rate", "distortion", "prior", "loss")
     names += ("histogram_bits_per_dim", "png_bits_per_dim")
     rows = [[split, *(x[name] for name in names)] for split, x in result["splits"].items()]
     lines += markdown_table(["split", *names], rows, _cell)
+    lines += ["", *(f"- {name}: {meaning(name, '')}" for name in names)]
     lines += [
         "",
-        f"Bits/dim by the variational bound over T = {protocol['T']} steps; sigma {protocol['sigma']}, x_0 clipped to "
+        f"The numbers are {protocol['bound']}; T = {protocol['T']}, sigma {protocol['sigma']}, x_0 clipped to "
         f"{protocol['clip']}, {protocol['decoder']} decoder of deviation {protocol['decoder_std']:.4g} "
-        f"({protocol['decoder_std_is']}), {protocol['parameters']} parameters, seed {protocol['seed']}, one draw of "
-        "noise for each image and step. Standard error over images. Distortion: root mean square error, scale 0..255.",
+        f"({protocol['decoder_std_is']}), {protocol['parameters']} parameters, seed {protocol['seed']}.",
     ]
     for split, x in result["splits"].items():
         t, rate, distortion = (np.array(x["rate_distortion"][name]) for name in ("t", "rate", "distortion"))
@@ -338,8 +339,8 @@ def markdown(result: dict[str, Any]) -> str:
 
 def _section(section):
     """Returns the lines of a section of samples: its values, and the protocol of each."""
-    values = [(name, value) for name, value in section.items() if name != "protocol"]
-    lines = [*markdown_table(["", "value"], values, _cell), ""]
+    values = [(name, value, meaning(name)) for name, value in section.items() if name != "protocol"]
+    lines = [*markdown_table(["", "value", "what it is, and what is good"], values, _cell), ""]
     for name, settings in section["protocol"].items():
         lines.append(f"- {name}: {'; '.join(f'{key}: {_cell(value)}' for key, value in settings.items())}")
     return lines

@@ -7,18 +7,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
 from diffusion_jax import parts, sample, sampling
 from diffusion_jax.data import pipeline, pixels
+from diffusion_jax.data.cache import Cached, OnTheFly
 from diffusion_jax.errors import UserError
 from diffusion_jax.pictures import edits, figures, grids
-from diffusion_jax.running.config import check_integer, check_seed, choose, with_sampling
+from diffusion_jax.running.config import check_integer, check_seed, choose, has_images, with_sampling
 from diffusion_jax.running.watch import waiting
-from diffusion_jax.running.workdir import read_config
+from diffusion_jax.running.workdir import absolute, read_config
 
 FRAMES = 50  # frames of an animation
 JUMPS = 25  # RePaint goes back up by T / JUMPS steps: 10 of 250 in Lugmayr et al. (2022)
 REPEATS = 5  # of each step of RePaint: as many network evaluations at T = 1000 as theirs, 10 repeats of 250 steps
+
+
+def read_images(config: ConfigDict, workdir: epath.PathLike, split: str | None = None) -> Cached | OnTheFly:
+    """Opens the data set of a run.
+
+    Args:
+      split: replaces data.split.
+
+    Raises:
+      UserError: the data set cannot be opened; the message names the file to correct.
+    """
+    file = absolute(workdir) / "config.json"
+    if not has_images(config):
+        raise UserError(f"{file} names no images (data.path is empty, the run was imported): set data.path there")
+    try:
+        return parts.images(config, split)
+    except UserError as error:
+        raise UserError(f"{error} (data.* of this run are in {file})") from None
 
 
 def show(
@@ -107,7 +127,7 @@ class _Run:
             config.data.source, config.data.path = "files", self.path
             dataset = parts.images(config)
         else:
-            dataset = sample.read_images(self._config, self._workdir)
+            dataset = read_images(self._config, self._workdir)
         if or_fewer:
             num = min(num, len(dataset))
         if num > len(dataset):

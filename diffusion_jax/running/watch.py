@@ -5,15 +5,17 @@ import concurrent.futures
 import contextlib
 import itertools
 import math
+import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 import tqdm
+from etils import epath
 from ml_collections import ConfigDict  # noqa: TID251 (the type of a config)
 
 from diffusion_jax import sampling
@@ -92,6 +94,13 @@ def _not_finite(number, metrics, manager):
     )
 
 
+def metrics_log(
+    folder: epath.Path, start: int, every: int, pending: Sequence[dict[str, float]]
+) -> contextlib.AbstractContextManager[MetricsLog | None]:
+    """Opens the metrics of the run in process 0, which writes and prints; returns a context of None in the others."""
+    return contextlib.nullcontext() if jax.process_index() else MetricsLog(folder, start, every, pending)
+
+
 @contextlib.contextmanager
 def progress_bar(start: int, num_steps: int) -> Iterator[tqdm.tqdm]:
     """Yields the bar of a training, which process 0 shows. On a terminal its clock runs on between two steps."""
@@ -148,7 +157,7 @@ def waiting(
     """Returns work(), and shows on stderr what is done and for how long.
 
     A thread works and this one waits, so that Ctrl-C and the signals of `hosts.StopSignals` act at once, although
-    XLA compiles and computes without a look at them. The thread itself cannot be stopped, see `is_busy`.
+    XLA compiles and computes without a look at them. The thread itself cannot be stopped, see `leave`.
 
     Args:
       text: what is done, e.g. "compiling the train step".
@@ -188,9 +197,15 @@ def _fulfil(future, work):
         _running.discard(threading.current_thread())
 
 
-def is_busy() -> bool:
-    """True if the work of a `waiting` that a signal has ended still runs; Python would wait for it at its exit."""
-    return bool(_running)
+def leave(code: int) -> int:
+    """Returns the exit code of a command; ends the process if the work of a `waiting` runs on after a signal.
+
+    Python would wait for its thread, and XLA aborts if a thread ends within a program.
+    """
+    if _running:
+        sys.stdout.flush()
+        os._exit(code)
+    return code
 
 
 def duration(seconds: float) -> str:
