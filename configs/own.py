@@ -1,6 +1,6 @@
 """One's own pictures at 32×32, from a folder or a zip, in a size that suits the machine.
 
-    python main.py --config=configs/own.py --config.data.path=pictures.zip --workdir=runs/own
+    python main.py --config=configs/own.py --workdir=runs/own --config.data.path=pictures.zip
 
 With a GPU or a TPU that is Ho et al.'s network for CIFAR-10 and 50,000 steps; on a CPU a small network and 4,000 steps.
 `--config=configs/own.py:cpu` and `:accelerator` choose the size, e.g. to resume the run on another machine. The

@@ -25,16 +25,12 @@ from diffusion_jax.running.lock import Lock
 from diffusion_jax.running.watch import Sampler, Watch, metrics_log, progress_bar, waiting
 from diffusion_jax.step import TrainState
 
+_Own = Callable | None  # a function of the user
 _KINDS = ("sample", "evaluate", "checkpoint")  # work that recurs every train.<kind>_every steps
 
 
 def train(
-    config: ConfigDict,
-    workdir: epath.PathLike,
-    *,
-    loss: Callable | None = None,
-    schedule: Callable | None = None,
-    sigma: Callable | None = None,
+    config: ConfigDict, workdir: epath.PathLike, *, loss: _Own = None, schedule: _Own = None, sigma: _Own = None
 ) -> TrainState:
     """Trains to config.train.num_steps, from the last checkpoint of `workdir` if it has one.
 
@@ -83,8 +79,8 @@ def _loop(config, run, folder, images, lock, manager, state, about, sampler, beg
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(hosts.StopSignals())
         with signals.at_once(start):
-            num_steps = config.train.num_steps - start
-            fit.foresee(config, program(next(dispatches())[0]), (state, (batch, indices)), num_steps)
+            left, first = config.train.num_steps - start, program(next(dispatches())[0])
+            fit.foresee(config, first, (state, (batch, indices)), left)
             fit.foresee_sampler(config, sampler, state)
         log = stack.enter_context(metrics_log(folder, start, config.train.log_every, pending))
         bar = stack.enter_context(progress_bar(start, config.train.num_steps))
@@ -130,7 +126,8 @@ def _looks(config, run, images, folder, sampler, log, signals, manager):
         with signals.at_once(number):
             if due["evaluate"] and not hosts.on_main(lambda: log.has_evaluation(number)):
                 started = time.monotonic()
-                measured = monitor(jax.device_get(state.ema_params), number, folder)
+                params = jax.device_get(state.ema_params)
+                measured = waiting("evaluating", functools.partial(monitor, params, number, folder))
                 if log:
                     log.add_evaluation(number, measured, time.monotonic() - started)
             if due["sample"]:

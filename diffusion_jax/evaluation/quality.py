@@ -226,7 +226,9 @@ def _too_few(x):
     if d > MAX_FEATURES:
         return f"{d:,} features are more than the {MAX_FEATURES:,} of a covariance: give --inception"
     return (
-        "" if n >= least else f"{n:,} samples of {d:,} features are fewer than {least:,}, {metrics.EXTRAPOLATED} each"
+        ""
+        if n >= least
+        else f"{n:,} samples of {d:,} features are fewer than {least:,}, {metrics.EXTRAPOLATED} for each"
     )
 
 

@@ -23,6 +23,7 @@ from diffusion_jax.running.log import MetricsLog
 
 SILENT = 0.4  # seconds of work that `waiting` does not mention
 TICK = 0.5  # seconds between two looks at the work
+SURE = 3  # seconds after which an estimate is one
 LONG = 60  # seconds from which on the time of the work is estimated in a line of its own
 FEW = 25  # steps of a fast sampler that look much like all 1,000
 # FLOPs per second that a sampler reaches, roughly; the bar of one that takes longer than WITH_BAR seconds is counted
@@ -180,7 +181,7 @@ def _show(text, future, share, shorter):
     with tqdm.tqdm(total=1.0, desc=text, bar_format=shape, leave=None, disable=jax.process_index() != 0) as bar:
         while not concurrent.futures.wait([future], TICK).done:
             bar.n, seconds = share() if share else 0.0, time.monotonic() - began
-            if not is_long and bar.n and seconds > 3 and seconds / bar.n > LONG:
+            if not is_long and bar.n and seconds > SURE and seconds / bar.n > LONG:
                 is_long = True
                 bar.write(f"{text}: about {duration(seconds / bar.n)}{shorter and '; '}{shorter}", file=sys.stderr)
             if sys.stderr.isatty():  # a log file needs the first and the last state alone
