@@ -57,8 +57,8 @@ def write_samples(
     chosen, run = choose(config, labels), parts.build(config)
     per_call = -(-min(num, run.num_samples) // jax.process_count())
     step, params = ema_params(run, workdir, step)
-    make, shape = functools.partial(run.sample_fn, per_call), (per_call, *run.image_shape)
-    sample_fn = watch.Sampler(make, shape, run.num_sampling_steps, params, flags="")
+    shape, of_num = (per_call, *run.image_shape), functools.partial(run.sample_fn, per_call)
+    sample_fn = watch.Sampler(of_num, shape, run.num_sampling_steps, params, flags="")
     about = _about(config, workdir, step, params, seed, chosen)
     params = jax.device_put(params)
     one_call = num <= per_call * jax.process_count()  # which has a bar of its own

@@ -153,7 +153,7 @@ _BAR = "{desc}: {percentage:.0f}%|{bar}| {elapsed}<{remaining}"
 
 
 def waiting(
-    text: str, work: Callable[[], Result], share: Callable[[], float] | None = None, shorter: str = ""
+    text: str, work: Callable[[], Result], share: Callable[[], float] | None = None, shorter: str | None = ""
 ) -> Result:
     """Returns work(), and shows on stderr what is done and for how long.
 
@@ -163,7 +163,8 @@ def waiting(
     Args:
       text: what is done, e.g. "compiling the train step".
       share: returns the share of the work that is done; None if it is not known.
-      shorter: how to make the work shorter, in words; printed with an estimate if it takes more than LONG seconds.
+      shorter: how to make the work shorter, in words; printed with an estimate if it takes more than LONG seconds; None
+        prints no estimate.
     """
     future: concurrent.futures.Future[Result] = concurrent.futures.Future()
     thread = threading.Thread(target=_fulfil, args=(future, work))
@@ -177,12 +178,12 @@ def waiting(
 
 def _show(text, future, share, shorter):
     """Shows a bar, or the time that has passed, until the future is done."""
-    began, is_long, shape = time.monotonic() - SILENT, False, _BAR if share else "{desc} … {elapsed}"
+    began, is_told, shape = time.monotonic() - SILENT, shorter is None, _BAR if share else "{desc} … {elapsed}"
     with tqdm.tqdm(total=1.0, desc=text, bar_format=shape, leave=None, disable=jax.process_index() != 0) as bar:
         while not concurrent.futures.wait([future], TICK).done:
             bar.n, seconds = share() if share else 0.0, time.monotonic() - began
-            if not is_long and bar.n and seconds > SURE and seconds / bar.n > LONG:
-                is_long = True
+            if not is_told and bar.n and seconds > SURE and seconds / bar.n > LONG:
+                is_told = True
                 bar.write(f"{text}: about {duration(seconds / bar.n)}{shorter and '; '}{shorter}", file=sys.stderr)
             if sys.stderr.isatty():  # a log file needs the first and the last state alone
                 bar.refresh()
@@ -238,7 +239,8 @@ class Sampler:
         """
         num, height, width, _ = shape
         num_parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
-        self._text, self._shorter = f"drawing {num:,} images, {num_steps:,} steps", ""
+        self._text = f"drawing {num:,} images, {num_steps:,} steps"
+        self._shorter: str | None = ""
         if num_steps > FEW:
             self._shorter = f"--{flags}sampler=dpmpp_2m --{flags}steps={FEW} take {FEW / num_steps:.0%} of it"
         self._done, self._share, self._is_compiled = 0.0, None, False
@@ -260,4 +262,5 @@ class Sampler:
             waiting("compiling the sampler", lambda: self.lower(*arguments).compile())
             self._is_compiled = True
         self._done = 0.0
-        return waiting(self._text, lambda: np.asarray(self._sample_fn(*arguments)), self._share, self._shorter)
+        shorter, self._shorter = self._shorter, None  # one estimate is enough
+        return waiting(self._text, lambda: np.asarray(self._sample_fn(*arguments)), self._share, shorter)
