@@ -82,8 +82,8 @@ def shipped() -> dict[str, Path]:
 
 def flatten(config: ConfigDict) -> dict[str, object]:
     """Returns {"seed": 0, "train.loss": "simple", …}, lists as tuples and functions as names."""
-    flat = traverse_util.flatten_dict(with_names(config).to_dict(), sep=".")
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in flat.items()}
+    flat = traverse_util.flatten_dict(config.to_dict(), sep=".")
+    return {key: tuple(value) if isinstance(value, list) else _named(value) for key, value in flat.items()}
 
 
 def with_functions(config: ConfigDict, **functions: Callable | None) -> ConfigDict:
@@ -101,11 +101,21 @@ def with_functions(config: ConfigDict, **functions: Callable | None) -> ConfigDi
         if not callable(function) or not name.isidentifier():
             raise UserError(f"{argument}={function!r} must be a function with a name, which config.json keeps: use def")
         before = config[section][key]
-        if argument != "sigma" and str(before).startswith(_PYTHON) and before != _PYTHON + name:
+        if argument != "sigma" and _is_own(before) and before != _PYTHON + name:
             raise UserError(f"{argument}={name} is not the run's own, {before.removeprefix(_PYTHON)}: give that one")
         with config.unlocked(), config.ignore_type():
             config[section][key] = function
     return config
+
+
+def _named(value):
+    """Returns the name of a function, and any other value unchanged."""
+    return _PYTHON + value.__name__ if callable(value) else value
+
+
+def _is_own(value):
+    """Returns True for the name of a function of the user."""
+    return isinstance(value, str) and value.startswith(_PYTHON)
 
 
 def with_names(config: ConfigDict) -> ConfigDict:
@@ -114,7 +124,7 @@ def with_names(config: ConfigDict) -> ConfigDict:
     with config.unlocked(), config.ignore_type():
         for section, key in (key.split(".") for key in FUNCTIONS.values()):
             if callable(value := config.get(section, {}).get(key)):
-                config[section][key] = _PYTHON + value.__name__
+                config[section][key] = _named(value)
     return config
 
 
@@ -126,7 +136,7 @@ def resolve(config: ConfigDict, argument: str, table: dict[str, Callable]) -> Ca
     """
     section, key = FUNCTIONS[argument].split(".")
     value = config[section][key]
-    if isinstance(value, str) and value.startswith(_PYTHON):
+    if _is_own(value):
         name = value.removeprefix(_PYTHON)
         raise UserError(
             f"config.{section}.{key}={value!r} is a function of the run's own, which only Python can give: "
@@ -201,7 +211,7 @@ def check(config: ConfigDict) -> None:
     """
     _check_types(config)
     for key, names in CHOICES.items():
-        own = key in FUNCTIONS.values() and str(flatten(config)[key]).startswith(_PYTHON)
+        own = key in FUNCTIONS.values() and _is_own(flatten(config)[key])
         _need(
             config,
             key,
@@ -343,16 +353,18 @@ def check_same_run(old: ConfigDict, new: ConfigDict, workdir: object) -> None:
     changed = [
         f"{key}: {before[key]!r} there, {now[key]!r} here"
         for key in sorted(before)
-        if (key.startswith(_IDENTITY) or str(before[key]).startswith(_PYTHON))
+        if (key.startswith(_IDENTITY) or (key == "train.loss" and _is_own(before[key])))
         and key not in _MAY_CHANGE
         and (chosen or key not in _OF_TRAINING)
         and before[key] != now[key]
         and "auto" not in (before[key], now[key])  # a number of classes that is known when the images are open
     ]
     if changed:
+        own = [f"{name}={before[key].removeprefix(_PYTHON)}" for name, key in FUNCTIONS.items() if _is_own(before[key])]
+        functions = f" and, to diffusion_jax.train, {', '.join(own)}" if own else ""
         raise UserError(
             f"--workdir={workdir} holds another run (config.{', config.'.join(changed)}): give another workdir, or the "
-            "config of this one (if the same files have moved, correct its config.json)"
+            f"config of this one{functions} (if the same files have moved, correct its config.json)"
         )
 
 
