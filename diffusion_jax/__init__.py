@@ -1,7 +1,8 @@
 """DDPM as pure functions in JAX and Flax.
 
-A notebook needs `load` and `load_network`. The top of the package is the DDPM, e.g. `diffusion_jax.sampling`;
-the wings running, data, pictures, evaluation, planning and interop take care of it and are imported by name.
+A notebook needs `load`, `load_network` and `save_png`. The top of the package is the DDPM, e.g.
+`diffusion_jax.sampling`; the wings running, data, pictures, evaluation, planning and interop take care of it and are
+imported by name.
 """
 
 import importlib
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from diffusion_jax.interop.export import load_exported as load_exported
+    from diffusion_jax.pictures.grids import save_png as save_png
     from diffusion_jax.sample import load as load
     from diffusion_jax.sample import load_network as load_network
 
@@ -17,10 +19,11 @@ _FUNCTIONS = {
     "load": "diffusion_jax.sample",
     "load_network": "diffusion_jax.sample",
     "load_exported": "diffusion_jax.interop.export",
+    "save_png": "diffusion_jax.pictures.grids",
 }
 
 _CORE = ("schedule", "process", "losses", "likelihood", "sampling", "unet", "parts", "step", "train", "sample")
-__all__ = ["__version__", "load", "load_exported", "load_network"]
+__all__ = ["__version__", "load", "load_exported", "load_network", "save_png"]
 __version__ = "0.1.0"
 
 

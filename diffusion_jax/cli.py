@@ -5,20 +5,19 @@ diffusion_jax --mode=sample --workdir=runs/celeba --num=64 --out=samples.png
 diffusion_jax --mode=sample --help
 """
 
-import logging as stdlib_logging
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
-from absl import flags, logging
+from absl import flags
 
 from diffusion_jax.configs import default
 from diffusion_jax.errors import UserError, one_line
 from diffusion_jax.running import config as configs
 from diffusion_jax.running import flags as cli_flags
-from diffusion_jax.running import hosts
+from diffusion_jax.running import hosts, watch
 
 # ---------------------------------------------------------------- what the modes run
 # Each mode imports what it needs: without SciPy, scikit-learn and the like a start takes half the time.
@@ -39,15 +38,15 @@ def _prepare(args):
 def _sample(args):
     from diffusion_jax.interop.samples import write_samples
 
-    settings = {name: args[name].value for name in _SAMPLER}
-    write_samples(args.workdir, args.num or 64, args.seed, args.out or "samples.png", args.labels, **settings)
+    settings = {name: args[name].value for name in ("labels", "step", *_SAMPLER)}
+    write_samples(args.workdir, args.num or 64, args.seed, args.out or "samples.png", **settings)
 
 
 def _show(args):
     from diffusion_jax.pictures.shows import show
 
     out = args.out or f"{args.show}.{'gif' if args.show == 'animation' else 'png'}"
-    show(args.workdir, args.show, args.seed, out, args.num, args.images, args.labels, args.guidance)
+    show(args.workdir, args.show, args.seed, out, args.num, args.images, args.labels, args.guidance, args.step)
 
 
 def _export(args):
@@ -58,14 +57,19 @@ def _export(args):
     if bool(args["from"].value) == bool(args.workdir):
         raise UserError("--mode=export takes either --workdir=RUN or --from=SAMPLER.npz: give one of them")
     settings = {name: args[name].value for name in _SAMPLER}
-    write, source = (export_again, args["from"].value) if args["from"].value else (export_sampler, args.workdir)
-    write(source, args.out or "sampler.npz", **settings)
+    out = args.out or "sampler.npz"
+    if args.workdir:
+        export_sampler(args.workdir, out, args.step, **settings)
+    elif args.step is not None:
+        raise UserError(f"--step={args.step} goes with --workdir=RUN: leave it out")
+    else:
+        export_again(args["from"].value, out, **settings)
 
 
 def _export_diffusers(args):
     from diffusion_jax.interop.diffusers import export_diffusers
 
-    export_diffusers(args.workdir, args.out or "diffusers")
+    export_diffusers(args.workdir, args.out or "diffusers", args.step)
 
 
 def _import(args):
@@ -83,7 +87,7 @@ def _evaluate(args):
 
     of_samples = {"samples": args.samples, "inception_path": args.inception, "reference": args.reference}
     asked = {"splits": tuple(args.splits), "labels": tuple(args.labels)}
-    evaluate(args.workdir, seed=args.seed, num=args.num, **asked, **of_samples)
+    evaluate(args.workdir, seed=args.seed, num=args.num, step=args.step, quick=args.quick, **asked, **of_samples)
 
 
 def _report(args):
@@ -138,21 +142,21 @@ MODES = {
         "Writes samples of the last checkpoint: a grid (.png), an array (.npz) or shards (folder/).",
         "--mode=sample --workdir=runs/digits --num=64 --seed=0 --out=samples.png",
         needs=("workdir",),
-        takes=("num", "seed", "out", "labels", *_SAMPLER),
+        takes=("num", "seed", "step", "out", "labels", *_SAMPLER),
     ),
     "sample --show": Mode(
         _show,
         "Draws a figure of what the model can do, with all steps of the ancestral sampler.",
         "--mode=sample --workdir=runs/digits --show=interpolation",
         needs=("workdir", "show"),
-        takes=("num", "seed", "out", "images", "labels", "guidance"),
+        takes=("num", "seed", "step", "out", "images", "labels", "guidance"),
     ),
     "evaluate": Mode(
         _evaluate,
         "Measures bits/dim of the last checkpoint, and the quality of samples.",
         "--mode=evaluate --workdir=runs/digits --samples=samples.npz",
         needs=("workdir",),
-        takes=("num", "seed", "splits", "labels", "samples", "inception", "reference"),
+        takes=("num", "seed", "step", "quick", "splits", "labels", "samples", "inception", "reference"),
     ),
     "report": Mode(
         _report,
@@ -167,14 +171,14 @@ MODES = {
         "Writes the sampler of a run, or of an older such file (--from), as one file that JAX and NumPy open.",
         "--mode=export --workdir=runs/digits --out=sampler.npz",
         needs=(),
-        takes=("workdir", "from", "out", "format", *_SAMPLER),
+        takes=("workdir", "from", "step", "out", "format", *_SAMPLER),
     ),
     "export --format=diffusers": Mode(
         _export_diffusers,
         "Writes a folder for diffusers' DDPMPipeline, which has a sampler of its own.",
         "--mode=export --format=diffusers --workdir=runs/digits --out=digits-diffusers",
         needs=("workdir", "format"),
-        takes=("out",),
+        takes=("step", "out"),
     ),
     "import": Mode(
         _import,
@@ -245,28 +249,19 @@ def run(argv: Sequence[str]) -> None:
     if args.config is not None:
         configs.check(args.config)
     if not args.debug:
-        _silence_libraries()
+        hosts.silence_libraries()
     if mode.on_device:
         hosts.initialize(args.platform, args.coordinator, args.num_processes, args.process_id)
         hosts.check_same(cli_flags.common(args))
     mode.run(args)
 
 
-def _silence_libraries() -> None:
-    """Leaves errors to `main`: Orbax's threads print 1,600 lines for a full disk."""
-    logging.set_verbosity(logging.FATAL)
-    stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)
-
-    def hook(unraisable):
-        if "Event loop is closed" not in str(unraisable.exc_value):  # a failed save has already raised its error
-            sys.__unraisablehook__(unraisable)
-
-    sys.unraisablehook = hook
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code; an error of the user or the system is one line on stderr."""
-    argv = sys.argv if argv is None else argv
+    return watch.leave(_code(sys.argv if argv is None else argv))
+
+
+def _code(argv):
     try:
         run(argv)
     except hosts.Stopped as stopped:

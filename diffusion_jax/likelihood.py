@@ -149,10 +149,12 @@ def vlb_by_step(
     clip: tuple[float, float] | None = None,
     decoder_std: ArrayLike | None = None,
     exact: bool = True,
+    ts: ArrayLike | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns every term of the bound for each example, computed in one `lax.scan` over t.
 
     Args:
+      ts: int [n] or [n, B] in 1..T, the terms to compute, in rows of [n, B] in place of [T, B]; None is all of them.
       keys: [B] PRNG keys. The noise of example i at step t is drawn once, from fold_in(keys[i], t).
       sigma, x_0, clip, decoder_std, exact: see `vlb_term`.
 
@@ -162,12 +164,14 @@ def vlb_by_step(
       (15), `losses.simple_loss`.
     """
 
-    def step(_, t):
-        noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, t), x_0.shape[1:], jnp.float32))(keys)
-        ts = jnp.full(x_0.shape[:1], t)
-        return None, _term(eps_bar_fn, s, sigma, x_0, ts, noise, clip, decoder_std, exact)
+    def noise(key, t):
+        return jax.random.normal(jax.random.fold_in(key, t), x_0.shape[1:], jnp.float32)
 
-    return lax.scan(step, None, jnp.arange(1, s.num_steps + 1))[1]
+    def step(_, t):
+        t = jnp.broadcast_to(t, x_0.shape[:1])
+        return None, _term(eps_bar_fn, s, sigma, x_0, t, jax.vmap(noise)(keys, t), clip, decoder_std, exact)
+
+    return lax.scan(step, None, jnp.arange(1, s.num_steps + 1) if ts is None else jnp.asarray(ts))[1]
 
 
 def vlb(

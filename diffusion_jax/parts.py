@@ -120,12 +120,12 @@ def build(config: ConfigDict) -> Parts:
 
 def schedule(config: ConfigDict) -> schedules.Schedule:
     """Builds the noise schedule, schedule.*."""
-    return _SCHEDULES[config.schedule.name](config.schedule.num_steps)
+    return configs.resolve(config, "schedule", _SCHEDULES)(config.schedule.num_steps)
 
 
 def sigma(config: ConfigDict) -> jax.Array:
     """Builds the standard deviations of the reverse steps, float32 [T + 1], sampling.sigma."""
-    return _SIGMAS[config.sampling.sigma](schedule(config))
+    return configs.resolve(config, "sigma", _SIGMAS)(schedule(config))
 
 
 def image_shape(config: ConfigDict) -> tuple[int, int, int]:
@@ -193,11 +193,11 @@ def loss(config: ConfigDict) -> Callable:
     _, simple = _PREDICTIONS[config.model.prediction]
     if config.train.loss == "simple":
         return losses.with_noise(simple, 1)
-    if config.train.loss == "vlb":
-        deviations = sigma(config)
-        of_eps_bar = losses.with_noise(lambda fn, s, *args: losses.vlb_loss(fn, s, deviations, *args), 1)
-    else:
+    if config.train.loss in _STEP_LOSSES:
         of_eps_bar = losses.with_noise(_STEP_LOSSES[config.train.loss], 2)
+    else:
+        vlb = {"vlb": lambda fn, s, *args: losses.vlb_loss(fn, s, sigma(config), *args)}
+        of_eps_bar = losses.with_noise(configs.resolve(config, "loss", vlb), 1)
     return lambda output_fn, s, *args: of_eps_bar(_eps_bar_fn(config, output_fn, s), s, *args)
 
 
@@ -224,7 +224,7 @@ def train_step(config: ConfigDict) -> Callable:
     """Builds the step of one device, see `step.make_step`."""
     return step.make_step(
         model(config).apply,
-        loss(config),
+        lambda *args: loss(config)(*args),  # sampling does without a loss that only Python can give
         schedule(config),
         optimizer(config),
         config.train.ema_decay,

@@ -3,10 +3,8 @@
 from collections.abc import Callable
 
 from etils import epath
-from ml_collections import ConfigDict
 
 from diffusion_jax import parts
-from diffusion_jax.data.cache import Cached, OnTheFly
 from diffusion_jax.errors import UserError
 from diffusion_jax.parts import Parts
 from diffusion_jax.running import checkpoint, history
@@ -26,6 +24,9 @@ def load(
     clip: bool | None = None,
     dtype: str | None = None,
     guidance: float | None = None,
+    schedule: Callable | None = None,
+    sigma: Callable | None = None,
+    step: int | None = None,
     progress: bool = False,
 ) -> tuple[Callable, dict]:
     """Loads the sampler and the parameters of the last checkpoint, for a notebook.
@@ -49,6 +50,8 @@ def load(
       dtype: dtype of the computation, "float32" or "bfloat16".
       guidance: weight of classifier-free guidance, for a run with classes: 1 is the plain conditional model, more
         brings images nearer to their class and to each other.
+      schedule, sigma: the functions that the run was trained with, if it has its own, see `train.train`; any sigma.
+      step: the step of the checkpoint; None is the last.
       progress: True shows a bar of the steps with speed and time left; the images stay the same.
 
     Returns:
@@ -59,13 +62,16 @@ def load(
       UserError: `workdir` holds no run or no checkpoint, or a value cannot be used.
     """
     config = configs.with_sampling(workdirs.read_config(workdir), sampler, steps, eta, clip, dtype, num, guidance)
+    config = configs.with_functions(config, schedule=schedule, sigma=sigma)
     run = parts.build(config)
     window = progress_window(run.num_sampling_steps, run.num_samples) if progress else None
-    return run.sample_fn(window=window), ema_params(run, workdir)[1]
+    return run.sample_fn(window=window), ema_params(run, workdir, step)[1]
 
 
-def load_network(workdir: epath.PathLike) -> tuple[Callable, dict, Schedule]:
-    """Loads the network of the last checkpoint, for a sampler of your own.
+def load_network(
+    workdir: epath.PathLike, step: int | None = None, *, schedule: Callable | None = None
+) -> tuple[Callable, dict, Schedule]:
+    """Loads the network of the last checkpoint, or that of `step`, for a sampler of your own.
 
     Returns:
       (apply_fn, params, s): apply_fn({"params": params}, x [B, H, W, C], t [B] in 1..T, labels=None) is the predicted
@@ -74,40 +80,19 @@ def load_network(workdir: epath.PathLike) -> tuple[Callable, dict, Schedule]:
     Raises:
       UserError: `workdir` holds no run or no checkpoint.
     """
-    run = parts.build(workdirs.read_config(workdir))
-    return run.network, ema_params(run, workdir)[1], run.schedule
+    run = parts.build(configs.with_functions(workdirs.read_config(workdir), schedule=schedule))
+    return run.network, ema_params(run, workdir, step)[1], run.schedule
 
 
-# ---------------------------------------------------------------- images and parameters of a run
-
-
-def read_images(config: ConfigDict, workdir: epath.PathLike, split: str | None = None) -> Cached | OnTheFly:
-    """Opens the data set of a run.
-
-    Args:
-      split: replaces data.split.
-
-    Raises:
-      UserError: the data set cannot be opened; the message names the file to correct.
-    """
-    file = workdirs.absolute(workdir) / "config.json"
-    if not configs.has_images(config):
-        raise UserError(f"{file} names no images (data.path is empty, the run was imported): set data.path there")
-    try:
-        return parts.images(config, split)
-    except UserError as error:
-        raise UserError(f"{error} (data.* of this run are in {file})") from None
-
-
-def ema_params(run: Parts, workdir: epath.PathLike) -> tuple[int, dict]:
-    """Returns (step, averaged parameters) of the last checkpoint; reads nothing else of it.
+def ema_params(run: Parts, workdir: epath.PathLike, step: int | None = None) -> tuple[int, dict]:
+    """Returns (step, averaged parameters) of the last checkpoint, or that of `step`; reads nothing else of it.
 
     Raises:
       UserError: there is no checkpoint, none can be read, or it does not belong to config.json.
     """
     like = run.abstract_state()._replace(params=None, opt_state=None)
     with checkpoint.open_manager(workdir, read_only=True) as manager:
-        state = checkpoint.restore(manager, like)
+        state = checkpoint.restore(manager, like) if step is None else checkpoint.restore_step(manager, like, step)
         if state is None:
             raise UserError(f"--workdir={workdir} holds no checkpoint yet: train first")
         about = checkpoint.read_about(manager, int(state.step))

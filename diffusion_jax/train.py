@@ -4,7 +4,10 @@ import contextlib
 import functools
 import itertools
 import math
+import sys
 import time
+import types
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -19,15 +22,22 @@ from diffusion_jax.running import checkpoint, history, hosts
 from diffusion_jax.running import config as configs
 from diffusion_jax.running import workdir as workdirs
 from diffusion_jax.running.lock import Lock
-from diffusion_jax.running.log import MetricsLog
-from diffusion_jax.running.watch import Watch, progress_bar
+from diffusion_jax.running.watch import Sampler, Watch, metrics_log, progress_bar, waiting
 from diffusion_jax.step import TrainState
 
+_Own = Callable | None  # a function of the user
 _KINDS = ("sample", "evaluate", "checkpoint")  # work that recurs every train.<kind>_every steps
 
 
-def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
+def train(
+    config: ConfigDict, workdir: epath.PathLike, *, loss: _Own = None, schedule: _Own = None, sigma: _Own = None
+) -> TrainState:
     """Trains to config.train.num_steps, from the last checkpoint of `workdir` if it has one.
+
+    Args (a function, whose name config.json keeps, in place of a name in the config):
+      loss: (eps_bar_fn, s, x_0, t, eps_bar) -> [B], as `losses.simple_loss`.
+      schedule: (num_steps) -> Schedule, as `schedule.cosine`; `load` then needs it too.
+      sigma: (s) -> [T + 1], as `schedule.sigma_beta`; `load` then needs it, or another one.
 
     Returns:
       The final state, NumPy arrays.
@@ -38,24 +48,27 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
       hosts.Stopped: a signal stopped the run after it saved its state.
     """
     began = time.monotonic()
+    config = configs.with_functions(config, loss=loss, schedule=schedule, sigma=sigma)
     configs.check(config)
     folder = workdirs.absolute(workdir)
     with contextlib.ExitStack() as stack:
         config, images, lock = _begin(config, folder, stack)
+        parts.loss(config)  # raises for a function that only Python can give
         run = parts.build(config)
-        sample_fn = run.sample_fn()
         keep = config.train.keep_checkpoints, config.train.checkpoint_every
         manager = stack.enter_context(checkpoint.open_manager(folder, *keep))
         state, about = _resume(config, run, folder, manager)
+        sampler = Sampler(run.sample_fn, (run.num_samples, *run.image_shape), run.num_sampling_steps, state.params)
         if state.step < config.train.num_steps:
-            state = _loop(config, run, folder, images, lock, manager, state, about, sample_fn, began)
-        grid = _draw_grid(config, sample_fn, state, folder)
+            state = _loop(config, run, folder, images, lock, manager, state, about, sampler, began)
+        checkpoint.wait(manager)  # a signal may end the drawing
+        grid = _draw_grid(config, sampler, state, folder)
     if jax.process_index() == 0:
         print(f"trained to step {state.step}; samples: {grid}")
     return state
 
 
-def _loop(config, run, folder, images, lock, manager, state, about, sample_fn, began):
+def _loop(config, run, folder, images, lock, manager, state, about, sampler, began):
     """Takes the steps that are left, saves the last state and returns it, NumPy arrays."""
     start, pending = int(state.step), about.pop("metrics", ())
     indices = pipeline.split(_indices(config.train.batch_size))
@@ -63,15 +76,16 @@ def _loop(config, run, folder, images, lock, manager, state, about, sample_fn, b
     program, feed = _program(config, run, images, start, (k for k, _ in dispatches()), indices.shape)
     state, batch = step.replicate(state), next(feed)
     feed = itertools.chain([batch], feed)
-    fit.foresee(config, program(next(dispatches())[0]), (state, (batch, indices)), config.train.num_steps - start)
-    fit.foresee_sampler(config, sample_fn, state)
-    with (
-        hosts.StopSignals() as signals,
-        _log(folder, start, config.train.log_every, pending) as log,
-        progress_bar(start, config.train.num_steps) as bar,
-    ):
+    with contextlib.ExitStack() as stack:
+        signals = stack.enter_context(hosts.StopSignals())
+        with signals.at_once(start):
+            left, first = config.train.num_steps - start, program(next(dispatches())[0])
+            fit.foresee(config, first, (state, (batch, indices)), left)
+            fit.foresee_sampler(config, sampler, state)
+        log = stack.enter_context(metrics_log(folder, start, config.train.log_every, pending))
+        bar = stack.enter_context(progress_bar(start, config.train.num_steps))
         watch = Watch(config.train, manager, log, bar, began)
-        look = _looks(config, run, images, folder, sample_fn, log)
+        look = _looks(config, run, images, folder, sampler, log, signals, manager)
         look(state, start)  # what a signal or a kill at this step has left out
         is_first_save = True
         for k, end in dispatches():
@@ -90,16 +104,14 @@ def _loop(config, run, folder, images, lock, manager, state, about, sample_fn, b
                     is_first_save = False
             if signum:
                 checkpoint.wait(manager)
-                raise hosts.Stopped(
-                    f"stopped by a signal after step {end}, which is saved: run the same command to resume", signum
-                )
+                raise hosts.Stopped(end, signum)
             look(state, end)
         if log:
             log.finish(end, config.train.batch_size)
     return jax.device_get(state)
 
 
-def _looks(config, run, images, folder, sample_fn, log):
+def _looks(config, run, images, folder, sampler, log, signals, manager):
     """Returns look(state, step), which evaluates and draws a grid where they are due and not done yet."""
     if config.train.evaluate_every:
         from diffusion_jax.evaluation.monitor import build  # imports SciPy and scikit-learn, which takes a second
@@ -108,13 +120,18 @@ def _looks(config, run, images, folder, sample_fn, log):
 
     def look(state, number):
         due = {kind: number > 0 and _is_due(config.train[f"{kind}_every"], number) for kind in ("sample", "evaluate")}
-        if due["evaluate"] and not hosts.on_main(lambda: log.has_evaluation(number)):
-            started = time.monotonic()
-            measured = monitor(jax.device_get(state.ema_params), number, folder)
-            if log:
-                log.add_evaluation(number, measured, time.monotonic() - started)
-        if due["sample"]:
-            _draw_grid(config, sample_fn, state, folder)
+        if not any(due.values()):
+            return
+        checkpoint.wait(manager)
+        with signals.at_once(number):
+            if due["evaluate"] and not hosts.on_main(lambda: log.has_evaluation(number)):
+                started = time.monotonic()
+                params = jax.device_get(state.ema_params)
+                measured = waiting("evaluating", functools.partial(monitor, params, number, folder))
+                if log:
+                    log.add_evaluation(number, measured, time.monotonic() - started)
+            if due["sample"]:
+                _draw_grid(config, sampler, state, folder)
 
     return look
 
@@ -160,7 +177,7 @@ def _resume(config, run, folder, manager):
     state = checkpoint.restore(manager, run.abstract_state(), set_aside=True)
     about = {} if state is None else checkpoint.read_about(manager, int(state.step))
     identity = history.identity(folder, config, about, None if state is None else int(state.step))
-    state = run.init_state() if state is None else state
+    state = waiting("initialising the network", run.init_state) if state is None else state
     start = int(state.step)
     hosts.on_main(lambda: workdirs.write_config(folder, config))
     changes = hosts.on_main(lambda: history.record(folder, identity, start, config))
@@ -215,18 +232,20 @@ def _is_due(every: int, number: int) -> bool:
     return bool(every) and number % every == 0
 
 
-def _draw_grid(config, sample_fn, state, folder) -> epath.Path:
+def _draw_grid(config, sampler, state, folder) -> epath.Path:
     """Draws the grid of samples of this step unless it exists and can be read; returns its path."""
     path = folder / "samples" / f"{int(state.step)}.png"
     if not hosts.on_main(lambda: grids.is_readable(path)):
-        x = sample_fn(jax.device_get(state.ema_params), jax.random.key(config.seed))
+        x = sampler(jax.device_get(state.ema_params), jax.random.key(config.seed))
         if jax.process_index() == 0:
             grids.save_png(path, grids.by_class(pixels.to_uint8(x), config.data.classes))
     return path
 
 
-def _log(folder, start, every, pending):
-    """Opens the metrics of the run in process 0, which writes and prints."""
-    if jax.process_index() == 0:
-        return MetricsLog(folder, start, every, pending)
-    return contextlib.nullcontext()
+class _Callable(types.ModuleType):
+    """This module, which is a function too: diffusion_jax.train(config, workdir) is diffusion_jax.train.train."""
+
+    __call__ = staticmethod(train)
+
+
+sys.modules[__name__].__class__ = _Callable

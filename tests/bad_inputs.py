@@ -115,6 +115,23 @@ def _config_cases(config, new, files):
 def _command_line_cases(digits, files):
     return {
         "unknown flag": ([*digits, "--wrkdir=x"], r"Unknown command line flag 'wrkdir'.*workdir"),
+        "a flag of another project": (
+            ["--mode=sample", "--workdir=run", "--num_samples=4"],
+            r"--num_samples is no flag: give --num",
+        ),
+        "a key without a config": (
+            [digits[1], "--config.train.num_steps=3"],
+            r"--config\.train\.num_steps=3 needs --config too: give --config=own, another one of celeba",
+        ),
+        "the default config": (
+            ["--config=default", digits[1]],
+            r"data\.path is empty: .* another config, e\.g\. --config=own --config\.data\.path=",
+        ),
+        "an unknown size": (["--config=own:gpu", digits[1]], r"--config: own:gpu is no size: give own:cpu"),
+        "a loss of Python": (
+            [*digits, "--config.train.loss=python:mine"],
+            r"loss='python:mine' is a function .*only Python can give: loss=mine to diffusion_jax\.train",
+        ),
         "no dashes": ([*digits, "resume"], r"'resume' is not a flag"),
         "unknown mode": ([*digits, "--mode=test"], r"--mode=test"),
         "no workdir": (digits[:1], r"--workdir is missing"),
@@ -233,6 +250,14 @@ def _workdir_cases(command, run, files):
         "no Inception": (
             ["--mode=evaluate", f"--workdir={run}", f"--inception={files / 'text.txt'}"],
             r"text\.txt holds no Inception weights",
+        ),
+        "a picture of samples": (
+            ["--mode=evaluate", f"--workdir={run}", f"--samples={files / 'small' / 'small.png'}"],
+            r"small\.png holds no samples \(it is a picture, \.png\): give an \.npz .*--out=samples\.npz",
+        ),
+        "no such step": (
+            ["--mode=sample", f"--workdir={run}", "--step=4"],
+            r"--step=4: there is no such checkpoint; .* has those of steps ",
         ),
         "no such show": (["--mode=sample", f"--workdir={run}", "--show=dance"], r"--show=dance"),
         "a show's ending": (

@@ -27,7 +27,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 def command(capsys, monkeypatch):
     """command(*args) -> (exit code, stdout, stderr), on the 4 devices of the tests."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(cli, "_silence_libraries", lambda: None)  # it would silence later tests too
+    monkeypatch.setattr(cli.hosts, "silence_libraries", lambda: None)  # it would silence later tests too
     monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))  # restored afterwards
 
     def run(*args):

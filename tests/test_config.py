@@ -8,7 +8,7 @@ import optax
 import pytest
 from conftest import tiny_config
 
-from diffusion_jax import parts, schedule, unet
+from diffusion_jax import losses, parts, schedule, unet
 from diffusion_jax.configs import default
 from diffusion_jax.errors import UserError
 from diffusion_jax.running import config as configs
@@ -190,3 +190,93 @@ def test_config_json_comes_back(tmp_path):
     assert parts.model(again) == parts.model(config)
     with pytest.raises(UserError, match="holds no run"):
         workdirs.read_config(tmp_path)
+
+
+# ---------------------------------------------------------------- one's own pictures, and one's own functions
+
+
+def test_own_suits_the_machine_and_follows_its_number_of_steps(monkeypatch):
+    own = importlib.import_module("configs.own")
+    small, large = own.get_config("cpu"), own.get_config("accelerator")
+    assert parts.num_parameters(small) < parts.num_parameters(large) / 20
+    for expects, config in ((False, small), (True, large)):
+        monkeypatch.setattr(own.hosts, "expects_accelerator", lambda expects=expects: expects)
+        assert configs.flatten(own.get_config()) == configs.flatten(config)
+    small.train.num_steps = 60
+    flat = configs.flatten(small)
+    assert [flat[f"train.{key}"] for key in ("warmup_steps", "checkpoint_every", "sample_every")] == [3, 6, 15]
+    configs.check(small)
+    assert configs.warnings(small, 0.0) == []
+    with pytest.raises(UserError, match="own:gpu is no size: give own:cpu, own:accelerator, or own"):
+        own.get_config("gpu")
+
+
+def half(eps_bar_fn, s, x_0, t, eps_bar):
+    return 0.5 * losses.simple_loss(eps_bar_fn, s, x_0, t, eps_bar)
+
+
+def flat_schedule(num_steps):
+    return schedule.from_beta_squared(np.full(num_steps, 0.1))
+
+
+@pytest.mark.parametrize("prediction", ["eps_bar", "velocity"])
+def test_a_loss_of_ones_own(prediction):
+    """It gets ε̄, whatever the network predicts."""
+    config = tiny_config(model__prediction=prediction, schedule__name="su_linear")
+    own = configs.with_functions(config, loss=half)
+    configs.check(own)
+    x_0, keys, t = np.ones((3, 8, 8, 1), np.float32), jax.random.split(jax.random.key(0), 3), np.array([1, 7, 20])
+    arguments = lambda x, t: 0.1 * x, parts.schedule(config), x_0, t, keys
+    eps_bar_fn = parts._eps_bar_fn(config, *arguments[:2])
+    expected = losses.with_noise(half, 1)(eps_bar_fn, *arguments[1:])
+    np.testing.assert_allclose(parts.loss(own)(*arguments), expected, rtol=1e-6)
+    assert not callable(config.train.loss)
+
+
+def test_a_workdir_names_ones_own_functions(tmp_path):
+    config = configs.with_functions(tiny_config(), loss=half, schedule=flat_schedule, sigma=schedule.sigma_posterior)
+    np.testing.assert_allclose(parts.schedule(config).beta[1:] ** 2, 0.1, rtol=1e-6)
+    np.testing.assert_array_equal(parts.sigma(config), schedule.sigma_posterior(parts.schedule(config)))
+    workdirs.write_config(tmp_path, config)
+    read = workdirs.read_config(tmp_path)
+    names = {"train.loss": "half", "schedule.name": "flat_schedule", "sampling.sigma": "sigma_posterior"}
+    assert {key: configs.flatten(read)[key] for key in names} == {key: f"python:{x}" for key, x in names.items()}
+    assert configs.flatten(read) == configs.flatten(config)
+    with pytest.raises(
+        UserError, match=r"schedule\.name='python:flat_schedule' is a function .*schedule=flat_schedule to "
+    ):
+        parts.build(read)
+    with pytest.raises(
+        UserError, match=r"train\.loss='python:half' is a function .*: loss=half to diffusion_jax\.train$"
+    ):
+        parts.loss(read)
+    with pytest.raises(UserError, match="schedule=half is not the run's own, flat_schedule: give that one"):
+        configs.with_functions(read, schedule=half)
+    given = configs.with_functions(read, schedule=flat_schedule, sigma=schedule.sigma_beta)  # another sigma will do
+    assert parts.build(given).schedule.num_steps == 20  # and sampling needs no loss
+    refused = (
+        r"holds another run .*loss: 'python:half' there, 'simple' here.*: give .*loss=half, schedule=flat_schedule"
+    )
+    with pytest.raises(UserError, match=refused):
+        configs.check_same_run(read, tiny_config(), tmp_path)
+
+
+def test_a_function_without_a_name_is_refused():
+    with pytest.raises(UserError, match=r"loss=<function .*lambda.* must be a function with a name"):
+        configs.with_functions(tiny_config(), loss=lambda *_: 0)
+    with pytest.raises(UserError, match="loss='simple' must be a function with a name"):
+        configs.with_functions(tiny_config(), loss="simple")
+
+
+def test_training_is_a_function_and_a_module():
+    import diffusion_jax
+
+    assert diffusion_jax.train.train is diffusion_jax.train.__call__
+    with pytest.raises(UserError, match="loss=3 must be a function"):
+        diffusion_jax.train(tiny_config(), "nowhere", loss=3)
+
+
+def test_another_sampler_takes_all_steps():
+    config = tiny_config(sampling__sampler="dpmpp_2m", sampling__steps=5)
+    assert configs.with_sampling(config, sampler="ancestral").sampling.steps == 0
+    assert configs.with_sampling(config, sampler="ddim").sampling.steps == 5

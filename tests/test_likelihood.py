@@ -164,6 +164,18 @@ def test_float32_is_enough(sigma):
     assert (np.asarray(terms) >= 0).all()
 
 
+def test_some_terms_are_those_of_all(rough):
+    """Each example may have steps of its own."""
+    x_0 = np.random.default_rng(0).choice([-1.0, 0.2], (3, 5)).astype(np.float32)
+    arguments = lambda x, t: 0.5 * x, rough, schedule.sigma_beta(rough), x_0, jax.random.split(jax.random.key(1), 3)
+    every = likelihood.vlb_by_step(*arguments)
+    for some, one in zip(every, likelihood.vlb_by_step(*arguments, ts=np.array([4, 1])), strict=True):
+        np.testing.assert_allclose(one, np.asarray(some)[[3, 0]], rtol=1e-6)
+    ts = np.array([[1, 2, 4], [3, 3, 1]])
+    for some, one in zip(every, likelihood.vlb_by_step(*arguments, ts=ts), strict=True):
+        np.testing.assert_allclose(one, np.take_along_axis(np.asarray(some), ts - 1, axis=0), rtol=1e-6)
+
+
 # ---------------------------------------------------------------- data whose bound is known
 
 

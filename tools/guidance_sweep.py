@@ -17,9 +17,9 @@ import diffusion_jax
 from diffusion_jax.data import pixels
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import classifier, metrics, quality, report
+from diffusion_jax.pictures.shows import read_images
 from diffusion_jax.running.tables import markdown_table
 from diffusion_jax.running.workdir import read_config
-from diffusion_jax.sample import read_images
 
 PER_CALL = 200  # images
 

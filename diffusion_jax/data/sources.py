@@ -32,7 +32,10 @@ def open_source(source: str, path: str, *, split: str = "train", manual_dir: str
     if source == "digits" and not path:
         return _part(digits(split), bounds)
     if source == "files" and not path:
-        raise UserError("config.data.path is empty: give a folder, a zip or an idx file, --config.data.path=…")
+        raise UserError(
+            "config.data.path is empty: give a folder, a zip or an idx file, --config.data.path=…, or another config, "
+            "e.g. --config=own --config.data.path=… or --config=digits"
+        )
     file = Path(os.path.realpath(os.path.expanduser(path or source)))  # one name of a folder, one cache
     if os.path.exists(file):  # False also where Path.exists raises an error
         return _part(files(file, split), bounds)

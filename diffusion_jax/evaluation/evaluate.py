@@ -17,13 +17,14 @@ from diffusion_jax import likelihood, parts, schedule
 from diffusion_jax.data import sources
 from diffusion_jax.errors import UserError, one_line
 from diffusion_jax.evaluation import bound, classifier, inception, metrics, monitor, quality
+from diffusion_jax.evaluation.meaning import meaning, with_reasons
 from diffusion_jax.evaluation.report import report
 from diffusion_jax.pictures import grids
-from diffusion_jax.pictures.shows import show
+from diffusion_jax.pictures.shows import read_images, show
 from diffusion_jax.running import checkpoint, files
 from diffusion_jax.running.tables import markdown_table
 from diffusion_jax.running.workdir import absolute, read_config
-from diffusion_jax.sample import ema_params, read_images
+from diffusion_jax.sample import ema_params
 
 _SECTIONS = {"samples": "Samples", "samples_to_statistics": "Samples against saved statistics"}
 MANY = 10_000  # largest number of held-out images whose nearest training images are searched
@@ -39,6 +40,8 @@ def evaluate(
     samples: str = "",
     inception_path: str = "",
     reference: str = "",
+    step: int | None = None,
+    quick: bool = False,
 ) -> dict[str, Any]:
     """Evaluates the last checkpoint of a run; resumes an evaluation with the same arguments.
 
@@ -50,6 +53,9 @@ def evaluate(
       samples: a file or folder that --mode=sample wrote, to compare with the first split; "" leaves samples out.
       inception_path: weights of Inception v3, see `inception`; "" uses pixels as features.
       reference: statistics that another evaluation saved, to compare with in place of a split.
+      step: the step of the checkpoint; None is the last.
+      quick: True measures bound.QUICK images of each split, unless `num` is given, and bound.TERMS of the T terms of
+        each, see `bound.evaluate_split`, and writes neither the statistics of the split nor progressive.png.
 
     Returns:
       The content of evaluation.json.
@@ -62,13 +68,14 @@ def evaluate(
         raise UserError(f"--num={num} must be at least 1")
     if not 0 <= seed < 2**32:
         raise UserError(f"--seed={seed} must be in 0 … 2^32 - 1")
+    num = bound.QUICK if quick and num is None else num
     config = read_config(workdir)
     run = parts.build(config)
     if not all(splits):
         raise UserError(f"--splits={','.join(splits)} has an empty name: give splits such as train,test")
     densities = _densities(config, labels)
     generated, extractor, saved = _read_samples(config, run.image_shape, samples, inception_path, reference)
-    step, params = ema_params(run, workdir)
+    step, params = ema_params(run, workdir, step)
     datasets = _datasets(config, workdir, splits)
     asked = None
     if generated is not None and saved is None:
@@ -76,28 +83,35 @@ def evaluate(
         quality.check_sizes(extractor.num_features, len(generated), len(next(iter(datasets.values()))))
     folder = absolute(workdir) / "evaluation" / str(step)
     sigma_name, sigma = _deviations(config, run)
-    result = {"step": step, "seed": seed, "protocol": _protocol(run, sigma_name, seed, densities), "splits": {}}
+    result = {"step": step, "seed": seed, "protocol": _protocol(run, sigma_name, seed, densities, quick), "splits": {}}
     result |= _earlier_samples(folder)
     for split, dataset in datasets.items():
         chosen = np.sort(np.random.default_rng(seed).permutation(len(dataset))[:num])
         for density in densities:
             name = f"{split} without labels" if density == "x given ∅" else split
-            saved_as = folder / f"bound-{_stem(name)}.npz", _identity(config, params, split, chosen, seed, density)
-            values = bound.evaluate_split(
-                run, sigma, params, dataset, chosen, seed, config.train.batch_size, *saved_as, density == "x given y"
-            )
+            saved_as = folder / f"bound-{_stem(name)}{'-quick' if quick else ''}.npz"
+            of = config.train.batch_size, saved_as, _identity(config, params, split, chosen, seed, density)
+            values = bound.evaluate_split(run, sigma, params, dataset, chosen, seed, *of, density == "x given y", quick)
             result["splits"][name] = {"density": density} | values
     if generated is not None:
         section = "samples" if saved is None else "samples_to_statistics"
-        result[section] = _evaluate_samples(config, generated, samples, asked, datasets, extractor, saved, seed, folder)
+        compared = config, generated, samples, asked, datasets, extractor, saved, seed, folder, quick
+        result[section] = _evaluate_samples(*compared)
     if jax.process_index() == 0:
         files.write_text(folder / "evaluation.json", json.dumps(result, indent=1) + "\n")
         files.write_text(folder / "evaluation.md", markdown(result))
-        print(markdown(result) + f"\n{folder / 'evaluation.json'}")
-    show(workdir, "progressive", seed, str(folder / "progressive.png"))
+        print(markdown(result))
+    if not quick:
+        show(workdir, "progressive", seed, str(folder / "progressive.png"), step=step)
     if jax.process_index() == 0:
         report(workdir)
+        sizes = {path.name: path.stat().length for path in sorted(folder.iterdir()) if not path.is_dir()}
+        print(f"{folder} holds {', '.join(f'{name} ({_megabytes(size)})' for name, size in sizes.items())}")
     return result
+
+
+def _megabytes(num_bytes):
+    return f"{num_bytes / 1e6:.1f} MB" if num_bytes > 1e5 else f"{num_bytes / 1e3:.0f} kB"
 
 
 def _densities(config, labels):
@@ -168,9 +182,10 @@ def _deviations(config, run):
     return config.sampling.sigma, run.sigma
 
 
-def _protocol(run, sigma_name, seed, densities):
+def _protocol(run, sigma_name, seed, densities, quick):
+    bits = "bits/dim by the variational bound, one draw of noise for each image and step, over"
     return {
-        "bound": "bits/dim by the variational bound over all steps, one draw of noise for each image and step",
+        "bound": f"{bits} {f'one step in each of up to {bound.TERMS} strata' if quick else 'all steps'}",
         "densities": list(densities),
         "parameters": "EMA",
         "sigma": sigma_name,
@@ -235,7 +250,7 @@ def _read_samples(config, image_shape, path, inception_path, reference):
     return generated, extractor, (statistics, protocol)
 
 
-def _evaluate_samples(config, generated, path, asked, datasets, extractor, saved, seed, folder):
+def _evaluate_samples(config, generated, path, asked, datasets, extractor, saved, seed, folder, quick):
     """Compares the samples with `saved` statistics, or else with the first split and its nearest images."""
     protocol = _describe(config, generated, extractor, path) | {"made_by": quality.read_about(path)}
     if saved is not None:
@@ -243,16 +258,23 @@ def _evaluate_samples(config, generated, path, asked, datasets, extractor, saved
     split, dataset = next(iter(datasets.items()))
     origin = f"{sources.name_of(config.data.source, config.data.path)} {split}"
     reference, (name, _, num_features, features) = _describe(config, dataset, extractor, origin), extractor
+    if jax.process_index() == 0:
+        print(
+            f"comparing {len(generated):,} samples with {len(dataset):,} images of {split}, {num_features:,} features"
+        )
     distances = quality.compare(generated, dataset, features, seed)
     nearest, nearest_settings = _nearest(generated, datasets, folder)
     settings = distances.pop("settings") | {"nearest_training_image": nearest_settings}
     if asked is not None:
         by_class, settings_by_class = classifier.compare_classes(generated, asked, datasets, features)
         distances, settings = distances | by_class, settings | settings_by_class
-    if num_features <= quality.MAX_FEATURES:
+    if num_features <= quality.MAX_FEATURES and not quick:
         statistics = quality.moments(dataset, features)
         if jax.process_index() == 0:
-            quality.save_statistics(folder / f"statistics-{name}-{_stem(split)}.npz", statistics, reference)
+            file = folder / f"statistics-{name}-{_stem(split)}.npz"
+            size = _megabytes(8 * num_features * (num_features + 1))
+            print(f"writing {file.name}, {size}, for --reference in other evaluations; --quick writes none")
+            quality.save_statistics(file, statistics, reference)
     protocols = {"samples": protocol, "reference": reference, "metrics": settings}
     return {"protocol": protocols} | distances | {"nearest_training_image": nearest}
 
@@ -290,19 +312,19 @@ class _Pixels:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """Returns the numbers of evaluation.json as Markdown."""
-    protocol = result["protocol"]
+    """Returns the numbers of evaluation.json as Markdown, each with what it is and what is good."""
+    result, protocol = with_reasons(result), result["protocol"]
     lines = [f"# Evaluation of step {result['step']}", ""]
     names: tuple[str, ...] = ("density", "n", "bits_per_dim", "standard_error", "rate", "distortion", "prior", "loss")
     names += ("histogram_bits_per_dim", "png_bits_per_dim")
     rows = [[split, *(x[name] for name in names)] for split, x in result["splits"].items()]
     lines += markdown_table(["split", *names], rows, _cell)
+    lines += ["", *(f"- {name}: {meaning(name, '')}" for name in names)]
     lines += [
         "",
-        f"Bits/dim by the variational bound over T = {protocol['T']} steps; sigma {protocol['sigma']}, x_0 clipped to "
+        f"The numbers are {protocol['bound']}; T = {protocol['T']}, sigma {protocol['sigma']}, x_0 clipped to "
         f"{protocol['clip']}, {protocol['decoder']} decoder of deviation {protocol['decoder_std']:.4g} "
-        f"({protocol['decoder_std_is']}), {protocol['parameters']} parameters, seed {protocol['seed']}, one draw of "
-        "noise for each image and step. Standard error over images. Distortion: root mean square error, scale 0..255.",
+        f"({protocol['decoder_std_is']}), {protocol['parameters']} parameters, seed {protocol['seed']}.",
     ]
     for split, x in result["splits"].items():
         t, rate, distortion = (np.array(x["rate_distortion"][name]) for name in ("t", "rate", "distortion"))
@@ -317,8 +339,8 @@ def markdown(result: dict[str, Any]) -> str:
 
 def _section(section):
     """Returns the lines of a section of samples: its values, and the protocol of each."""
-    values = [(name, value) for name, value in section.items() if name != "protocol"]
-    lines = [*markdown_table(["", "value"], values, _cell), ""]
+    values = [(name, value, meaning(name)) for name, value in section.items() if name != "protocol"]
+    lines = [*markdown_table(["", "value", "what it is, and what is good"], values, _cell), ""]
     for name, settings in section["protocol"].items():
         lines.append(f"- {name}: {'; '.join(f'{key}: {_cell(value)}' for key, value in settings.items())}")
     return lines

@@ -18,13 +18,16 @@ from diffusion_jax.data.pixels import from_uint8
 from diffusion_jax.errors import UserError, one_line
 from diffusion_jax.evaluation import metrics
 from diffusion_jax.running import files
+from diffusion_jax.running.watch import waiting
 
 MAX_FEATURES = 4096  # number of features in the largest covariance, 134 MB
 MAX_NEIGHBOURS = 10_000  # rows whose neighbours are searched, as is usual: 10^8 pairs
 K, K_DENSITY = 3, 5  # neighbours for precision and recall, and for density and coverage, as in the papers
+FLOORS = 4  # cuts of the reference whose parts are compared
 SUBSETS = 100  # in the kernel distance
 DIRECTIONS = 512  # in the sliced Wasserstein distance
 _JACKKNIFE = {"method": "infinitesimal jackknife"}
+PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp")  # endings of files that are no samples, though they show some
 _BATCH = 256  # images in a call of the feature extractor
 _COMPARABLE = ("features", "checksum", "image_size", "channels", "resize")  # keys that must be equal in both protocols
 
@@ -152,6 +155,7 @@ def frechet_to_statistics(
         "frechet": lambda: metrics.frechet(moments.mean, moments.covariance, reference.mean, reference.covariance)
     }
     settings = {"frechet_standard_error": _JACKKNIFE | {"over": "new samples"}, "seed": seed}
+    settings |= {"frechet_extrapolated": {"left_out": _too_few(x)}} if _too_few(x) else {}
     protocols = {"samples": samples_protocol, "reference": reference_protocol, "metrics": settings}
     return {"protocol": protocols} | _measured(measures | _uncertainty(x, reference, rng))
 
@@ -167,10 +171,11 @@ def compare(samples: Any, reference: Any, features: Features, seed: int = 0) -> 
 
     Returns:
       {"frechet": …, "frechet_standard_error": over new sets of the same sizes, "frechet_extrapolated": [value,
-      standard error], or None with too few images, "frechet_floor": the distance between the halves of the
-      reference, "kernel_distance": [mean, standard error], "precision", "recall", "density" and "coverage" among
-      "neighbours_among": [rows of the reference, rows of the samples], "sliced_wasserstein": …, "settings": the
-      settings of the metrics}.
+      standard error], or None with too few images, "frechet_floor": [mean, standard deviation] over FLOORS cuts of the
+      reference in two, of which the first has as many rows as the samples, but at most half, "frechet_at_floor_size":
+      the same for as many samples in place of the first, "kernel_distance": [mean, standard error], "precision",
+      "recall", "density" and "coverage" among "neighbours_among": [rows of the reference, rows of the samples],
+      "sliced_wasserstein": …, "settings": the settings of the metrics}.
 
     Raises:
       UserError: there are too few images or too many features.
@@ -179,24 +184,25 @@ def compare(samples: Any, reference: Any, features: Features, seed: int = 0) -> 
     d = x.shape[1]
     check_sizes(d, len(samples), len(reference))
     y = extract(reference, features).astype(np.float64)
-    most = len(y) if d <= MAX_FEATURES else MAX_FEATURES  # rows of a half, so that it needs no larger covariance
-    halves = [y[half[:most]] for half in np.array_split(rng.permutation(len(y)), 2)]
+    rows = min(len(x), len(y) // 2, *([] if d <= MAX_FEATURES else [MAX_FEATURES]))  # no larger covariance is needed
     subsets = {"num_subsets": SUBSETS, "subset_size": min(1000, len(x), len(y))}
     real, fake = (rows[rng.permutation(len(rows))[:MAX_NEIGHBOURS]] for rows in (y, x))
     measures: dict[str, Callable] = {"frechet": lambda: metrics.frechet_of_features(x, y)} | _uncertainty(x, y, rng)
     result = _measured(
         measures
         | {
-            "frechet_floor": lambda: metrics.frechet_of_features(*halves),
+            "frechet_floor": lambda: _floor(x, y, rows, rng),
             "kernel_distance": lambda: list(metrics.kernel_distance(x, y, rng, **subsets)),
             "precision_recall": lambda: metrics.precision_recall(real, fake, K, K_DENSITY)._asdict(),
             "sliced_wasserstein": lambda: metrics.sliced_wasserstein(x, y, rng, DIRECTIONS),
         }
     )
+    result |= result.pop("frechet_floor")
     result |= result.pop("precision_recall") | {"neighbours_among": [len(real), len(fake)]}
     result["settings"] = {
         "frechet_standard_error": _JACKKNIFE | {"over": "new samples and reference"},
-        "frechet_floor": {"rows": [len(half) for half in halves]},
+        "frechet_floor": {"rows": [rows, len(y) - rows], "cuts": FLOORS},
+        **({"frechet_extrapolated": {"left_out": _too_few(x)}} if _too_few(x) else {}),
         "kernel_distance": {"kernel": "(a·b/d + 1)³"} | subsets,
         "precision_recall": {"k": K},
         "density_coverage": {"k": K_DENSITY},
@@ -208,11 +214,33 @@ def compare(samples: Any, reference: Any, features: Features, seed: int = 0) -> 
 
 def _uncertainty(x, reference, rng):
     """Returns the functions that measure the error and the extrapolation of `frechet`, x [n, d] to rows or Moments."""
-    enough = len(x) >= metrics.EXTRAPOLATED * x.shape[1] and x.shape[1] <= MAX_FEATURES
     return {
         "frechet_standard_error": lambda: metrics.frechet_standard_error(x, reference),
-        "frechet_extrapolated": lambda: list(metrics.frechet_extrapolated(x, reference, rng)) if enough else None,
+        "frechet_extrapolated": lambda: None if _too_few(x) else list(metrics.frechet_extrapolated(x, reference, rng)),
     }
+
+
+def _too_few(x):
+    """Returns why there is no extrapolation from x [n, d]; "" if there is one."""
+    (n, d), least = x.shape, metrics.EXTRAPOLATED * x.shape[1]
+    if d > MAX_FEATURES:
+        return f"{d:,} features are more than the {MAX_FEATURES:,} of a covariance: give --inception"
+    return (
+        ""
+        if n >= least
+        else f"{n:,} samples of {d:,} features are fewer than {least:,}, {metrics.EXTRAPOLATED} for each"
+    )
+
+
+def _floor(x, y, rows, rng):
+    """Returns the distances of `rows` rows of y, and of x, to the other rows of y; see `compare`."""
+    real, fake = [], []
+    for _ in range(FLOORS):
+        first, rest = np.split(rng.permutation(len(y)), [rows])
+        real.append(metrics.frechet_of_features(y[first], y[rest]))
+        fake.append(metrics.frechet_of_features(x[rng.permutation(len(x))[:rows]], y[rest]))
+    names = {"frechet_floor": real, "frechet_at_floor_size": fake}
+    return {name: [float(np.mean(values)), float(np.std(values, ddof=1))] for name, values in names.items()}
 
 
 def _measured(measures):
@@ -220,8 +248,7 @@ def _measured(measures):
     result = {}
     with tqdm.tqdm(measures.items(), desc="metrics", leave=False, disable=jax.process_index() != 0) as bar:
         for name, measure in bar:
-            bar.set_postfix_str(name)
-            result[name] = measure()
+            result[name] = waiting(name.replace("_", " "), measure)
     return result
 
 
@@ -282,7 +309,8 @@ def _read_shards(path):
             with file.open("rb") as opened, np.load(opened, allow_pickle=False) as content:
                 arrays.append((content["arr_0"], content.get("labels")))
         except Exception as error:  # NumPy and zipfile raise many types
-            raise UserError(f"--samples={file} holds no samples ({one_line(error, 200)}): {remedy}") from None
+            reason = f"it is a picture, {file.suffix}" if file.suffix in PICTURES else one_line(error, 200)
+            raise UserError(f"--samples={file} holds no samples ({reason}): {remedy}, e.g. --out=samples.npz") from None
     for array, _ in arrays or [(np.zeros(0), None)]:
         if array.ndim != 4 or array.dtype != np.uint8 or not len(array) or array.shape[1:] != arrays[0][0].shape[1:]:
             raise UserError(

@@ -22,6 +22,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from diffusion_jax import parts
 from diffusion_jax.data.sources import name_of
 from diffusion_jax.errors import UserError, one_line
+from diffusion_jax.evaluation.meaning import MEANINGS, meaning, with_reasons
 from diffusion_jax.running import files
 from diffusion_jax.running.config import flatten
 from diffusion_jax.running.log import parse_line
@@ -205,11 +206,11 @@ def _by_group(flat):
 
 
 def _facts(workdir, flat, step, checkpoints, num_parameters, curves):
-    """Returns the rows of the first table; a row without data is None."""
+    """Returns the rows of the first table; a row without data is left out."""
     source = name_of(flat["data.source"], flat["data.path"])
     shape = [str(flat[f"data.{key}"]) for key in ("image_size", "image_size", "channels")]
     loss, speed = (_finite(curves, name)[1] for name in ("loss", "images_per_second"))
-    return {
+    rows = {
         "step": f"{_cell(step)} of {_cell(flat['train.num_steps'])}",
         "checkpoints": checkpoints or None,
         "parameters": num_parameters,
@@ -220,6 +221,7 @@ def _facts(workdir, flat, step, checkpoints, num_parameters, curves):
         "images per second": float(np.median(speed[-RECENT:])) if len(speed) else None,
         **_times(workdir, *_finite(curves, "steps_per_second")),
     }
+    return {name: value for name, value in rows.items() if value is not None}
 
 
 def _classes(names):
@@ -277,7 +279,7 @@ def _evaluation(folder):
     step, folder = max(folders.items())
     blocks = [("note", f"Step {step:,}.")]
     try:
-        values = json.loads((folder / "evaluation.json").read_text())
+        values = with_reasons(json.loads((folder / "evaluation.json").read_text()))
         blocks += list(_nested("", {"": values if isinstance(values, dict) else {"value": values}}, 2))
     except OSError:
         blocks.append(("note", f"The evaluation has no numbers (evaluation/{step}/evaluation.json)."))
@@ -298,12 +300,17 @@ def _nested(title, columns, level):
             columns = only if set.intersection(*map(set, only.values())) else columns
     if title:
         yield f"h{level}", title
+        if title in MEANINGS:
+            yield "note", MEANINGS[title]
     keys = list(dict.fromkeys(key for column in columns.values() for key in column))
     nested = [key for key in keys if any(isinstance(column.get(key), dict) for column in columns.values())]
     drawn = [key for key in keys if any(_is_long(column.get(key)) for column in columns.values())]
     rows = [(key, *(_cell(x.get(key)) for x in columns.values())) for key in keys if key not in nested + drawn]
     if rows:
-        yield "table", (() if list(columns) == [""] else ("", *columns), rows)
+        first = next(iter(columns.values()))
+        meanings = [meaning(key, first.get(key)) for key in (row[0] for row in rows)]
+        rows = [(*row, text) for row, text in zip(rows, meanings, strict=True)] if any(meanings) else rows
+        yield "table", (() if list(columns) == [""] else ("", *columns, *([""] if any(meanings) else [])), rows)
     if drawn:
         yield from _list_charts(columns, drawn)
     for key in nested:

@@ -21,6 +21,7 @@ from safetensors import numpy as safetensors
 
 from diffusion_jax import parts
 from diffusion_jax.errors import UserError, one_line
+from diffusion_jax.interop.card import model_card
 from diffusion_jax.running import checkpoint, files, history, hosts
 from diffusion_jax.running import config as configs
 from diffusion_jax.running.workdir import absolute, read_config, write_config
@@ -446,8 +447,8 @@ def _to_flax(file, name, array, shape):
 # ---------------------------------------------------------------- export
 
 
-def export_diffusers(workdir: epath.PathLike, out: str) -> None:
-    """Writes the averaged parameters of the last checkpoint for diffusers' `DDPMPipeline.from_pretrained(out)`.
+def export_diffusers(workdir: epath.PathLike, out: str, step: int | None = None) -> None:
+    """Writes the averaged parameters of the last checkpoint, or `step`, for diffusers' `DDPMPipeline.from_pretrained`.
 
     The pipeline runs the ancestral chain with the run's sigma, whatever the run's sampling.sampler. Schedules
     other than Ho's are written as `trained_betas`. A run with classes has num_classes + 1 class embeddings, the last
@@ -470,7 +471,7 @@ def export_diffusers(workdir: epath.PathLike, out: str) -> None:
         f"scheduler/{_SCHEDULER}": _scheduler_config(config),
     }
     hosts.on_main(lambda: _check_folder(folder, out))
-    step, params = ema_params(parts.build(config), workdir)
+    step, params = ema_params(parts.build(config), workdir, step)
 
     def write():
         try:
@@ -478,9 +479,10 @@ def export_diffusers(workdir: epath.PathLike, out: str) -> None:
                 write_unet(config, params, partial / "unet")
                 for name, content in configs.items():
                     _write_json(partial / name, content)
+                files.write_text(partial / "README.md", model_card(config, workdir, step, out, "diffusers"))
         except OSError as error:
             raise UserError(f"--out={out} cannot be written ({one_line(error)}): give another folder") from None
-        print(f"diffusers model of step {step}: {out}")
+        print(f"diffusers model of step {step}: {out}; complete its model card, README.md")
         if num_classes := config.model.num_classes:
             print(
                 f"num_class_embeds={num_classes + 1}: {num_classes} classes and, last, no class, which guidance needs; "

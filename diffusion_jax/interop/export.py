@@ -27,8 +27,10 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import parts
 from diffusion_jax.errors import UserError, one_line
+from diffusion_jax.interop.card import model_card
 from diffusion_jax.running import config as configs
 from diffusion_jax.running import files, hosts
+from diffusion_jax.running.watch import waiting
 from diffusion_jax.running.workdir import read_config
 from diffusion_jax.sample import ema_params
 from diffusion_jax.sampling import class_labels, image_numbers
@@ -41,19 +43,21 @@ _PROMISE = (
 _PATHS = ("path", "cache_dir", "manual_dir")  # keys of config.data
 
 
-def export_sampler(workdir: epath.PathLike, out: str, **settings: Any) -> None:
+def export_sampler(workdir: epath.PathLike, out: str, step: int | None = None, **settings: Any) -> None:
     """Writes the sampler of the last checkpoint as one file, see `export`.
 
     Args:
+      step: the step of the checkpoint; None is the last.
       settings: sampler, steps and eta of `diffusion_jax.load`.
 
     Raises:
       UserError: see `diffusion_jax.load` and `export`.
     """
-    config = _portable(configs.with_sampling(read_config(workdir), **settings))
+    own = configs.with_sampling(read_config(workdir), **settings)
+    config = _portable(own.copy_and_resolve_references())
     hosts.on_main(lambda: _check_out(out))
-    step, params = ema_params(parts.build(config), workdir)
-    hosts.on_main(lambda: export(config, params, step, out))
+    step, params = ema_params(parts.build(config), workdir, step)
+    hosts.on_main(lambda: export(config, params, step, out, model_card(own, workdir, step, out, "jax")))
 
 
 def export_again(source: epath.PathLike, out: str, **settings: Any) -> None:
@@ -76,7 +80,7 @@ def export_again(source: epath.PathLike, out: str, **settings: Any) -> None:
         raise UserError(f"--from={source}: {one_line(error)}") from None
     if shapes != expected:
         raise UserError(f"--from={source} holds the parameters of another network than its config describes")
-    hosts.on_main(lambda: export(config, params, about["step"], out))
+    hosts.on_main(lambda: export(config, params, about["step"], out, about.get("card", "")))
 
 
 def _portable(config):
@@ -86,31 +90,39 @@ def _portable(config):
     return config
 
 
-def export(config: ConfigDict, params: dict, step: int, out: str) -> None:
-    """Writes the sampler that a config describes as one file.
+def export(config: ConfigDict, params: dict, step: int, out: str, card: str = "") -> None:
+    """Writes the sampler that a config describes as one file, and its model card beside it, as <out stem>-card.md.
 
     Args:
       config: a checked config; the file holds all of it.
       params: nested dicts of arrays.
       step: the step of the checkpoint.
       out: an .npz file.
+      card: see `card.model_card`; the file holds it too. "": none.
 
     Raises:
       UserError: `out` does not end in .npz, or cannot be written.
     """
     path = _check_out(out)
     about = {"config": config.to_dict(), "step": int(step), "platforms": PLATFORMS, "jax": jax.__version__}
-    about["compatibility"] = _PROMISE
+    about |= {"compatibility": _PROMISE, "card": card}
     flat = {f"params/{name}": np.asarray(leaf) for name, leaf in flatten_dict(params, sep="/").items()}
-    program = np.frombuffer(_program(config, params), np.uint8)
+    program = np.frombuffer(
+        waiting("translating the sampler for cpu, cuda, tpu", lambda: _program(config, params)), np.uint8
+    )
     arrays = {"program": program, "about": np.array(json.dumps(about)), **flat}
     try:
         with files.replacing(path) as file:
             # To mypy, any array might be called allow_pickle.
             np.savez(file, checksum=np.array(_checksum(arrays)), **arrays)  # type: ignore[arg-type]
+        if card:
+            files.write_text(described := path.with_name(f"{path.stem}-card.md"), card)
     except OSError as error:
         raise UserError(f"--out={out} cannot be written ({one_line(error)}): give another file") from None
-    print(f"sampler of step {step}, {path.stat().length / 1e6:.1f} MB: {out}")
+    print(
+        f"sampler of step {step}, {path.stat().length / 1e6:.1f} MB: {out}"
+        + (f"; model card to complete: {described}" if card else "")
+    )
 
 
 def _check_out(out):

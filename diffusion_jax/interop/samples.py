@@ -1,5 +1,6 @@
 """Samples as files: a grid, an array, or a folder of shards, which can be resumed."""
 
+import functools
 import json
 import re
 import zlib
@@ -16,7 +17,7 @@ from diffusion_jax import parts
 from diffusion_jax.data import pixels
 from diffusion_jax.errors import UserError
 from diffusion_jax.pictures import grids
-from diffusion_jax.running import checkpoint, files, hosts
+from diffusion_jax.running import checkpoint, files, hosts, watch
 from diffusion_jax.running.config import check_integer, check_seed, choose, with_sampling
 from diffusion_jax.running.workdir import absolute, read_config
 from diffusion_jax.sample import ema_params
@@ -25,7 +26,13 @@ SHARD = 1024  # images of one file
 
 
 def write_samples(
-    workdir: epath.PathLike, num: int, seed: int, out: str, labels: Sequence[str | int] = (), **settings: Any
+    workdir: epath.PathLike,
+    num: int,
+    seed: int,
+    out: str,
+    labels: Sequence[str | int] = (),
+    step: int | None = None,
+    **settings: Any,
 ) -> None:
     """Writes `num` images: a grid if `out` ends in .png, uint8 [num, H, W, C] if in .npz, shards if in "/".
 
@@ -37,6 +44,7 @@ def write_samples(
     Args:
       labels: the classes to draw, by name or number: image i has class labels[i mod len(labels)]; () for all. The .npz
         has the class of each image as "labels", and the grid a row for each class.
+      step: the step of the checkpoint; None is the last.
       settings: sampler, steps, eta and guidance of `load`.
 
     Raises:
@@ -48,10 +56,13 @@ def write_samples(
     hosts.on_main(lambda: _check(num, seed, out, path))
     chosen, run = choose(config, labels), parts.build(config)
     per_call = -(-min(num, run.num_samples) // jax.process_count())
-    sample_fn, (step, params) = run.sample_fn(per_call), ema_params(run, workdir)
+    step, params = ema_params(run, workdir, step)
+    shape, of_num = (per_call, *run.image_shape), functools.partial(run.sample_fn, per_call)
+    sample_fn = watch.Sampler(of_num, shape, run.num_sampling_steps, params, flags="")
     about = _about(config, workdir, step, params, seed, chosen)
     params = jax.device_put(params)
-    with tqdm.tqdm(total=num, unit="image", desc="sampling", disable=jax.process_index() != 0) as bar:
+    one_call = num <= per_call * jax.process_count()  # which has a bar of its own
+    with tqdm.tqdm(total=num, unit="image", desc="sampling", disable=one_call or jax.process_index() != 0) as bar:
 
         def make(first, num):
             return _share(sample_fn, params, seed, first, num, per_call, bar, chosen)

@@ -5,8 +5,10 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 from etils import epath
+from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFont  # noqa: TID251 (Pillow writes the pictures)
 
+from diffusion_jax.data import pixels
 from diffusion_jax.running import files
 
 MIN_TILE = 64  # pixels: a grid enlarges smaller images to about this size
@@ -110,9 +112,21 @@ def to_pillow(x: np.ndarray) -> Image.Image:
     return Image.fromarray(x[..., 0] if x.shape[-1] == 1 else x)
 
 
-def save_png(path: epath.PathLike, x: np.ndarray) -> None:
-    """Writes uint8 [H, W, 1 or 3] as a PNG file, and creates its folder."""
-    with files.replacing(path) as file:
+def save_png(path: epath.PathLike, x: ArrayLike) -> None:
+    """Writes an image [H, W, 1 or 3], or a `grid` of images [N, H, W, 1 or 3], as a PNG file; creates its folder.
+
+    Args:
+      x: uint8, or floats in [−1, 1], as samplers return them.
+
+    Raises:
+      ValueError: `x` has another shape.
+    """
+    x = np.asarray(x)
+    if x.ndim not in (3, 4) or x.shape[-1] not in (1, 3) or not x.size:
+        raise ValueError(f"x has shape {x.shape}: give an image [H, W, 1 or 3], or several, [N, H, W, 1 or 3]")
+    x = x if x.dtype == np.uint8 else pixels.to_uint8(x)
+    x = grid(x) if x.ndim == 4 else x
+    with files.replacing(epath.Path(path).expanduser()) as file:
         to_pillow(x).save(file, format="PNG")
 
 

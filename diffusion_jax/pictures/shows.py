@@ -7,17 +7,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
 from diffusion_jax import parts, sample, sampling
 from diffusion_jax.data import pipeline, pixels
+from diffusion_jax.data.cache import Cached, OnTheFly
 from diffusion_jax.errors import UserError
 from diffusion_jax.pictures import edits, figures, grids
-from diffusion_jax.running.config import check_integer, check_seed, choose, with_sampling
-from diffusion_jax.running.workdir import read_config
+from diffusion_jax.running.config import check_integer, check_seed, choose, has_images, with_sampling
+from diffusion_jax.running.watch import waiting
+from diffusion_jax.running.workdir import absolute, read_config
 
 FRAMES = 50  # frames of an animation
 JUMPS = 25  # RePaint goes back up by T / JUMPS steps: 10 of 250 in Lugmayr et al. (2022)
 REPEATS = 5  # of each step of RePaint: as many network evaluations at T = 1000 as theirs, 10 repeats of 250 steps
+
+
+def read_images(config: ConfigDict, workdir: epath.PathLike, split: str | None = None) -> Cached | OnTheFly:
+    """Opens the data set of a run.
+
+    Args:
+      split: replaces data.split.
+
+    Raises:
+      UserError: the data set cannot be opened; the message names the file to correct.
+    """
+    file = absolute(workdir) / "config.json"
+    if not has_images(config):
+        raise UserError(f"{file} names no images (data.path is empty, the run was imported): set data.path there")
+    try:
+        return parts.images(config, split)
+    except UserError as error:
+        raise UserError(f"{error} (data.* of this run are in {file})") from None
 
 
 def show(
@@ -29,6 +50,7 @@ def show(
     path: str = "",
     labels: Sequence[str] = (),
     guidance: float | None = None,
+    step: int | None = None,
 ) -> None:
     """Writes one of SHOWS: a labelled picture, or an animation.
 
@@ -40,7 +62,7 @@ def show(
         and samples for "variations".
       labels: classes of a run with classes, by name or number: image i of a call has class labels[i mod len(labels)].
         () draws without a class.
-      guidance: see `diffusion_jax.load`.
+      guidance, step: see `diffusion_jax.load`.
 
     Raises:
       UserError: there is no checkpoint, there are too few images, or `out` has another suffix.
@@ -51,7 +73,7 @@ def show(
     if num is not None:
         check_integer("--num", num, 1, 2**32)
     check_seed(seed)
-    run = _Run(workdir, seed, path, labels, guidance)
+    run = _Run(workdir, seed, path, labels, guidance, step)
     SHOWS[name](run, out, *() if num is None else (num,))
     if jax.process_index() == 0:
         print(f"{name} of step {run.step}: {out}")
@@ -60,18 +82,19 @@ def show(
 class _Run:
     """A run's network, schedule and images, for the functions of `figures`, `edits` and `sampling`."""
 
-    def __init__(self, workdir, seed, path, labels=(), guidance=None):
+    def __init__(self, workdir, seed, path, labels=(), guidance=None, step=None):
         self._config = with_sampling(read_config(workdir), guidance=guidance)
         chosen = choose(self._config, labels)
         self._labels = jnp.array(chosen) if labels else None
         self._parts = parts.build(self._config)
-        self.step, self._params = sample.ema_params(self._parts, workdir)
+        self.step, self._params = sample.ema_params(self._parts, workdir, step)
         self.s, self.shape = self._parts.schedule, self._parts.image_shape
         self._seed, self._key = seed, jax.random.key(seed)
         self._workdir, self.path = workdir, path
 
     def compiled(self, formula, **static):
         """Compiles formula(eps_bar_fn, s, sigma, …, clip=clip, **static) as one program that returns NumPy arrays."""
+        name = formula.__name__.replace("_", " ")
 
         def program(params, *arrays, **named):
             def eps_bar_fn(x, t):
@@ -81,7 +104,11 @@ class _Run:
             return formula(eps_bar_fn, self.s, self._parts.sigma, *arrays, clip=self._parts.clip, **static, **named)
 
         program = functools.partial(jax.jit(program), jax.device_put(self._params))
-        return lambda *arrays, **named: jax.device_get(program(*arrays, **named))
+
+        def run(*arrays, **named):
+            return waiting(f"compiling and drawing by {name}", lambda: jax.device_get(program(*arrays, **named)))
+
+        return run
 
     def keys(self, num, stream=0):
         """Returns the keys of `num` images; other streams are independent."""
@@ -100,7 +127,7 @@ class _Run:
             config.data.source, config.data.path = "files", self.path
             dataset = parts.images(config)
         else:
-            dataset = sample.read_images(self._config, self._workdir)
+            dataset = read_images(self._config, self._workdir)
         if or_fewer:
             num = min(num, len(dataset))
         if num > len(dataset):

@@ -1,5 +1,6 @@
 """Memory and time of a train step on the devices at hand, and the options that save memory."""
 
+import functools
 from typing import Any
 
 import jax
@@ -7,13 +8,14 @@ from ml_collections import ConfigDict
 
 from diffusion_jax.errors import UserError, one_line
 from diffusion_jax.planning import programs
+from diffusion_jax.running.watch import waiting
 from diffusion_jax.step import TrainState
 
 TIGHT = 0.9  # share of a device's memory above which the step gets a warning
 
 
 def foresee(config: ConfigDict, program: jax.stages.Wrapped, args: tuple, num_steps: int) -> None:
-    """Prints the memory and a lower bound on the time of the remaining steps, if the device reports its memory.
+    """Compiles the step, and prints its memory and the least time of the remaining steps if the device has a limit.
 
     Only a program that does not fit stops the run: an estimate that fails for another reason is skipped.
 
@@ -27,10 +29,10 @@ def foresee(config: ConfigDict, program: jax.stages.Wrapped, args: tuple, num_st
     """
     device = jax.local_devices()[0]
     room = programs.room(device)
-    if not room:
-        return
-    try:
-        compiled = programs.compiled(program.lower(*args))  # JAX keeps it: the first step does not compile again
+    try:  # JAX keeps the program: the first step does not compile again
+        compiled = waiting("compiling the train step", lambda: programs.compiled(program.lower(*args)))
+        if not room:
+            return
         peak, flops = programs.memory_needed(compiled), programs.flops_needed(compiled, config.train.accumulate)
     except programs.DoesNotFit as error:
         raise does_not_fit(config, device.device_kind, programs.shortage(error)) from None
@@ -68,7 +70,8 @@ def foresee_sampler(config: ConfigDict, sample_fn: Any, state: TrainState) -> No
         return
     mend = f"lower config.sampling.num={config.sampling.num}, or set config.model.dtype=bfloat16"
     try:
-        compiled = programs.compiled(sample_fn.lower(state.ema_params, jax.random.key(config.seed)))
+        lower = functools.partial(sample_fn.lower, state.ema_params, jax.random.key(config.seed))
+        compiled = waiting("compiling the sampler", lambda: programs.compiled(lower()))
         peak = programs.memory_needed(compiled)
     except programs.DoesNotFit as error:
         shortage = programs.shortage(error)

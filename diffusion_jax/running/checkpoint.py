@@ -20,7 +20,7 @@ import tensorstore  # Orbax writes with it
 from etils import epath
 
 from diffusion_jax.errors import UserError, one_line
-from diffusion_jax.running import hosts
+from diffusion_jax.running import hosts, watch
 from diffusion_jax.running.workdir import absolute
 
 _LOOKS = 20  # times that a reader looks again, because the checkpoint that it read was replaced
@@ -120,8 +120,23 @@ def check(manager: ocp.CheckpointManager) -> None:
 def wait(manager: ocp.CheckpointManager) -> None:
     """Waits until the last save is on disk; raises UserError if it fails."""
     with _saving(manager):
-        manager.wait_until_finished()
+        watch.waiting("writing the checkpoint", manager.wait_until_finished)
         manager.check_for_errors()
+
+
+def restore_step(manager: ocp.CheckpointManager, like: Any, step: int) -> Any:
+    """Returns checkpoint `step` as NumPy arrays, see `restore`.
+
+    Raises:
+      UserError: there is no such checkpoint, or it cannot be read.
+    """
+    if step not in (steps := sorted(manager.all_steps())):
+        there = f"has those of steps {', '.join(map(str, steps))}" if steps else "has none yet"
+        raise UserError(f"--step={step}: there is no such checkpoint; {manager.directory} {there}")
+    try:
+        return _read(manager, step, like)
+    except _Damaged as error:
+        raise UserError(f"--step={step}: checkpoint {step} cannot be read ({error}): give another step") from None
 
 
 def restore(manager: ocp.CheckpointManager, like: Any, set_aside: bool = False) -> Any:
@@ -189,6 +204,10 @@ class _Damaged(Exception):
 
 def _read(manager, step, like):
     """Returns checkpoint `step`; raises _Damaged in all processes if one of them cannot read it."""
+    return watch.waiting(f"reading checkpoint {step}", lambda: _read_quietly(manager, step, like))
+
+
+def _read_quietly(manager, step, like):
     item = {name: value for name, value in like._asdict().items() if value is not None}
     with _damage_in_any_process():
         _probe(manager.directory / str(step) / "state", set(item))

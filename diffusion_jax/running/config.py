@@ -53,6 +53,9 @@ RANGES = {  # the smallest and the largest integer; configs also come with the w
     "train.sample_every": (0, _INT32),
     "sampling.num": (1, _INT32),
 }
+# These may also be a function of the user, see `with_functions`. A workdir holds its name, as "python:min_snr".
+FUNCTIONS = {"loss": "train.loss", "schedule": "schedule.name", "sigma": "sampling.sigma"}
+_PYTHON = "python:"
 _LARGEST, _SMALLEST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
 # These identify a run; the other keys may change when it resumes.
 _IDENTITY = (
@@ -78,9 +81,68 @@ def shipped() -> dict[str, Path]:
 
 
 def flatten(config: ConfigDict) -> dict[str, object]:
-    """Returns {"seed": 0, "train.loss": "simple", …}, lists as tuples."""
+    """Returns {"seed": 0, "train.loss": "simple", …}, lists as tuples and functions as names."""
     flat = traverse_util.flatten_dict(config.to_dict(), sep=".")
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in flat.items()}
+    return {key: tuple(value) if isinstance(value, list) else _named(value) for key, value in flat.items()}
+
+
+def with_functions(config: ConfigDict, **functions: Callable | None) -> ConfigDict:
+    """Returns a copy of the config with a function, unless None, in place of the name of one of FUNCTIONS.
+
+    Raises:
+      UserError: a function has no name of its own, or is not the one that the config names.
+    """
+    config = config.copy_and_resolve_references()
+    for argument, function in functions.items():
+        section, key = FUNCTIONS[argument].split(".")
+        if function is None:
+            continue
+        name = getattr(function, "__name__", "")
+        if not callable(function) or not name.isidentifier():
+            raise UserError(f"{argument}={function!r} must be a function with a name, which config.json keeps: use def")
+        before = config[section][key]
+        if argument != "sigma" and _is_own(before) and before != _PYTHON + name:
+            raise UserError(f"{argument}={name} is not the run's own, {before.removeprefix(_PYTHON)}: give that one")
+        with config.unlocked(), config.ignore_type():
+            config[section][key] = function
+    return config
+
+
+def _named(value):
+    """Returns the name of a function, and any other value unchanged."""
+    return _PYTHON + value.__name__ if callable(value) else value
+
+
+def _is_own(value):
+    """Returns True for the name of a function of the user."""
+    return isinstance(value, str) and value.startswith(_PYTHON)
+
+
+def with_names(config: ConfigDict) -> ConfigDict:
+    """Returns a copy of the config with the names of its functions, as config.json has them."""
+    config = config.copy_and_resolve_references()
+    with config.unlocked(), config.ignore_type():
+        for section, key in (key.split(".") for key in FUNCTIONS.values()):
+            if callable(value := config.get(section, {}).get(key)):
+                config[section][key] = _named(value)
+    return config
+
+
+def resolve(config: ConfigDict, argument: str, table: dict[str, Callable]) -> Callable:
+    """Returns the function of the config for one of FUNCTIONS, or that of its name in `table`.
+
+    Raises:
+      UserError: the config names a function of the user, which is missing.
+    """
+    section, key = FUNCTIONS[argument].split(".")
+    value = config[section][key]
+    if _is_own(value):
+        name = value.removeprefix(_PYTHON)
+        raise UserError(
+            f"config.{section}.{key}={value!r} is a function of the run's own, which only Python can give: "
+            f"{argument}={name} to diffusion_jax.train" + (", load or load_network" if argument != "loss" else "")
+        )
+    return value if callable(value) else table[value]
 
 
 def missing(content: dict[str, Any]) -> list[str]:
@@ -118,6 +180,8 @@ def with_sampling(
     Raises:
       UserError: a value is invalid, eta is given for another sampler than ddim, or guidance for a run without classes.
     """
+    if sampler == "ancestral" and steps is None:
+        steps = 0  # the config may name a sampler of few steps
     values = {"sampler": sampler, "steps": steps, "eta": eta, "clip": clip, "num": num, "guidance": guidance}
     flat = {f"sampling.{key}": value for key, value in values.items() if value is not None}
     flat |= {} if dtype is None else {"model.dtype": dtype}
@@ -147,7 +211,13 @@ def check(config: ConfigDict) -> None:
     """
     _check_types(config)
     for key, names in CHOICES.items():
-        _need(config, key, lambda value, names=names: value in names, f"one of {', '.join(map(str, names))}")
+        own = key in FUNCTIONS.values() and _is_own(flatten(config)[key])
+        _need(
+            config,
+            key,
+            lambda value, names=names, own=own: own or value in names,
+            f"one of {', '.join(map(str, names))}",
+        )
     flat = flatten(config)
     for key, (low, high) in RANGES.items():
         check_integer(f"config.{key}", flat[key], low, high)
@@ -249,8 +319,8 @@ def warnings(config: ConfigDict, alpha_bar: float) -> list[str]:
 
 
 def with_absolute_paths(config: ConfigDict) -> ConfigDict:
-    """Returns a copy whose data.* paths do not depend on the working directory; URLs (gs://…) stay as they are."""
-    config = config.copy_and_resolve_references()
+    """Returns a copy as config.json has it: functions are names, and paths do not depend on the working directory."""
+    config = with_names(config)
     with config.unlocked():
         for key in ("source", "path", "manual_dir", "cache_dir"):
             value = config.data[key]
@@ -283,16 +353,18 @@ def check_same_run(old: ConfigDict, new: ConfigDict, workdir: object) -> None:
     changed = [
         f"{key}: {before[key]!r} there, {now[key]!r} here"
         for key in sorted(before)
-        if key.startswith(_IDENTITY)
+        if (key.startswith(_IDENTITY) or (key == "train.loss" and _is_own(before[key])))
         and key not in _MAY_CHANGE
         and (chosen or key not in _OF_TRAINING)
         and before[key] != now[key]
         and "auto" not in (before[key], now[key])  # a number of classes that is known when the images are open
     ]
     if changed:
+        own = [f"{name}={before[key].removeprefix(_PYTHON)}" for name, key in FUNCTIONS.items() if _is_own(before[key])]
+        functions = f" and, to diffusion_jax.train, {', '.join(own)}" if own else ""
         raise UserError(
             f"--workdir={workdir} holds another run (config.{', config.'.join(changed)}): give another workdir, or the "
-            "config of this one (if the same files have moved, correct its config.json)"
+            f"config of this one{functions} (if the same files have moved, correct its config.json)"
         )
 
 

@@ -18,6 +18,7 @@ FLAGS: dict[str, tuple[Any, Any, str]] = {  # name: (its definition or values, d
     "workdir": (flags.DEFINE_string, None, "the folder of the run: config, checkpoints, metrics, samples"),
     "num": (flags.DEFINE_integer, None, "number of images to sample (default 64) or evaluate (all); rows of a figure"),
     "seed": (flags.DEFINE_integer, 0, "seed of the samples or of the evaluation"),
+    "step": (flags.DEFINE_integer, None, "step of the checkpoint; default: the last"),
     "out": (flags.DEFINE_string, None, "file or folder to write"),
     "sampler": (configs.CHOICES["sampling.sampler"], None, "sampler; default: the config's"),
     "steps": (flags.DEFINE_integer, None, "steps of the sampler; default: the config's"),
@@ -30,6 +31,7 @@ FLAGS: dict[str, tuple[Any, Any, str]] = {  # name: (its definition or values, d
     ),
     "show": (_SHOWS, None, "the figure to draw"),
     "images": (flags.DEFINE_string, "", "folder or zip of images to edit; default: the run's images"),
+    "quick": (flags.DEFINE_bool, False, "measure 256 images and 25 steps t of each, in minutes on a CPU"),
     "splits": (flags.DEFINE_list, [], "splits to evaluate; default: data.split and data.test_split"),
     "samples": (flags.DEFINE_string, "", "samples that --mode=sample wrote, to measure too"),
     "inception": (flags.DEFINE_string, "", "weights of Inception v3 (tools.convert_inception)"),
@@ -47,7 +49,9 @@ FLAGS: dict[str, tuple[Any, Any, str]] = {  # name: (its definition or values, d
     "num_processes": (flags.DEFINE_integer, 1, "number of processes, with --coordinator"),
     "process_id": (flags.DEFINE_integer, 0, "number of this process, with --coordinator"),
 }
+_MEANT = {"num_samples": "num", "n": "num", "output": "out", "checkpoint": "step", "data": "config.data.path"}
 _RANGES = {"num": (1, 2**32), "seed": (0, 2**32 - 1), "num_processes": (1, 2**31 - 1), "process_id": (0, 2**31 - 2)}
+_RANGES |= {"step": (0, 2**31 - 1)}
 
 
 def parse(argv: Sequence[str], modes: Sequence[str]) -> flags.FlagValues:
@@ -60,12 +64,21 @@ def parse(argv: Sequence[str], modes: Sequence[str]) -> flags.FlagValues:
     for arg in argv:
         if arg.lstrip("-").startswith("config."):
             configs.check_key(arg.lstrip("-").removeprefix("config.").split("=")[0])
+            if not any(re.match("--?config(=|$)", other) for other in argv):
+                raise UserError(
+                    f"{arg} needs --config too: give --config=own, another one of {', '.join(configs.shipped())}, or a "
+                    "file; a mode that reads config.json in --workdir takes neither"
+                )
     args = flags.FlagValues()
     _define(args, argv, modes)
     try:
         rest = args(argv)
         if args.config is not None:
             args.config.keys()  # a missing config file raises only when it is used
+    except flags.UnrecognizedFlagError as error:
+        if error.flagname in _MEANT:
+            raise UserError(f"--{error.flagname} is no flag: give --{_MEANT[error.flagname]}") from None
+        raise UserError(one_line(error)) from error
     except flags.Error as error:
         raise UserError(one_line(error)) from error
     except Exception as error:  # a config file is the user's program and may raise anything
@@ -79,12 +92,12 @@ def _with_files(arg: str) -> str:
     """Replaces "~" at the start of a value by the home directory, and the name of a shipped config by its file."""
     flag, equals, value = arg.partition("=")
     arg = f"{flag}={os.path.expanduser(value)}" if equals else os.path.expanduser(arg)
-    match = re.fullmatch(r"(--?config=)([\w-]+)", arg)
+    match = re.fullmatch(r"(--?config=)([\w-]+)(:\w+)?", arg)
     if not match:
         return arg
     if match[2] not in (shipped := configs.shipped()):
         raise UserError(f"--config={match[2]} is not a shipped config: give one of {', '.join(shipped)}, or a file")
-    return match[1] + str(shipped[match[2]])
+    return match[1] + str(shipped[match[2]]) + (match[3] or "")
 
 
 def help_text(name: str, modes: dict[str, Any], always: Sequence[str], args: flags.FlagValues) -> str:

@@ -1,17 +1,20 @@
 """The machines of a run: the platform, the processes, the shared workdir, and signals that stop the run."""
 
 import contextlib
+import importlib.util
 import json
+import logging
 import os
 import secrets
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import jax
 import numpy as np
+from absl import logging as absl_logging
 from etils import epath
 from jax.experimental import multihost_utils
 
@@ -34,11 +37,24 @@ _HEARTBEAT_SECONDS = 20
 
 
 class Stopped(Exception):
-    """Reports that a signal stopped the run after it saved its state."""
+    """Reports that a signal stopped the run after it saved the state of `step`."""
 
-    def __init__(self, message: str, signum: int) -> None:
-        super().__init__(message)
+    def __init__(self, step: int, signum: int) -> None:
+        saved = f"after step {step}, which is saved" if step else "before its first step"
+        super().__init__(f"stopped by a signal {saved}: run the same command to resume")
         self.exit_code = 128 + signum  # the shell's convention
+
+
+def silence_libraries() -> None:
+    """Leaves errors to the command line: Orbax's threads print 1,600 lines for a full disk."""
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+    def hook(unraisable):
+        if "Event loop is closed" not in str(unraisable.exc_value):  # a failed save has already raised its error
+            sys.__unraisablehook__(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def initialize(platform: str = "", coordinator: str = "", num_processes: int = 1, process_id: int = 0) -> None:
@@ -101,6 +117,16 @@ def _in_cluster():
         or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
         or int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
     )
+
+
+def expects_accelerator() -> bool:
+    """True if JAX will probably find a TPU or a GPU. Starts no backend, which has to wait for `initialize`."""
+    if platforms := jax.config.jax_platforms:
+        return platforms.split(",")[0] != "cpu"
+    plugins = [("dev/nvidia[0-9]*", "jax_cuda12_plugin"), ("dev/nvidia[0-9]*", "jax_cuda13_plugin")]
+    plugins += [("dev/kfd", "jax_rocm7_plugin"), ("dev/kfd", "jax_rocm60_plugin")]
+    has_gpu = any(importlib.util.find_spec(name) and any(Path("/").glob(files)) for files, name in plugins)
+    return has_gpu or bool(_accelerators())
 
 
 def _accelerators(root="/"):
@@ -207,6 +233,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.signum: int | None = None
+        self._saved: int | None = None  # the step whose state is all there is to save, inside `at_once`
         self._previous_handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -225,6 +252,20 @@ class StopSignals:
         for signum, handler in self._previous_handlers.items():
             signal.signal(signum, handler)
 
+    @contextlib.contextmanager
+    def at_once(self, step: int) -> Iterator[None]:
+        """Lets a signal raise Stopped inside the block, in a single process; the state of `step` is saved by then.
+
+        For work that takes long and changes no state: it compiles, draws or measures.
+        """
+        self._saved = step
+        try:
+            if self.signum:
+                raise Stopped(step, self.signum)
+            yield
+        finally:
+            self._saved = None
+
     def agreed(self, manager: Any, step: int) -> int | None:
         """Returns the signal if all processes stop after `step`, else None. Every process calls it at every step.
 
@@ -239,11 +280,16 @@ class StopSignals:
     def _terminate(self, signum, _):
         if jax.process_count() == 1:
             self.signum = signum
+            if self._saved is not None:
+                raise Stopped(self._saved, signum)
         else:
             os.kill(os.getpid(), signal.SIGTERM)  # which the preemption service knows
 
     def _interrupt(self, signum, frame):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         with contextlib.suppress(OSError):  # the terminal may be gone
-            print("\nstopping after this step; press Ctrl-C again to end at once", file=sys.stderr)
+            print(
+                "\nstopping after this step; press Ctrl-C again to end at once" if self._saved is None else "",
+                file=sys.stderr,
+            )
         self._terminate(signum, frame)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from diffusion_jax import likelihood, parts, sample, schedule, train
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation import bound, evaluate, inception, quality
+from diffusion_jax.evaluation import bound, evaluate, inception, meaning, quality
 from diffusion_jax.interop.samples import write_samples
 from diffusion_jax.running import workdir as workdirs
 
@@ -220,7 +220,9 @@ def test_samples_are_compared_with_the_first_split(run, tmp_path):
     assert values["frechet"] == pytest.approx(quality.metrics.frechet_of_features(x, y))
     assert values["frechet_standard_error"] == pytest.approx(quality.metrics.frechet_standard_error(x, y))
     assert values["frechet_extrapolated"] is None  # 40 images of 64 numbers
-    assert 0 < values["frechet_floor"] < values["frechet"]
+    assert 0 < values["frechet_floor"][0] < values["frechet_at_floor_size"][0]
+    assert values["protocol"]["metrics"]["frechet_floor"] == {"rows": [40, 60], "cuts": 4}
+    assert "40 samples of 64 features" in (folder(run) / "evaluation.md").read_text()  # why there is no extrapolation
     assert values["protocol"]["samples"]["n"] == 40
     assert values["protocol"]["reference"]["n"] == 100
     assert values["protocol"]["reference"]["features"] == "pixels"
@@ -259,7 +261,8 @@ def test_protocol_of_samples_states_their_origin(run, tmp_path):
     assert (made_by["shards"]["step"], made_by["shards"]["steps"], made_by["shards"]["seed"]) == (3, 5, 3)
     assert protocol["metrics"] == {
         "frechet_standard_error": {"method": "infinitesimal jackknife", "over": "new samples and reference"},
-        "frechet_floor": {"rows": [50, 50]},
+        "frechet_floor": {"rows": [9, 91], "cuts": 4},
+        "frechet_extrapolated": {"left_out": "9 samples of 64 features are fewer than 640, 10 for each"},
         "kernel_distance": {"kernel": "(a·b/d + 1)³", "num_subsets": 100, "subset_size": 9},
         "precision_recall": {"k": 3},
         "density_coverage": {"k": 5},
@@ -434,8 +437,72 @@ def test_few_samples_with_many_features():
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(quality, "MAX_FEATURES", 8)
         values = quality.compare(samples, reference, quality.pixels)
-    assert values["settings"]["frechet_floor"] == {"rows": [8, 8]} and values["frechet_extrapolated"] is None
+    assert values["settings"]["frechet_floor"]["rows"] == [5, 85] and values["frechet_extrapolated"] is None
+    assert "16 features are more than the 8" in values["settings"]["frechet_extrapolated"]["left_out"]
     assert values["frechet_standard_error"] > 0
+
+
+def test_real_images_reach_the_floor():
+    """At any number: few samples have a high distance, and so has the floor. Other images do not reach it."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (400, 2, 2, 1), np.uint8)
+    for n in (20, 300):
+        real, dark = images[:n].copy(), images[:n] // 2
+        values, other = (quality.compare(x, images[100:], quality.pixels) for x in (real, dark))
+        floor, spread = values["frechet_floor"]
+        assert values["settings"]["frechet_floor"]["rows"] == [min(n, 150), 300 - min(n, 150)]
+        assert abs(values["frechet_at_floor_size"][0] - floor) < 6 * (spread + values["frechet_at_floor_size"][1])
+        assert other["frechet_at_floor_size"][0] > floor + 6 * spread
+
+
+def test_every_number_says_what_it_is():
+    images = np.random.default_rng(0).integers(0, 256, (90, 2, 2, 1), np.uint8)
+    values = quality.compare(images[:30], images, quality.pixels)
+    assert [name for name in values if name != "settings" and not meaning.meaning(name)] == []
+    for name in ("bits_per_dim", "rate", "loss", "n", "of", "median", "least", "median_of_held_out", "accuracy"):
+        assert meaning.meaning(name)
+    assert meaning.meaning("density", "x") != meaning.meaning("density", 0.9)
+
+
+def test_a_null_says_why():
+    settings = {"frechet_extrapolated": {"left_out": "few samples"}}
+    section = {"frechet_extrapolated": None, "classifiers": None, "curve": [1, None], "protocol": {"metrics": settings}}
+    filled = meaning.with_reasons({"samples": section, "splits": {"train": {"standard_error": None}}})
+    assert filled["samples"]["frechet_extrapolated"] == "none: few samples"
+    assert filled["samples"]["classifiers"] == "none: it was not measured"
+    assert filled["splits"]["train"]["standard_error"] == "none: needs at least 2 images"
+    assert filled["samples"]["curve"] == [1, None] and section["classifiers"] is None
+    assert meaning.with_reasons([None, {"a": None}]) == [None, {"a": None}]
+    assert meaning.with_reasons({"protocol": 3, "x": None}) == {"protocol": 3, "x": "none: it was not measured"}
+
+
+def test_steps_of_a_quick_evaluation():
+    """Each image has a step of its own in each stratum, a function of (seed, index); on average they count alike."""
+    strata, indices = np.array([0, 1, 5, 20]), np.arange(4000).reshape(2, 2000)
+    ts = bound._draw_steps(0, indices, strata)
+    assert ts.shape == (2, 2000, 3) and (ts > strata[:-1]).all() and (ts <= strata[1:]).all()
+    np.testing.assert_array_equal(ts[1, 5:7], bound._draw_steps(0, indices[1:, 5:7], strata)[0])
+    counts = np.bincount(ts[..., 2].ravel(), minlength=21)[6:]
+    assert counts.min() > 0.7 * 4000 / 15 and (bound._draw_steps(1, indices, strata) != ts).any()
+
+
+@pytest.mark.slow
+def test_a_quick_evaluation_has_the_mean_of_the_whole(run, tmp_path, monkeypatch, capsys):
+    """Its standard error holds the error of the drawing; without strata to draw from, it is the whole evaluation."""
+    whole = evaluate.evaluate(run, num=100)["splits"]["train[:100]"]
+    as_whole = evaluate.evaluate(run, quick=True)["splits"]["train[:100]"]  # 20 steps are fewer than 25 strata
+    assert as_whole == whole
+    monkeypatch.setattr(bound, "TERMS", 6)
+    capsys.readouterr()
+    quick = evaluate.evaluate(run, seed=1, quick=True)
+    values = quick["splits"]["train[:100]"]
+    assert quick["protocol"]["bound"].endswith("over one step in each of up to 6 strata")
+    assert values["standard_error"] > whole["standard_error"] and len(values["loss_by_t"]["t"]) == 6
+    for name in ("bits_per_dim", "rate"):
+        assert abs(values[name] - whole[name]) < 4 * values["standard_error"]
+    assert values["decoder"] == pytest.approx(whole["decoder"], abs=0.3)
+    assert values["loss"] == pytest.approx(whole["loss"], rel=0.2)
+    assert "evaluation.json (" in capsys.readouterr().out  # the files that it leaves, with their size
 
 
 def test_statistics_count_every_image_once():

@@ -14,7 +14,7 @@ from conftest import assert_same, tiny_config, write_random_run
 import diffusion_jax
 from diffusion_jax import parts, sample, train
 from diffusion_jax.errors import UserError
-from diffusion_jax.interop import export
+from diffusion_jax.interop import card, export
 from diffusion_jax.running import config as configs
 from diffusion_jax.running import workdir as workdirs
 
@@ -206,3 +206,27 @@ def test_size_hardly_depends_on_the_number_of_steps(run):
         sizes.append(out.stat().st_size)
     assert sizes[1] - sizes[0] < 400 * 4 * 8
     assert jnp.isfinite(export.load_exported(out)[0](params, RNG, 1)).all()
+
+
+def test_the_model_card(run, tmp_path):
+    """It names data, steps and numbers, no folder of this machine, and goes on to a file that is written again."""
+    config = workdirs.read_config(run)
+    with config.unlocked():
+        config.data.source, config.data.path = "files", "/home/me/faces.zip"
+    evaluated = tmp_path / "faces" / "evaluation" / "3"
+    text = card.model_card(config, tmp_path / "faces", 3, "/home/me/sampler.npz", "jax")
+    assert text.startswith("---\nlicense: ") and "faces.zip" in text and "3 steps of 8 images" in text
+    assert "/home" not in text and "was not evaluated" in text and 'load_exported("sampler.npz")' in text
+    evaluated.mkdir(parents=True)
+    result = {"splits": {"train": {"bits_per_dim": 3.25}}, "samples": {"frechet_floor": [1.5, 0.25], "recall": None}}
+    (evaluated / "evaluation.json").write_text(json.dumps(result))
+    text = card.model_card(config, tmp_path / "faces", 3, "out/", "diffusers")
+    assert "| split train | bits_per_dim | 3.25 |" in text and "| samples | frechet_floor | 1.5 ± 0.25 |" in text
+    assert "num_inference_steps=20" in text and "recall" not in text
+    for damaged in ("[]", "{", '{"splits": 3}', '{"splits": {"a": {"rate": 1, "recall": "x"}}}'):
+        (evaluated / "evaluation.json").write_text(damaged)
+        assert "was not evaluated" in card.model_card(config, tmp_path / "faces", 3, "out/", "jax")
+    beside = (run / "sampler-card.md").read_text()
+    assert "3 steps of 8 images" in beside
+    export.export_again(run / "sampler.npz", str(tmp_path / "again.npz"))
+    assert (tmp_path / "again-card.md").read_text() == beside

@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 from PIL import Image
 
 from diffusion_jax.data import pixels
@@ -35,3 +36,15 @@ def test_png_has_the_saved_pixels(tmp_path):
         grids.save_png(tmp_path / "new" / "x.png", x)
         saved = np.asarray(Image.open(tmp_path / "new" / "x.png"))
         np.testing.assert_array_equal(saved.reshape(x.shape), x)
+
+
+def test_save_png_takes_what_a_sampler_returns(tmp_path):
+    x = np.linspace(-1, 1, 2 * 64 * 64 * 3, dtype=np.float32).reshape(2, 64, 64, 3)
+    grids.save_png(tmp_path / "grid.png", x)
+    grids.save_png(tmp_path / "one.png", x[1])
+    with Image.open(tmp_path / "grid.png") as grid, Image.open(tmp_path / "one.png") as one:
+        assert grid.size == (2 * 68 + 4, 72) and one.size == (64, 64)
+        assert np.asarray(one)[-1, -1].tolist() == [255] * 3
+        np.testing.assert_array_equal(np.asarray(grid)[4:68, 72:136], np.asarray(one))
+    with pytest.raises(ValueError, match=r"x has shape \(64, 64\): give an image \[H, W, 1 or 3\], or several"):
+        grids.save_png(tmp_path / "no.png", x[0, :, :, 0])

@@ -1,6 +1,7 @@
 import os
 import signal
 
+import jax
 import pytest
 
 from diffusion_jax.errors import UserError
@@ -122,3 +123,23 @@ def test_cpu_flags_only_for_versions_of_jax_that_know_them():
     assert hosts._with_cpu_flags(f"{reduce}=", "0.12.0") == f"{reduce}="
     assert hosts._with_cpu_flags("--a=1", "0.11.3") == "--a=1"
     assert hosts._with_cpu_flags("", "0.100.0") == ""
+
+
+@pytest.mark.parametrize(
+    "platforms, tpus, plugin, expected",
+    [
+        ("cpu", ["/dev/accel0"], True, False),
+        ("cuda", [], False, True),
+        ("", ["/dev/accel0"], False, True),
+        ("", [], False, False),
+    ],
+)
+def test_an_accelerator_is_expected_without_starting_a_backend(platforms, tpus, plugin, expected, monkeypatch):
+    monkeypatch.setattr(hosts, "_accelerators", lambda: tpus)
+    monkeypatch.setattr(hosts.importlib.util, "find_spec", lambda name: plugin or None)
+    before = jax.config.jax_platforms
+    try:
+        jax.config.update("jax_platforms", platforms)
+        assert hosts.expects_accelerator() == expected
+    finally:
+        jax.config.update("jax_platforms", before)
