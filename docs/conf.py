@@ -12,14 +12,17 @@ author = "The diffusion_jax authors"
 release = diffusion_jax.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "notebooks/source"]
 html_theme = "furo"
 html_title = f"{project} {release}"
 html_copy_source = False
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 
 myst_heading_anchors = 3
 nb_execution_mode = "off"
 autodoc_member_order = "bysource"
+napoleon_use_rtype = False
 napoleon_use_ivar = True  # attributes as a list: autodoc describes the fields of a class too
 python_maximum_signature_line_length = 88
 highlight_language = "text"

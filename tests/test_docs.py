@@ -18,18 +18,16 @@ _CODE = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
 
 
 def skeleton(text):
-    """Returns what two languages have in common, in order: headings, links, pictures, items, cells and commands."""
+    """Returns what two languages have in common, in order: headings, rows, items, links, names and commands."""
     result = []
     for block in re.split(r"(```.*?```)", text, flags=re.DOTALL):
         if block.startswith("```"):
             result.append(re.sub(r" *#.*", "", block))
             continue
-        for line in block.splitlines():
-            kind = re.match(r"#+|- |\|", line)
-            if kind:
-                result.append(kind[0] * line.count("|") if kind[0] == "|" else kind[0])
-            result += re.findall(r"!?\[[^\]]*\]\(([^)]*)\)", line)
-            result += re.findall(r"`[^`]+`", line)
+        for match in re.finditer(r"^(#+|- )|^(\|.*)$|\]\(([^)]*)\)|(`[^`]+`)", block, re.MULTILINE):
+            start, row, target, name = match.groups()
+            result.append("|" * row.count("|") if row else start or target or name)
+            result += re.findall(r"\]\(([^)]*)\)", row or "")
     return result
 
 
