@@ -80,8 +80,8 @@ def test_file_describes_itself(run):
         assert len(str(content["checksum"])) == hashlib.sha256().digest_size * 2
 
 
-def test_lines_of_the_readme_do_not_need_this_package(run, monkeypatch, capsys):
-    text = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
+def test_lines_of_the_guide_do_not_need_this_package(run, monkeypatch, capsys):
+    text = (pathlib.Path(__file__).parents[2] / "docs" / "sampling.md").read_text()
     (code,) = re.findall(r"```python\n(import json[^`]*sampler\.npz[^`]*)```", text)
     assert "diffusion_jax" not in code
     monkeypatch.chdir(run)
