@@ -66,12 +66,13 @@ def _not_finite(number, metrics, manager):
 
 def progress_bar(start: int, num_steps: int) -> tqdm.tqdm:
     """Returns the bar of a training, which process 0 shows."""
+    in_notebook = hasattr(sys, "ps1")
     return tqdm.tqdm(
         initial=start,
         total=num_steps,
         unit="step",
         desc="training",
-        mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds; a log file needs fewer lines
+        mininterval=0.1 if sys.stderr.isatty() else 1 if in_notebook else 10,  # seconds; a log file needs fewer lines
         disable=jax.process_index() != 0,
     )
 
