@@ -6,6 +6,7 @@ caller wants to know about it. Random keys and the position in the data are func
 
 import contextlib
 import dataclasses
+import logging
 import re
 import shutil
 import time
@@ -56,14 +57,15 @@ def open_manager(
     Raises:
       UserError: the last save failed.
     """
-    options = ocp.CheckpointManagerOptions(
-        preservation_policy=_Ring(keep, every),
-        cleanup_tmp_directories=not read_only,
-        read_only=read_only,
-        create=not alone,
-        multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes={0} if alone else None),
-    )
-    manager = ocp.CheckpointManager(absolute(workdir) / "checkpoints", options=options)
+    with _without_warnings() if read_only else contextlib.nullcontext():
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=_Ring(keep, every),
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
+            create=not alone,
+            multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes={0} if alone else None),
+        )
+        manager = ocp.CheckpointManager(absolute(workdir) / "checkpoints", options=options)
     try:
         yield manager
     except BaseException:
@@ -72,6 +74,18 @@ def open_manager(
         raise
     wait(manager)
     manager.close()
+
+
+@contextlib.contextmanager
+def _without_warnings():
+    """Holds back Orbax's warnings that a read-only manager is read-only; in a notebook each `load` would show them."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(max(level, logging.ERROR))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def save(manager: ocp.CheckpointManager, step: int, state: Any, about: dict[str, Any] | None = None) -> None:

@@ -228,7 +228,8 @@ class StopSignals:
     """Context that holds back SIGTERM, SIGHUP and the first SIGINT until the training loop asks for them.
 
     A single process handles the signals itself; several processes agree on a step through JAX's
-    preemption service. A second SIGINT ends the process at once. nohup's choice to ignore SIGHUP stands.
+    preemption service. A second SIGINT ends the process at once; in a notebook or an interactive session it raises
+    KeyboardInterrupt instead, which leaves the session its variables. nohup's choice to ignore SIGHUP stands.
     """
 
     def __init__(self) -> None:
@@ -286,7 +287,8 @@ class StopSignals:
             os.kill(os.getpid(), signal.SIGTERM)  # which the preemption service knows
 
     def _interrupt(self, signum, frame):
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        is_interactive = hasattr(sys, "ps1")  # IPython sets it too
+        signal.signal(signal.SIGINT, signal.default_int_handler if is_interactive else signal.SIG_DFL)
         with contextlib.suppress(OSError):  # the terminal may be gone
             print(
                 "\nstopping after this step; press Ctrl-C again to end at once" if self._saved is None else "",

@@ -105,13 +105,13 @@ def metrics_log(
 @contextlib.contextmanager
 def progress_bar(start: int, num_steps: int) -> Iterator[tqdm.tqdm]:
     """Yields the bar of a training, which process 0 shows. On a terminal its clock runs on between two steps."""
-    ended = threading.Event()
+    ended, in_notebook = threading.Event(), hasattr(sys, "ps1")
     bar = tqdm.tqdm(
         initial=start,
         total=num_steps,
         unit="step",
         desc="training",
-        mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds; a log file needs fewer lines
+        mininterval=0.1 if sys.stderr.isatty() else 1 if in_notebook else 10,  # seconds; a log file needs fewer lines
         disable=jax.process_index() != 0,
     )
 

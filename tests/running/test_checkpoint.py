@@ -1,4 +1,5 @@
 import collections
+import logging
 import shutil
 import time
 from typing import Any, NamedTuple
@@ -75,6 +76,20 @@ def test_what_is_known_about_a_checkpoint(run):
         assert checkpoint.read_about(manager, 40) == {"run": "ab", "metrics": [{"loss": 0.5}]}
         assert checkpoint.read_about(manager, 30) == {}
     assert_same(restore(run), state(40))
+
+
+def test_readers_hear_no_warnings(run):
+    """In a notebook each `load` would show them."""
+    messages, logger = [], logging.getLogger("absl")
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger.addHandler(handler)
+    try:
+        with checkpoint.open_manager(run, read_only=True):
+            logger.warning("heard")
+    finally:
+        logger.removeHandler(handler)
+    assert messages == ["heard"]
 
 
 def test_a_field_alone(run):

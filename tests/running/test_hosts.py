@@ -1,5 +1,6 @@
 import os
 import signal
+import sys
 
 import jax
 import pytest
@@ -37,6 +38,15 @@ def test_a_second_interrupt_ends_the_process_at_once(capsys):
         assert signals.agreed(None, 1) == signal.SIGINT
         assert "press Ctrl-C again to end at once" in capsys.readouterr().err
         assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+
+
+def test_a_second_interrupt_leaves_a_notebook_its_kernel(monkeypatch):
+    monkeypatch.setattr(sys, "ps1", "In : ", raising=False)
+    with hosts.StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.agreed(None, 1) == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.mark.parametrize(
