@@ -269,7 +269,8 @@ def test_splits_share_tables_and_charts(run):
     values = {"clip": [-1, 1], "ok": True, "unlike": {"a": {"x": 1}, "b": {"y": 2}}}
     write_evaluation(run, 5, values | {"splits": {"train": split(60000), "test": split(10000)}})
     page = rendered(run)
-    assert "traintestn60,00010,000why––" in page.text and "clip-1, 1oktrueunlikeax1by2" in page.text
+    assert "traintestn60,00010,000images that were measuredwhynone: it was not measurednone: it was not" in page.text
+    assert "The loss at each step t: near 1" in page.text and "clip-1, 1oktrueunlikeax1by2" in page.text
     assert page.titles() == ["loss over t", "rate over t", "distortion over t", "distortion over rate"]
     assert [curves(chart) for chart in page.charts] == [[[40], [40]]] * 4
     assert "no pictures" in page.text
@@ -309,7 +310,7 @@ def test_files_of_another_kind_are_left_out(run):
     write_metrics(run, [{"step": 1, "\ud800": 1.0, "steps_per_second": 5e-324}])
     page = rendered(run)
     assert page.titles() == ["?", "300.png"] and page.text.count("is not a PNG, or damaged") == 2
-    assert "The evaluation has no numbers" in page.text and "first started–" in page.text
+    assert "The evaluation has no numbers" in page.text and "first started" not in page.text
 
 
 def test_the_data_set_is_the_path_that_takes_the_place_of_the_source(tmp_path):
@@ -394,21 +395,22 @@ def test_errors_name_workdir_and_out(run, tmp_path):
 
 
 def test_the_report_knows_classes(tmp_path):
-    """The names of the classes; a column for each classifier; "–" for what could not be measured."""
+    """The names of the classes; a column for each classifier; why a number is missing, and what each is."""
     names = ("<cat>", *(f"n{i}" for i in range(24)))
     workdirs.write_config(tmp_path, tiny_config(model__num_classes=25, data__classes=names))
     values = {"accuracy": 0.875, "standard_error": 0.0625, "held_out_accuracy": 0.96875}
     both = {"logistic_regression": values, "nearest_neighbours": values | {"accuracy": 0.75}}
-    samples = {"frechet_within_classes": None, "protocol": {}, "classifiers": both}
+    protocol = {"metrics": {"frechet_within_classes": {"left_out": "few samples"}}}
+    samples = {"frechet_within_classes": None, "protocol": protocol, "classifiers": both}
     folder = tmp_path / "evaluation" / "3"
     folder.mkdir(parents=True)
     (folder / "evaluation.json").write_text(json.dumps({"step": 3, "samples": samples}))
     text = rendered(tmp_path).text
     assert "classes25: <cat>, n0, n1" in text and "n18, …" in text and "n19" not in text.split("images seen")[0]
     assert "logistic_regressionnearest_neighboursaccuracy0.8750.75" in text
-    assert "frechet_within_classes–" in text
+    assert "frechet_within_classesnone: few samples[mean over the classes, error]" in text
 
 
 def test_the_report_of_a_run_without_classes(tmp_path):
     workdirs.write_config(tmp_path, tiny_config())
-    assert "classes–" in rendered(tmp_path).text
+    assert "classes" not in rendered(tmp_path).text.split("images seen")[0]
