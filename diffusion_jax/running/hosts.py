@@ -36,8 +36,8 @@ _GOOGLE = "0x1ae0"  # the PCI vendor of TPUs
 _HEARTBEAT_SECONDS = 20
 
 
-class Stopped(Exception):
-    """Reports that a signal stopped the run after it saved the state of `step`."""
+class Stopped(BaseException):
+    """Reports that a signal stopped the run after it saved the state of `step`. No handler of errors holds it up."""
 
     def __init__(self, step: int, signum: int) -> None:
         saved = f"after step {step}, which is saved" if step else "before its first step"

@@ -5,6 +5,7 @@ from conftest import tiny_config
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.planning import fit, programs
+from diffusion_jax.running import hosts
 
 PROGRAM = jax.jit(lambda x: x @ x)
 ARGS = (jnp.zeros((8, 8)),)
@@ -58,3 +59,12 @@ def test_the_least_time_of_a_known_chip_is_printed(monkeypatch, capsys):
     monkeypatch.setattr(programs, "flops_needed", lambda program, loop_iterations: 3.6e9)
     foresee(monkeypatch, peak=10**8)
     assert "estimate: at least 3.6e+06 ms a step, 10 hours to the end; 0.09 of 0.93 GiB" in capsys.readouterr().out
+
+
+def test_a_signal_is_no_failure_of_the_compiler(monkeypatch):
+    def stopped(lowered):
+        raise hosts.Stopped(0, 15)
+
+    monkeypatch.setattr(programs, "compiled", stopped)
+    with pytest.raises(hosts.Stopped):
+        foresee(monkeypatch, peak=0)
