@@ -5,11 +5,13 @@ import os
 import shutil
 import tempfile
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import parts, schedule
+from diffusion_jax import parts, schedule, unet
 from diffusion_jax.configs import tiny
 from diffusion_jax.running import checkpoint, history
 from diffusion_jax.running import workdir as workdirs
@@ -42,6 +44,39 @@ def tiny_config(**overrides):
     config = tiny.get_config()
     config.update_from_flattened_dict({key.replace("__", "."): value for key, value in overrides.items()})
     return config
+
+
+class SmallNetwork(nn.Module):
+    """Stands for the UNet in tests of what happens around it: its train step compiles in a tenth of the time."""
+
+    num_classes: int
+    dropout: float
+    dtype: object
+
+    @nn.compact
+    def __call__(self, x, t, train=False, dropout_keys=None, labels=None):
+        embedding = unet.time_embedding(t - 1, 8)
+        if self.num_classes:
+            labels = jnp.full(len(x), self.num_classes) if labels is None else labels
+            embedding += nn.Embed(self.num_classes + 1, 8, name="class_embedding")(labels)
+        h = unet.conv(8, self.dtype, name="conv_in")(x)
+        h = nn.silu(h + unet.dense(8, self.dtype, name="temb_dense0")(embedding)[:, None, None])
+        if train and self.dropout:
+            h = unet.drop(h, self.dropout, dropout_keys)
+        return unet.conv(x.shape[-1], self.dtype, init_scale=unet._NEARLY_ZERO, name="conv_out")(h).astype(jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def small_network():
+    """Gives the tests of a module a network that compiles quickly."""
+
+    def model(config):
+        num_classes = parts.with_classes(config).model.num_classes
+        return SmallNetwork(num_classes, config.model.dropout, jnp.dtype(config.model.dtype))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts, "model", model)
+        yield
 
 
 class Examples:

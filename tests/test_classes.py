@@ -231,7 +231,7 @@ CLASSES = {"model__num_classes": "auto", "train__steps_per_dispatch": 1}
 
 
 @pytest.fixture(scope="module")
-def run_with_classes(tmp_path_factory):
+def run_with_classes(small_network, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("classes")
     return workdir, train.train(tiny_config(**CLASSES), str(workdir))
 

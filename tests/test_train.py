@@ -35,26 +35,16 @@ def without_speed(lines):
     return [{key: value for key, value in line.items() if "per_second" not in key} for line in lines]
 
 
+pytestmark = pytest.mark.usefixtures("small_network")
+
+
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
+def uninterrupted(small_network, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole")
     return workdir, run(workdir)
 
 
 # ---------------------------------------------------------------- the run
-
-
-def test_resumed_run_ends_bit_for_bit_where_the_uninterrupted_ends(uninterrupted, tmp_path):
-    whole_workdir, whole = uninterrupted
-    run(tmp_path, train__num_steps=3)
-    # As after a kill: lines of steps that no checkpoint holds, the last one cut short.
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 4, "loss": 123.0}\n{"step": 5, "lo')
-    resumed = run(tmp_path)
-    assert int(resumed.step) == 6
-    assert_same(resumed, whole)
-    assert (tmp_path / "samples/6.png").read_bytes() == (whole_workdir / "samples/6.png").read_bytes()
-    assert without_speed(lines(tmp_path)) == without_speed(lines(whole_workdir))
 
 
 @pytest.mark.slow
@@ -261,34 +251,6 @@ def test_a_schedule_that_leaves_signal_is_warned_of(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", ["simple", "step", "vlb by importance"])
-def test_losses_teach_to_predict_the_noise(tmp_path, loss):
-    """Measured by (15), which is 1 for the initial network, whatever it is trained by."""
-    config = tiny_config(
-        train__loss=loss.removesuffix(" by importance"),
-        train__t_sampling="importance" if "importance" in loss else "uniform",
-        train__num_steps=80,
-        train__batch_size=64,
-        train__log_every=20,
-        train__learning_rate=5e-3,
-    )
-    params = train.train(config, str(tmp_path)).params
-    x_0 = parts.images(config)[:256].astype(np.float32) / 127.5 - 1
-    t = np.arange(256) % 20 + 1
-    eps_bar = np.random.default_rng(0).standard_normal(x_0.shape).astype(np.float32)
-
-    @jax.jit
-    def error(params):
-        def eps_bar_fn(x, t):
-            return parts.model(config).apply({"params": params}, x, t)
-
-        return losses.simple_loss(eps_bar_fn, parts.schedule(config), x_0, t, eps_bar).mean()
-
-    assert error(parts.build(config).init_state().params) == pytest.approx(1, abs=0.02)
-    assert error(params) < (0.7 if "vlb" in loss else 0.6)  # the bound cares for small t
-
-
-@pytest.mark.slow
 def test_what_training_looks_at_every_so_often(tmp_path):
     """Held-out loss, samples and copies, in lines of their own; the run is the same as without."""
     split = {"data__split": "train[:200]", "data__test_split": "train[200:230]", "sampling__num": 64}
@@ -406,16 +368,6 @@ def test_dispatches_end_where_something_is_due():
     assert list(train._dispatches(config.train, 13)) == []
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("levers", [{"train__remat": True}, {"train__accumulate": 2}])
-def test_levers_that_round(uninterrupted, tmp_path, levers):
-    workdir, whole = uninterrupted
-    state = run(tmp_path, **levers)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), state.params, whole.params)
-    for line, other in zip(lines(tmp_path), lines(workdir), strict=True):
-        assert line["loss"] == pytest.approx(other["loss"], rel=1e-5)
-
-
 def test_a_batch_divides_among_devices_and_parts(tmp_path):
     with pytest.raises(UserError, match=r"batch_size=8 does not divide among 4 devices of .*accumulate=3 parts"):
         run(tmp_path, train__accumulate=3)
@@ -438,7 +390,7 @@ def test_the_sampler_of_the_grids_is_foreseen(uninterrupted, monkeypatch):
     fit.foresee_sampler(tiny_config(), run.sample_fn(), state)  # no memory is reported
     monkeypatch.setattr(programs, "room", lambda device: 2**30)
     fit.foresee_sampler(tiny_config(), run.sample_fn(), state)
-    monkeypatch.setattr(programs, "room", lambda device: 100_000)
+    monkeypatch.setattr(programs, "room", lambda device: 10_000)
     with pytest.raises(UserError, match=r"the sampler does not fit into a .* for the state .*: lower config\.sampling"):
         fit.foresee_sampler(tiny_config(), run.sample_fn(), state)
 

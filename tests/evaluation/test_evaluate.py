@@ -20,8 +20,11 @@ from diffusion_jax.interop.samples import write_samples
 from diffusion_jax.running import workdir as workdirs
 
 
+pytestmark = pytest.mark.usefixtures("small_network")
+
+
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(small_network, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
     config = tiny_config(train__num_steps=3, data__split="train[:100]", data__test_split="train[100:130]")
     train.train(config, str(workdir))

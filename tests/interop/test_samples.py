@@ -15,8 +15,11 @@ from diffusion_jax.interop.samples import write_samples
 from diffusion_jax.running import workdir as workdirs
 
 
+pytestmark = pytest.mark.usefixtures("small_network")
+
+
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
+def workdir(small_network, tmp_path_factory):
     """Writes a run with a random checkpoint."""
     workdir = tmp_path_factory.mktemp("run")
     write_random_run(workdir)

@@ -13,13 +13,13 @@ from diffusion_jax.data import pixels
 from diffusion_jax.errors import UserError
 from diffusion_jax.pictures import edits, grids, shows
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("small_network")]
 
 TILE = 64 + 4
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(small_network, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
     train.train(tiny_config(train__num_steps=1), str(workdir))
     return workdir
