@@ -19,7 +19,6 @@ from diffusion_jax.evaluation import bound, evaluate, inception, meaning, qualit
 from diffusion_jax.interop.samples import write_samples
 from diffusion_jax.running import workdir as workdirs
 
-
 pytestmark = pytest.mark.usefixtures("small_network")
 
 

@@ -14,7 +14,6 @@ from diffusion_jax.interop import samples
 from diffusion_jax.interop.samples import write_samples
 from diffusion_jax.running import workdir as workdirs
 
-
 pytestmark = pytest.mark.usefixtures("small_network")
 
 
