@@ -26,6 +26,7 @@ from diffusion_jax.evaluation.meaning import MEANINGS, meaning, with_reasons
 from diffusion_jax.running import files
 from diffusion_jax.running.config import flatten
 from diffusion_jax.running.log import parse_line
+from diffusion_jax.running.watch import waiting
 from diffusion_jax.running.workdir import absolute, read_config
 
 GRIDS = 12  # grids of samples on the page, at most
@@ -89,11 +90,15 @@ def report(workdir: epath.PathLike, out: epath.PathLike | None = None, chart_for
     config = read_config(workdir)
     workdir = absolute(workdir)
     out = epath.Path(out).expanduser() if out else workdir / "report.html"
-    # The style ignores the user's matplotlibrc; ticks of numbers below 1e-307 overflow.
-    with matplotlib.style.context(STYLE, after_reset=True), np.errstate(over="ignore"):
-        contents = _contents(workdir, config)
-        folder = out.with_name(f"{out.stem}-charts")
-        contents_by_path = _chart_files(contents, folder, chart_format) if chart_format else {}
+
+    def draw():
+        # The style ignores the user's matplotlibrc; ticks of numbers below 1e-307 overflow.
+        with matplotlib.style.context(STYLE, after_reset=True), np.errstate(over="ignore"):
+            contents = _contents(workdir, config)
+            folder = out.with_name(f"{out.stem}-charts")
+            return contents, _chart_files(contents, folder, chart_format) if chart_format else {}
+
+    contents, contents_by_path = waiting("drawing the report", draw)
     loader = jinja2.PackageLoader(__package__, "")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["cell"] = _cell

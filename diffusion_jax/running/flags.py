@@ -80,6 +80,9 @@ def parse(argv: Sequence[str], modes: Sequence[str]) -> flags.FlagValues:
             raise UserError(f"--{error.flagname} is no flag: give --{_MEANT[error.flagname]}") from None
         raise UserError(one_line(error)) from error
     except flags.Error as error:
+        *traceback, last = str(error).splitlines() or [""]
+        if any("Traceback" in line for line in traceback):  # of a config file, which raised a ValueError
+            raise UserError(f"--config: {last.partition(': ')[2] or last}") from error
         raise UserError(one_line(error)) from error
     except Exception as error:  # a config file is the user's program and may raise anything
         raise UserError(f"--config: {one_line(error)}") from error

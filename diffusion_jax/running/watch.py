@@ -179,7 +179,8 @@ def waiting(
 def _show(text, future, share, shorter):
     """Shows a bar, or the time that has passed, until the future is done."""
     began, is_told, shape = time.monotonic() - SILENT, shorter is None, _BAR if share else "{desc} … {elapsed}"
-    with tqdm.tqdm(total=1.0, desc=text, bar_format=shape, leave=None, disable=jax.process_index() != 0) as bar:
+    is_other = jax.distributed.is_initialized() and jax.process_index() != 0  # alone, work may touch no device
+    with tqdm.tqdm(total=1.0, desc=text, bar_format=shape, leave=None, disable=is_other) as bar:
         while not concurrent.futures.wait([future], TICK).done:
             bar.n, seconds = share() if share else 0.0, time.monotonic() - began
             if not is_told and bar.n and seconds > SURE and seconds / bar.n > LONG:
