@@ -24,11 +24,13 @@ from diffusion_jax.running.workdir import read_config
 PER_CALL = 200  # images
 
 
-def draw(workdir: str, num: int, weight: float, seed: int, sampler: str | None, steps: int | None) -> np.ndarray:
-    """Returns `num` samples, uint8 [num, H, W, C]; image i has class i modulo the number of classes."""
-    sample_fn, params = diffusion_jax.load(
-        workdir, min(num, PER_CALL), sampler=sampler, steps=steps, guidance=weight, progress=True
-    )
+def draw(workdir: str, num: int, weight: float, seed: int, **settings: Any) -> np.ndarray:
+    """Returns `num` samples, uint8 [num, H, W, C]; image i has class i modulo the number of classes.
+
+    Args:
+      settings: sampler, steps and eta of `sample.load`.
+    """
+    sample_fn, params = diffusion_jax.load(workdir, min(num, PER_CALL), guidance=weight, progress=True, **settings)
     firsts = range(0, num, PER_CALL)
     return pixels.to_uint8(np.concatenate([sample_fn(params, jax.random.key(seed), i) for i in firsts])[:num])
 
@@ -90,6 +92,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sampler", help="default: the config's")
     parser.add_argument("--steps", type=int, help="default: the config's")
+    parser.add_argument("--eta", type=float, help="scale of ddim's noise; default: the config's")
     parser.add_argument("--out", default="guidance.svg")
     args = parser.parse_args()
     config = read_config(args.workdir)
@@ -99,7 +102,7 @@ def main() -> None:
     datasets = {split: read_images(config, args.workdir, split) for split in splits}
     rows = {}
     for w in args.weights:
-        generated = draw(args.workdir, args.num, w, args.seed, args.sampler, args.steps)
+        generated = draw(args.workdir, args.num, w, args.seed, sampler=args.sampler, steps=args.steps, eta=args.eta)
         rows[w] = measure(generated, datasets)
         print("\n".join(table(rows)), flush=True)
     write_chart(rows, args.out)
