@@ -360,7 +360,11 @@ def check_same_run(old: ConfigDict, new: ConfigDict, workdir: object) -> None:
         and "auto" not in (before[key], now[key])  # a number of classes that is known when the images are open
     ]
     if changed:
-        own = [f"{name}={before[key].removeprefix(_PYTHON)}" for name, key in FUNCTIONS.items() if _is_own(before[key])]
+        own = [
+            f"{name}={str(before[key]).removeprefix(_PYTHON)}"
+            for name, key in FUNCTIONS.items()
+            if _is_own(before[key])
+        ]
         functions = f" and, to diffusion_jax.train, {', '.join(own)}" if own else ""
         raise UserError(
             f"--workdir={workdir} holds another run (config.{', config.'.join(changed)}): give another workdir, or the "
