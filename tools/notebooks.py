@@ -1,6 +1,7 @@
 """Builds the notebooks from their sources, and executes them. Needs nbclient and ipykernel.
 
     python -m tools.notebooks [names]            executes notebooks/source/<name>.md, writes notebooks/<name>.ipynb
+    python -m tools.notebooks --text [names]     writes them with the outputs that they have, after a change of text
     python -m tools.notebooks --check [names]    executes them under harder conditions and writes nothing
 
 A source is a Markdown file. A block that opens with ```python at the start of a line is a code cell; the text between
@@ -27,7 +28,8 @@ from typing import Any
 ROOT = pathlib.Path(__file__).parent.parent
 FOLDER = ROOT / "notebooks"
 REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
-TIMEOUT = 1800  # seconds for a cell
+TIMEOUT = 3600  # seconds for a cell; a kernel has STARTUP to begin
+STARTUP = 600
 PARSED_FLAGS = "from absl import flags\n\nflags.FLAGS(['kernel'])"
 PROGRESS = re.compile(r"\d+%\||\d+/\d+ \[|^Moving ")
 
@@ -54,9 +56,14 @@ def names() -> list[str]:
     return sorted(file.stem for file in (FOLDER / "source").glob("*.md"))
 
 
-def languages(text: str) -> list[str]:
+def source(name: str) -> str:
+    """Returns the text of a source."""
+    return (FOLDER / "source" / f"{name}.md").read_text()
+
+
+def languages(name: str) -> list[str]:
     """Returns the languages of a source, English first."""
-    return ["en", "zh"] if re.search(r"^<!-- zh -->$", text, re.MULTILINE) else ["en"]
+    return ["en", "zh"] if re.search(r"^<!-- zh -->$", source(name), re.MULTILINE) else ["en"]
 
 
 def path(name: str, language: str) -> pathlib.Path:
@@ -66,12 +73,11 @@ def path(name: str, language: str) -> pathlib.Path:
 
 def cells(name: str, language: str) -> list[Cell]:
     """Returns the cells of a source in a language, with the badge and the cell that installs the package."""
-    text = (FOLDER / "source" / f"{name}.md").read_text()
     owner_and_name = REPOSITORY.removeprefix("https://github.com/")
     file = path(name, language).relative_to(ROOT)
     url = f"https://colab.research.google.com/github/{owner_and_name}/blob/main/{file}"
-    first = [("markdown", BADGE.format(url=url)), ("code", INSTALL.format(repository=REPOSITORY))]
-    return first + parse(text, language)
+    title, *rest = parse(source(name), language)
+    return [("markdown", BADGE.format(url=url)), title, ("code", INSTALL.format(repository=REPOSITORY)), *rest]
 
 
 def parse(text: str, language: str) -> list[Cell]:
@@ -128,11 +134,12 @@ def execute(codes: list[str], repeats: int = 1, prologue: str = "") -> list[list
     in_turn = [prologue] * bool(prologue) + [code for code in codes for _ in range(repeats)]
     nb = v4.new_notebook(cells=[v4.new_code_cell(code) for code in in_turn])
     with tempfile.TemporaryDirectory() as folder:
-        options = {"kernel_name": "python3", "timeout": TIMEOUT, "record_timing": False}
+        options = {"kernel_name": "python3", "timeout": TIMEOUT, "startup_timeout": STARTUP, "record_timing": False}
         quiet = ["--log-level=40"]  # the kernel warns that it talks over local TCP
         client = NotebookClient(nb, resources={"metadata": {"path": folder}}, extra_arguments=quiet, **options)
         python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        client.execute(env=os.environ | {"PYTHONPATH": python_path})
+        alarms = {"TF_CPP_MIN_LOG_LEVEL": "3"}  # XLA's, of compilations that are slow on a busy machine
+        client.execute(env=os.environ | alarms | {"PYTHONPATH": python_path})
         done = nb.cells[bool(prologue) :][repeats - 1 :: repeats]
         return [cleaned(cell.outputs, cell.source, folder) for cell in done]
 
@@ -150,13 +157,23 @@ def cleaned(outputs: list[dict], code: str, folder: str) -> list[dict]:
     return kept
 
 
-def build(name: str) -> None:
-    """Executes a source and writes its notebook in each language."""
+def written(name: str, codes: list[str]) -> list[list[dict]]:
+    """Returns the outputs in the notebook of a source. Raises ValueError if its code is not `codes`."""
     import nbformat
 
-    text = (FOLDER / "source" / f"{name}.md").read_text()
-    outputs = execute([code for kind, code in cells(name, "en") if kind == "code"])
-    for language in languages(text):
+    found = [cell for cell in nbformat.read(path(name, "en"), as_version=4).cells if cell.cell_type == "code"]
+    if [cell.source for cell in found] != codes:
+        raise ValueError("the code has changed: build it without --text")
+    return [cell.outputs for cell in found]
+
+
+def build(name: str, keep_outputs: bool = False) -> None:
+    """Writes the notebook of a source in each language; executes it for the outputs, or keeps those that it has."""
+    import nbformat
+
+    codes = [code for kind, code in cells(name, "en") if kind == "code"]
+    outputs = written(name, codes) if keep_outputs else execute(codes)
+    for language in languages(name):
         nb = notebook(cells(name, language), outputs)
         nbformat.validate(nb)
         nbformat.write(nb, path(name, language))
@@ -172,13 +189,14 @@ def check(name: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="names of sources; default: all")
+    parser.add_argument("--text", action="store_true", help="change text only, and keep the outputs")
     parser.add_argument("--check", action="store_true", help="execute only, under harder conditions")
     args = parser.parse_args()
     if unknown := set(args.names) - set(names()):
         parser.error(f"{', '.join(sorted(unknown))}: the sources are {', '.join(names())}")
     for name in args.names or names():
         try:
-            (check if args.check else build)(name)
+            check(name) if args.check else build(name, args.text)
         except Exception as error:  # nbclient's error holds the traceback of the cell
             sys.exit(f"{name}: {error}")
 
