@@ -31,7 +31,7 @@ REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["ur
 TIMEOUT = 3600  # seconds for a cell; a kernel has STARTUP to begin
 STARTUP = 600
 PARSED_FLAGS = "from absl import flags\n\nflags.FLAGS(['kernel'])"
-PROGRESS = re.compile(r"\d+%\||\d+/\d+ \[|^Moving ")
+PROGRESS = re.compile(r"\d+%\||\d+/\d+ \[|^Moving |^\x1b\[A$")  # the last is between two bars
 
 BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({url})"
 INSTALL = """\

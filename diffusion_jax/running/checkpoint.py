@@ -78,7 +78,7 @@ def open_manager(
 
 @contextlib.contextmanager
 def _without_warnings():
-    """Holds back Orbax's warnings that a read-only manager is read-only; in a notebook each `load` would show them."""
+    """Holds back Orbax's warnings, that a reader is read-only or that a save has waited: notebooks show them."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(max(level, logging.ERROR))
@@ -105,7 +105,7 @@ def save(manager: ocp.CheckpointManager, step: int, state: Any, about: dict[str,
         checksums=ocp.args.JsonSave(checksums(state)),
         about=ocp.args.JsonSave(about or {}),
     )
-    with _saving(manager):
+    with _saving(manager), _without_warnings():
         manager.save(step, args=args)
 
 
