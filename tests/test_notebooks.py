@@ -29,13 +29,15 @@ def test_blocks_of_python_are_cells_and_the_text_between_belongs_to_its_language
     assert notebooks.parse(text, "zh") == [("markdown", "both\n\n一\n\n$x$"), code, last]
 
 
-def test_progress_bars_are_left_out_and_other_noise_is_an_error():
+def test_outputs_are_cleaned_and_noise_is_an_error():
     def stream(name, text):
         return {"output_type": "stream", "name": name, "text": text}
 
     bar = stream("stderr", "\rtraining:  50%|####  | 5/10 [00:01<00:01]\n")
-    printed = stream("stdout", "in /somewhere/runs")
-    assert notebooks.cleaned([bar, printed], "code", "/somewhere") == [stream("stdout", "in ./runs")]
+    printed, more = stream("stdout", "in /somewhere/runs\n"), stream("stdout", "and on")
+    picture = {"output_type": "display_data", "data": {"image/png": "p", "image/jpeg": "j"}}
+    expected = [stream("stdout", "in ./runs\nand on"), {"output_type": "display_data", "data": {"image/png": "p"}}]
+    assert notebooks.cleaned([printed, bar, more, picture], "code", "/somewhere") == expected
     with pytest.raises(ValueError, match="a cell writes to stderr: UserWarning: no"):
         notebooks.cleaned([stream("stderr", "UserWarning: no\n")], "code", "/somewhere")
 
@@ -81,7 +83,7 @@ def test_tests_that_the_essay_names_exist():
 
 def test_the_mistakes_of_the_essay_are_mutants():
     """So the gate shows that the tests catch them."""
-    codes = [code for kind, code in notebooks.cells("essay", "en")[2:] if kind == "code"]
+    codes = [code for kind, code in notebooks.parse(notebooks.source("essay"), "en") if kind == "code"]
     calls = [node for code in codes for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
     planted = [[ast.unparse(node) for node in call.args] for call in calls if ast.unparse(call.func) == "mistaken"]
     mutants = [(function.split(".")[0], *map(ast.literal_eval, texts)) for function, *texts in planted]

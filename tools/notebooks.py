@@ -145,15 +145,25 @@ def execute(codes: list[str], repeats: int = 1, prologue: str = "") -> list[list
 
 
 def cleaned(outputs: list[dict], code: str, folder: str) -> list[dict]:
-    """Returns outputs without progress bars and the temporary folder. Raises ValueError if stderr has anything else."""
-    kept = []
-    for output in outputs:
+    """Returns outputs as they are committed: without progress bars, the temporary folder and second copies of pictures.
+
+    Text that a cell prints is one output, however often the kernel has sent some.
+
+    Raises:
+      ValueError: stderr has anything but progress bars.
+    """
+    kept: list[dict] = []
+    for output in json.loads(json.dumps(outputs).replace(folder, ".")):
         if output.get("name") == "stderr":
             lines = [line for line in re.split(r"[\r\n]", output["text"]) if line.strip()]
             if noise := [line for line in lines if not PROGRESS.search(line)]:
                 raise ValueError(f"a cell writes to stderr: {noise[0]}\n\n{code}")
+        elif output.get("name") == "stdout" and kept and kept[-1].get("name") == "stdout":
+            kept[-1]["text"] += output["text"]
         else:
-            kept.append(json.loads(json.dumps(output).replace(folder, ".")))
+            if "image/png" in output.get("data", {}):
+                output["data"].pop("image/jpeg", None)  # Pillow gives both
+            kept.append(output)
     return kept
 
 
