@@ -83,7 +83,8 @@ def shipped() -> dict[str, Path]:
 def flatten(config: ConfigDict) -> dict[str, object]:
     """Returns {"seed": 0, "train.loss": "simple", …}, lists as tuples and functions as names."""
     flat = traverse_util.flatten_dict(config.to_dict(), sep=".")
-    return {key: tuple(value) if isinstance(value, list) else _named(value) for key, value in flat.items()}
+    flat |= {key: _named(flat[key]) for key in FUNCTIONS.values() if key in flat}
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in flat.items()}
 
 
 def with_functions(config: ConfigDict, **functions: Callable | None) -> ConfigDict:
