@@ -121,7 +121,7 @@ def _in_cluster():
 
 def expects_accelerator() -> bool:
     """True if JAX will probably find a TPU or a GPU. Starts no backend, which has to wait for `initialize`."""
-    if platforms := jax.config.jax_platforms:
+    if platforms := getattr(jax.config, "jax_platforms", None):
         return platforms.split(",")[0] != "cpu"
     plugins = [("dev/nvidia[0-9]*", "jax_cuda12_plugin"), ("dev/nvidia[0-9]*", "jax_cuda13_plugin")]
     plugins += [("dev/kfd", "jax_rocm7_plugin"), ("dev/kfd", "jax_rocm60_plugin")]
