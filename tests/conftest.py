@@ -32,11 +32,11 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def pytest_collection_modifyitems(config, items):
-    """Marks the tests of the core, and puts the slow ones first: at the end one worker would wait for them."""
+    """Marks the tests of the core, and puts the longest ones first: at the end one worker would wait for them."""
     for item in items:
         if item.path.parent in (config.rootpath / "tests", config.rootpath / "tests/running"):
             item.add_marker("core")
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    items.sort(key=lambda item: not (item.get_closest_marker("slow") or item.get_closest_marker("long")))
 
 
 def tiny_config(**overrides):

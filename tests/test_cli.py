@@ -85,6 +85,7 @@ def run(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.long
 def test_training_by_main_py_on_1_device_takes_the_steps_of_4_devices(done, tmp_path):
     """The losses agree, dropout, noise, t and data included. The workdir is relative to the checkout."""
     workdir = os.path.relpath(tmp_path / "one", ROOT)
