@@ -1,6 +1,7 @@
 """Every test runs on 4 CPU devices; silent broadcasting between ranks is an error."""
 
 import atexit
+import json
 import os
 import shutil
 import tempfile
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import parts, schedule, unet
+from diffusion_jax import parts, schedule, train, unet
 from diffusion_jax.configs import tiny
 from diffusion_jax.running import checkpoint, history
 from diffusion_jax.running import workdir as workdirs
@@ -44,6 +45,21 @@ def tiny_config(**overrides):
     config = tiny.get_config()
     config.update_from_flattened_dict({key.replace("__", "."): value for key, value in overrides.items()})
     return config
+
+
+def run(workdir, **overrides):
+    """Trains configs/tiny.py with other values."""
+    return train.train(tiny_config(**overrides), str(workdir))
+
+
+def lines(workdir):
+    """Returns the lines of metrics.jsonl."""
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_speed(lines):
+    """Returns the lines without what depends on the machine."""
+    return [{key: value for key, value in line.items() if "per_second" not in key} for line in lines]
 
 
 class SmallNetwork(nn.Module):

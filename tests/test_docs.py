@@ -70,7 +70,7 @@ def test_links_lead_somewhere(document):
 
 
 def test_commands_name_flags_and_files_that_exist():
-    """Of every command of the documents: its configs, tools, modes and flags."""
+    """Looks up the configs, tools, modes and flags of every command in the documents."""
     from diffusion_jax import cli
     from diffusion_jax.running import flags
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_same, tiny_config, write_random_run
+from conftest import assert_same, lines, run, tiny_config, without_speed, write_random_run
 from tensorboardX.proto import event_pb2
 
 from diffusion_jax import losses, parts, process, sample, sampling, train
@@ -21,19 +21,6 @@ from diffusion_jax.running import checkpoint, hosts
 from diffusion_jax.running import workdir as workdirs
 from diffusion_jax.running.lock import Lock
 from tools import torture
-
-
-def run(workdir, **overrides):
-    return train.train(tiny_config(**overrides), str(workdir))
-
-
-def lines(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def without_speed(lines):
-    return [{key: value for key, value in line.items() if "per_second" not in key} for line in lines]
-
 
 pytestmark = pytest.mark.usefixtures("small_network")
 
@@ -234,9 +221,9 @@ def test_metrics_are_means_over_the_interval(uninterrupted, tmp_path):
 
 def test_a_config_is_checked_without_the_command_line(tmp_path):
     config = tiny_config(seed=2**32)
-    for run in (lambda: train.train(config, tmp_path / "run"), lambda: train.prepare(config)):
+    for use in (lambda: train.train(config, tmp_path / "run"), lambda: train.prepare(config)):
         with pytest.raises(UserError, match=r"config\.seed=4294967296 must be"):
-            run()
+            use()
     assert not (tmp_path / "run").exists()
 
 

@@ -1,25 +1,11 @@
 """Trainings with the UNet itself; tests/test_train.py has a network that compiles quickly."""
 
-import json
-
 import jax
 import numpy as np
 import pytest
-from conftest import assert_same, tiny_config
+from conftest import assert_same, lines, run, tiny_config, without_speed
 
 from diffusion_jax import losses, parts, train
-
-
-def run(workdir, **overrides):
-    return train.train(tiny_config(**overrides), str(workdir))
-
-
-def lines(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def without_speed(lines):
-    return [{key: value for key, value in line.items() if "per_second" not in key} for line in lines]
 
 
 @pytest.fixture(scope="module")
