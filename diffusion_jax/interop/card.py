@@ -36,6 +36,8 @@ def model_card(config: ConfigDict, workdir: epath.PathLike, step: int, out: str,
       out: the exported file or folder.
       library: "jax" or "diffusers".
     """
+    config = config.copy_and_resolve_references()
+    config.model.attention = "xla"  # cuDNN may be missing here
     size, channels, train = config.data.image_size, config.data.channels, config.train
     source = epath.Path(name_of(config.data.source, config.data.path)).name  # without the folders of this machine
     classes = f", {config.model.num_classes} classes" if config.model.num_classes else ""
