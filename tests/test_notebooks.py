@@ -96,6 +96,6 @@ def test_the_mistakes_of_the_essay_are_mutants():
 def test_notebooks_run(name):
     """Each cell twice, in another folder, in a kernel in which absl has parsed the flags."""
     command = [sys.executable, "-m", "tools.notebooks", "--check", name]
-    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}  # the flag of the other tests makes training slow
     done = subprocess.run(command, cwd=notebooks.ROOT, env=env, text=True, capture_output=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
