@@ -135,7 +135,14 @@ def test_of_two_processes_the_first_imports_and_exports(tmp_path):
     ):
         codes, errors = together(*args)
         assert codes == [0, 0], errors
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "new.npz", "old.npz", "run"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "folder",
+        "new-card.md",
+        "new.npz",
+        "old-card.md",
+        "old.npz",
+        "run",
+    ]
     codes, errors = together("--mode=import", "--from=tests/fixtures/diffusers", run)
     assert codes == [1, 1] and all("holds a run already" in error for error in errors)
 
