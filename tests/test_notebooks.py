@@ -91,6 +91,16 @@ def test_the_mistakes_of_the_essay_are_mutants():
     assert len(mutants) >= 12 and set(mutants) <= set(itertools.chain(*mutate.MUTANTS.values()))
 
 
+@pytest.mark.parametrize("name", notebooks.names())
+def test_what_the_cells_import_exists(name):
+    codes = [code for kind, code in notebooks.parse(notebooks.source(name), "en") if kind == "code"]
+    nodes = [node for code in codes for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom)]
+    ours = [(node.module, alias.name) for node in nodes for alias in node.names if node.module.startswith("diffusion")]
+    assert ours
+    for module, attribute in ours:
+        exec(f"from {module} import {attribute}", {})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", notebooks.names())
 def test_notebooks_run(name):

@@ -32,7 +32,7 @@ TIMEOUT = 3600  # seconds for a cell; a kernel has STARTUP to begin
 STARTUP = 600
 FEWER_STEPS = (re.compile(r"(config\.train\.num_steps = )\d+$", re.MULTILINE), r"\g<1>60")
 PARSED_FLAGS = "from absl import flags\n\nflags.FLAGS(['kernel'])"
-PROGRESS = re.compile(r"\d+%\||\d+/\d+ \[|^Moving |^\x1b\[A$")  # the last is between two bars
+PROGRESS = re.compile(r"\d+%\||\d+/\d+ \[| … \d\d:\d\d|^Moving |^\x1b\[A$")  # the last is between two bars
 
 BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({url})"
 INSTALL = """\
