@@ -20,6 +20,7 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 
 myst_heading_anchors = 3
+myst_enable_extensions = ["dollarmath"]  # formulas of the notebooks
 nb_execution_mode = "off"
 autodoc_member_order = "bysource"
 napoleon_use_rtype = False

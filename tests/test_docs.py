@@ -118,3 +118,5 @@ def test_site_builds_without_warnings(tmp_path):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "reverse_chain" in (tmp_path / "api" / "core.html").read_text()
+    essay = (tmp_path / "notebooks" / "essay.html").read_text()
+    assert essay.count('class="math') > 50 and "$" not in re.sub(r"(?s)<pre>.*?</pre>|<script.*?</script>|`[^`]*`", "", essay)
