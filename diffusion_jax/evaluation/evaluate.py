@@ -64,15 +64,10 @@ def evaluate(
       UserError: there is no run, no checkpoint or no such split; samples or statistics cannot be used. Nothing has
         been measured then.
     """
-    if num is not None and num < 1:
-        raise UserError(f"--num={num} must be at least 1")
-    if not 0 <= seed < 2**32:
-        raise UserError(f"--seed={seed} must be in 0 … 2^32 - 1")
+    _check_arguments(seed, num, splits)
     num = bound.QUICK if quick and num is None else num
     config = read_config(workdir)
     run = parts.build(config)
-    if not all(splits):
-        raise UserError(f"--splits={','.join(splits)} has an empty name: give splits such as train,test")
     densities = _densities(config, labels)
     generated, extractor, saved = _read_samples(config, run.image_shape, samples, inception_path, reference)
     step, params = ema_params(run, workdir, step)
@@ -98,9 +93,7 @@ def evaluate(
         compared = config, generated, samples, asked, datasets, extractor, saved, seed, folder, quick
         result[section] = _evaluate_samples(*compared)
     if jax.process_index() == 0:
-        files.write_text(folder / "evaluation.json", json.dumps(result, indent=1) + "\n")
-        files.write_text(folder / "evaluation.md", markdown(result))
-        print(markdown(result))
+        _write(folder, result)
     if not quick:
         show(workdir, "progressive", seed, str(folder / "progressive.png"), step=step)
     if jax.process_index() == 0:
@@ -108,6 +101,21 @@ def evaluate(
         sizes = {path.name: path.stat().length for path in sorted(folder.iterdir()) if not path.is_dir()}
         print(f"{folder} holds {', '.join(f'{name} ({_megabytes(size)})' for name, size in sizes.items())}")
     return result
+
+
+def _check_arguments(seed, num, splits):
+    if num is not None and num < 1:
+        raise UserError(f"--num={num} must be at least 1")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed={seed} must be in 0 … 2^32 - 1")
+    if not all(splits):
+        raise UserError(f"--splits={','.join(splits)} has an empty name: give splits such as train,test")
+
+
+def _write(folder, result):
+    files.write_text(folder / "evaluation.json", json.dumps(result, indent=1) + "\n")
+    files.write_text(folder / "evaluation.md", markdown(result))
+    print(markdown(result))
 
 
 def _megabytes(num_bytes):
