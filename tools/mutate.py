@@ -21,8 +21,8 @@ import pytest
 # Libraries that the tests import and no mutant changes; the mutants' processes are forked after they are imported.
 PRELOAD = ["jax", "flax.linen", "optax", "orbax.checkpoint", "grain", "PIL.Image", "tensorboardX", "pytest"]
 ROOT = pathlib.Path(__file__).parent.parent
-# {test file that should catch them: [(module, text that stands in it exactly once, what replaces it)]}; the other test
-# files follow if it does not.
+# {test file, or one of its tests, that should catch them: [(module, text that stands in it exactly once, what replaces
+# it)]}; the other test files follow if it does not.
 MUTANTS = {
     "tests/test_schedule.py": [
         ("schedule", "np.concatenate([[0.0], beta_squared])", "np.concatenate([beta_squared, [0.0]])"),
@@ -139,6 +139,8 @@ MUTANTS = {
         ("likelihood", "jnp.where(darkest, above,", "jnp.where(darkest, 1 - above,"),
         ("likelihood", "jnp.log1p(-square)", "jnp.log1p(square)"),
         ("likelihood", "square * (x_0**2 - 1)", "square * x_0**2"),
+    ],
+    "tests/test_likelihood.py::test_terms_are_the_divergences_of_two_normals": [
         (
             "likelihood",
             "s.beta[t] * s.beta_bar[t - 1] / s.beta_bar[t]",
@@ -155,12 +157,22 @@ MUTANTS = {
         ("likelihood", "sigma_posterior(s)[2]", "sigma_posterior(s)[3]"),
         ("likelihood", "jnp.mean(nats) / math.log(2)", "jnp.mean(nats)"),
         ("likelihood", "jnp.where(t == 1, decoder", "jnp.where(t <= 2, decoder"),
+    ],
+    "tests/test_likelihood.py::test_squared_error_and_loss_of_each_step": [
         ("likelihood", "(eps_bar - predicted) ** 2", "(eps_bar + predicted) ** 2"),
         ("likelihood", "jax.random.fold_in(key, t)", "jax.random.fold_in(key, t - 1)"),
+    ],
+    "tests/test_likelihood.py::test_the_bound_is_the_sum_of_its_parts": [
         ("likelihood", "rate = prior + terms[1:].sum()", "rate = prior + terms.sum()"),
         ("likelihood", "127.5 * squared_error**0.5", "255 * squared_error**0.5"),
+    ],
+    "tests/test_likelihood.py::test_rate_and_distortion_of_progressive_coding": [
         ("likelihood", "[::-1])[::-1] - terms", "[::-1])[::-1]"),
+    ],
+    "tests/test_likelihood.py::test_vlb_loss_is_num_steps_times_the_term": [
         ("losses", "s.num_steps * likelihood", "likelihood"),
+    ],
+    "tests/test_likelihood.py::test_importance_is_the_share_of_each_term_on_gaussian_data": [
         ("losses", "error = deviation**2 * beta_bar**2 /", "error = deviation**2 * beta_bar /"),
         ("losses", "p[1] = 0.5 * error[1] / std**2", "p[1] = error[1] / std**2"),
         (
@@ -234,7 +246,7 @@ def run(first, mutant, markers=("not slow", "slow")) -> str:
             file = pathlib.Path(copy, "diffusion_jax", f"{module}.py")
             file.write_text(file.read_text().replace(before, after))
         os.chdir(copy)
-        others = [name for name in MUTANTS if name != first]
+        others = [file for file in dict.fromkeys(name.split("::")[0] for name in MUTANTS) if file != first]
         for marker in markers:
             if not all(passes(marker, files, mutant) for files in ([first], others)):
                 return marker
