@@ -28,7 +28,7 @@ from diffusion_jax.running import checkpoint
 from diffusion_jax.running import workdir as workdirs
 
 ROOT = pathlib.Path(__file__).parent.parent
-WORKDIR = flags.DEFINE_string("workdir", None, "folder for the runs, whose content is deleted", required=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "new or empty folder for the runs", required=True)
 ONLY = flags.DEFINE_list("only", [], "sections to run; default: all")
 KILLS = flags.DEFINE_integer("kills", 50, "number of SIGKILLs")
 TERMS = flags.DEFINE_integer("terms", 10, "number of SIGTERMs")
@@ -556,7 +556,10 @@ SECTIONS = {
 def main(_):
     failures = []
     logging.set_verbosity(logging.ERROR)
-    pathlib.Path(WORKDIR.value).mkdir(parents=True, exist_ok=True)
+    workdir = pathlib.Path(WORKDIR.value)
+    workdir.mkdir(parents=True, exist_ok=True)
+    if any(workdir.iterdir()):  # runs of another version or with other flags would be taken for undisturbed ones
+        sys.exit(f"--workdir={workdir} is not empty: give a new folder")
     print(f"jax {jax.__version__}, numpy {np.__version__}, Python {sys.version.split()[0]}", flush=True)
     for name in ONLY.value or SECTIONS:
         start = time.monotonic()
