@@ -32,7 +32,8 @@ MEANINGS = {
     "kernel_distance": "[mean, error] of KID, the kernel distance; its mean is 0 for a perfect model at any number of "
     "samples",
     "precision": "share of the samples that look like images of the data; 1 is best, low means artefacts",
-    "recall": "share of the data that the samples come close to; 1 is best, low means missing kinds of images",
+    "recall": "share of the data that the samples come close to; 1 is best, low means missing kinds of images; says "
+    "nothing while precision is near 0, as noise comes close to everything",
     "density": "how densely real images surround the samples; about 1 for a perfect model",
     "coverage": "share of the images that have a sample nearby; 1 is best",
     "neighbours_among": "images and samples that these four were measured with; few of them lower coverage and recall",
@@ -50,6 +51,8 @@ MEANINGS = {
 _REASONS = {
     "standard_error": "needs at least 2 images",
     "frechet_extrapolated": "needs at least 10 samples for each feature",
+    "eta": "not used by this sampler",
+    "sigma": "not used by this sampler",
     "density": "not measured",
 }
 

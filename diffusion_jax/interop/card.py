@@ -21,7 +21,7 @@ _NUMBERS = (
 )
 _USE = {
     "jax": 'sample_fn, params = diffusion_jax.load_exported("{out}")\n'
-    "x = sample_fn(params, jax.random.key(0), 16)  # float32 [16, H, W, C] in [-1, 1]",
+    "x = sample_fn(params, jax.random.key(0), num=16)  # float32 [16, H, W, C] in [-1, 1]",
     "diffusers": 'pipeline = diffusers.DDPMPipeline.from_pretrained("{out}")\n'
     "image = pipeline(num_inference_steps={num_steps}).images[0]",
 }

@@ -173,7 +173,7 @@ def load_exported(path: epath.PathLike) -> tuple[Callable, dict]:
     """Loads the sampler of a file that `--mode=export` wrote.
 
         sample_fn, params = diffusion_jax.load_exported("sampler.npz")
-        x = sample_fn(params, jax.random.key(0), 16)  # float32 [16, H, W, C]
+        x = sample_fn(params, jax.random.key(0), num=16)  # float32 [16, H, W, C]
 
     Returns:
       (sample_fn, params): sample_fn(params, rng, num, first=0, labels=None, guidance=None) returns images first ..

@@ -307,8 +307,8 @@ def warnings(config: ConfigDict, alpha_bar: float) -> list[str]:
     if initial > 0.01 and not train.ema_warmup:
         texts.append(
             f"config.train.ema_decay={train.ema_decay} over config.train.num_steps={train.num_steps}: {initial:.0%} of "
-            "the averaged parameters, which draw the samples, will still be the initial ones, and samples of those are "
-            "noise; set config.train.ema_warmup=True, lower ema_decay or train for longer"
+            "the averaged parameters, which draw the samples, will still be the initial ones, which makes "
+            "the samples noisy; set config.train.ema_warmup=True, lower ema_decay or train for longer"
         )
     if train.warmup_steps > train.num_steps:
         texts.append(

@@ -67,7 +67,7 @@ def parse(argv: Sequence[str], modes: Sequence[str]) -> flags.FlagValues:
             if not any(re.match("--?config(=|$)", other) for other in argv):
                 raise UserError(
                     f"{arg} needs --config too: give --config=own, another one of {', '.join(configs.shipped())}, or a "
-                    "file; a mode that reads config.json in --workdir takes neither"
+                    "file; a mode that reads config.json in --workdir takes neither, but flags of its own, see --help"
                 )
     args = flags.FlagValues()
     _define(args, argv, modes)
