@@ -332,34 +332,6 @@ def test_a_data_set_on_the_device_changes_no_bit(uninterrupted, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", ["simple", "step", "vlb by importance"])
-def test_losses_teach_to_predict_the_noise(tmp_path, loss):
-    """Measured by (15), which is 1 for the initial network, whatever it is trained by."""
-    config = tiny_config(
-        train__loss=loss.removesuffix(" by importance"),
-        train__t_sampling="importance" if "importance" in loss else "uniform",
-        train__num_steps=80,
-        train__batch_size=64,
-        train__log_every=20,
-        train__learning_rate=1e-2,
-    )
-    params = train.train(config, str(tmp_path)).params
-    x_0 = parts.images(config)[:256].astype(np.float32) / 127.5 - 1
-    t = np.arange(256) % 20 + 1
-    eps_bar = np.random.default_rng(0).standard_normal(x_0.shape).astype(np.float32)
-
-    @jax.jit
-    def error(params):
-        def eps_bar_fn(x, t):
-            return parts.model(config).apply({"params": params}, x, t)
-
-        return losses.simple_loss(eps_bar_fn, parts.schedule(config), x_0, t, eps_bar).mean()
-
-    assert error(parts.build(config).init_state().params) == pytest.approx(1, abs=0.02)
-    assert error(params) < 0.85
-
-
-@pytest.mark.slow
 def test_accumulation_changes_rounding_alone(uninterrupted, tmp_path):
     workdir, expected = uninterrupted
     state = run(tmp_path, train__accumulate=2)

@@ -12,7 +12,7 @@ from etils import epath
 from safetensors import numpy as safetensors
 
 import diffusion_jax
-from diffusion_jax import parts, sample
+from diffusion_jax import parts, sample, train
 from diffusion_jax.configs import cifar10, default
 from diffusion_jax.errors import UserError
 from diffusion_jax.interop import diffusers
@@ -266,7 +266,7 @@ def test_imported_run_samples(imported):
 
 
 @pytest.mark.slow
-def test_an_imported_run_is_one_at_its_beginning(untrained, tmp_path):
+def test_an_imported_run_trains_on(untrained, tmp_path):
     """Exports and imports a run that is grey, has attention only in the middle, and another schedule."""
     diffusers.export_diffusers(str(untrained), str(tmp_path / "out"))
     diffusers.import_diffusers(str(tmp_path / "out"), str(tmp_path / "run"), tiny_config(train__num_steps=2))
@@ -276,7 +276,10 @@ def test_an_imported_run_is_one_at_its_beginning(untrained, tmp_path):
     assert_same(before.ema_params, original.ema_params)
     assert_same(before.params, original.ema_params)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(before.opt_state))
-    assert before.step == 0
+    after = train.train(config, str(tmp_path / "run"))
+    assert before.step == 0 and after.step == 2
+    changes = jax.tree.map(lambda new, old: abs(new - old).max(), after.params, before.params)
+    assert 0 < max(jax.tree.leaves(changes)) < 0.1
 
 
 def test_config_of_the_published_network(tmp_path):
