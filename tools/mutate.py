@@ -3,8 +3,8 @@
     python -m tools.mutate
 
 Each mutant is a copy of the project with one piece of text replaced, on which the tests
-of the mathematics are run. Run it whenever one of the formula files changes, and add a
-mutant for each new formula. Exit code 1 if a mutant survives; takes a few minutes.
+of the mathematics are run, until one fails. Run it whenever one of the formula files changes,
+and add a mutant for each new formula. Exit code 1 if a mutant survives; takes a few minutes.
 """
 
 import concurrent.futures
@@ -21,26 +21,38 @@ import pytest
 # Libraries that the tests import and no mutant changes; the mutants' processes are forked after they are imported.
 PRELOAD = ["jax", "flax.linen", "optax", "orbax.checkpoint", "grain", "PIL.Image", "tensorboardX", "pytest"]
 ROOT = pathlib.Path(__file__).parent.parent
-# {test file, or one of its tests, that should catch them: [(module, text that stands in it exactly once, what replaces
-# it)]}; the other test files follow if it does not.
+# {test that should catch them: [(module, text that stands in it exactly once, what replaces it)]}; all tests of these
+# files follow if it does not.
 MUTANTS = {
-    "tests/test_schedule.py": [
+    "tests/test_schedule.py::test_arrays_of_the_rough_schedule": [
         ("schedule", "np.concatenate([[0.0], beta_squared])", "np.concatenate([beta_squared, [0.0]])"),
-        ("schedule", "np.cumprod(1 - beta_squared)", "np.cumprod(1 - beta_squared, dtype=np.float32)"),
         ("schedule", "np.cumprod(1 - beta_squared)", "np.cumprod(np.sqrt(1 - beta_squared))"),
         ("schedule", "np.sqrt(square)", "square"),
-        ("schedule", "(beta_squared < 1)", "(beta_squared <= 1)"),
+    ],
+    "tests/test_schedule.py::test_arrays_are_rounded_to_float32_once": [
+        ("schedule", "np.cumprod(1 - beta_squared)", "np.cumprod(1 - beta_squared, dtype=np.float32)"),
         ("schedule", "np.arange(1, num_steps + 1)", "np.arange(num_steps)"),
         ("schedule", "np.linspace(start, end, num_steps)", "np.linspace(start, end, num_steps + 1)[1:]"),
+    ],
+    "tests/test_schedule.py::test_beta_squared_out_of_range_is_rejected": [
+        ("schedule", "(beta_squared < 1)", "(beta_squared <= 1)"),
+    ],
+    "tests/test_schedule.py::test_ho_linear": [
         ("schedule", "np.linspace(start, end, num_steps)", "np.linspace(start**0.5, end**0.5, num_steps) ** 2"),
+    ],
+    "tests/test_schedule.py::test_cosine": [
         ("schedule", "* np.pi / 2) ** 2", "* np.pi / 2)"),
         ("schedule", "0.999)", "0.9999)"),
         ("schedule", "+ 0.008) / 1.008", "+ 0.0) / 1.008"),
+    ],
+    "tests/test_schedule.py::test_sigma_posterior_is_the_conditional_standard_deviation": [
         ("schedule", "s.beta_bar[:-1] / s.beta_bar[1:]", "s.beta_bar[1:] / s.beta_bar[:-1]"),
         ("schedule", "s.beta[1:] * s.beta_bar[:-1]", "s.beta[:-1] * s.beta_bar[:-1]"),
+    ],
+    "tests/test_schedule.py::test_steps_that_are_no_count_are_rejected": [
         ("schedule", "low <= array.min()", "low - 1 <= array.min()"),
     ],
-    "tests/test_process.py": [
+    "tests/test_process.py::test_repeated_steps_are_the_forward_process": [
         ("process", "s.alpha[t] * x_prev + s.beta[t] * eps", "s.alpha[t] * x_prev + s.beta[t] ** 2 * eps"),
         ("process", "s.alpha[t] * x_prev", "s.alpha[t - 1] * x_prev"),
         (
@@ -48,34 +60,56 @@ MUTANTS = {
             "s.alpha_bar[t] * x_0 + s.beta_bar[t] * eps_bar",
             "s.alpha_bar[t] * x_0 + s.beta_bar[t - 1] * eps_bar",
         ),
+    ],
+    "tests/test_process.py::test_step_noise_is_the_conditional_expectation": [
         ("process", "s.beta[t] / s.beta_bar[t] * eps_bar", "s.beta[t] * s.beta_bar[t] * eps_bar"),
         ("process", "s.beta[t] / s.beta_bar[t] * eps_bar", "s.beta[t] / s.beta_bar[t - 1] * eps_bar"),
+        ("process", "s.alpha_bar[t] * x_0) / s.beta_bar[t]", "s.alpha_bar[t] * x_0) / s.beta_bar[t] ** 2"),
+    ],
+    "tests/test_process.py::test_reverse_step_inverts_forward_step": [
         ("process", "(x_t - s.beta[t] * eps) / s.alpha[t]", "(x_t + s.beta[t] * eps) / s.alpha[t]"),
         ("process", "(x_t - s.beta[t] * eps) / s.alpha[t]", "x_t / s.alpha[t] - s.beta[t] * eps"),
+    ],
+    "tests/test_process.py::test_reverse_step_adds_its_noise": [
         ("process", "s.alpha[t] + noise", "s.alpha[t] - noise"),
+    ],
+    "tests/test_process.py::test_predictions_invert_forward": [
         ("process", "s.beta_bar[t] * eps_bar) / s.alpha_bar[t]", "s.beta_bar[t] * eps_bar) / s.alpha[t]"),
-        ("process", "s.alpha_bar[t] * x_0) / s.beta_bar[t]", "s.alpha_bar[t] * x_0) / s.beta_bar[t] ** 2"),
+    ],
+    "tests/test_process.py::test_posterior_mean_is_gaussian_conditioning": [
         ("process", "s.alpha_bar[t - 1] * s.beta[t] ** 2", "s.alpha_bar[t] * s.beta[t] ** 2"),
         ("process", "s.beta_bar[t - 1] ** 2 * x_t", "s.beta_bar[t] ** 2 * x_t"),
+    ],
+    "tests/test_process.py::test_velocity_is_inverted": [
         ("process", "s.alpha_bar[t] * eps_bar - s.beta_bar[t] * x_0", "s.alpha_bar[t] * eps_bar + s.beta_bar[t] * x_0"),
         ("process", "s.alpha_bar[t] * v + s.beta_bar[t] * x_t", "s.alpha_bar[t] * v - s.beta_bar[t] * x_t"),
         ("process", "s.alpha_bar[t] * v + s.beta_bar[t] * x_t", "s.beta_bar[t] * v + s.alpha_bar[t] * x_t"),
+    ],
+    "tests/test_process.py::test_variance_between": [
         ("process", "from_beta, from_alpha) / s.alpha_bar[u] ** 2", "from_beta, from_alpha) / s.alpha_bar[u]"),
         ("process", "s.beta_bar[t] < s.alpha_bar[t], from_beta", "s.beta_bar[t] > s.alpha_bar[t], from_beta"),
     ],
-    "tests/test_losses.py": [
+    "tests/test_losses.py::test_weighted_step_loss_is_the_distance_to_x_prev": [
         ("losses", "(s.beta[t] / s.alpha[t]) ** 2", "(s.beta[t] / s.alpha[t])"),
+    ],
+    "tests/test_losses.py::test_step_loss_term_by_term": [
         ("losses", "(x_0, t - 1, eps_bar_prev)", "(x_0, t, eps_bar_prev)"),
         ("losses", "eps - _per_example(process.step_noise, s)(eps_bar_fn(x_t, t), t)", "eps - eps_bar_fn(x_t, t)"),
-        ("losses", "eps_bar - eps_bar_fn(x_t, t)", "eps_bar + eps_bar_fn(x_t, t)"),
-        ("losses", "eps_bar - eps_bar_fn(x_t, t)", "eps_bar - eps_bar_fn(x_t, t - 1)"),
         ("losses", "tuple(range(1, x.ndim))", "tuple(range(2, x.ndim))"),
         ("losses", "jnp.mean(x**2,", "jnp.sum(x**2,"),
+    ],
+    "tests/test_losses.py::test_simple_loss_term_by_term": [
+        ("losses", "eps_bar - eps_bar_fn(x_t, t)", "eps_bar + eps_bar_fn(x_t, t)"),
+        ("losses", "eps_bar - eps_bar_fn(x_t, t)", "eps_bar - eps_bar_fn(x_t, t - 1)"),
+    ],
+    "tests/test_losses.py::test_noises_differ_by_example_and_number_and_not_by_batch": [
         ("losses", "jax.random.fold_in(key, k)", "jax.random.fold_in(key, 0)"),
+    ],
+    "tests/test_losses.py::test_losses_of_other_predictions_are_simple_loss_reweighted": [
         ("losses", "mean_square(x_0 - x_0_fn(", "mean_square(eps_bar - x_0_fn("),
         ("losses", "(process.velocity, s)(x_0, t, eps_bar)", "(process.velocity, s)(eps_bar, t, x_0)"),
     ],
-    "tests/test_sampling.py": [
+    "tests/test_sampling.py::test_the_chain_is_a_loop_over_17": [
         ("sampling", "jax.random.fold_in(key, t)", "jax.random.fold_in(key, t - 1)"),
         ("sampling", "jnp.where(t > 1, sigma[t], 0.0)", "sigma[t]"),
         ("sampling", "jnp.where(t > 1, sigma[t], 0.0)", "jnp.where(t > 2, sigma[t], 0.0)"),
@@ -83,12 +117,20 @@ MUTANTS = {
         ("sampling", "process.step_noise(s, eps_bar, t), noise)", "eps_bar, noise)"),
         ("sampling", "jnp.full(x.shape[:1], t)", "jnp.full(x.shape[:1], t - 1)"),
         ("sampling", "jnp.arange(start, stop, -1, dtype", "jnp.arange(start - 1, stop - 1, -1, dtype"),
+    ],
+    "tests/test_sampling.py::test_clip_bounds_the_predicted_x_0": [
         ("sampling", "process.posterior_mean(s, x_0, x, t) + noise", "process.posterior_mean(s, x_0, x, t)"),
+    ],
+    "tests/test_sampling.py::test_sample_fn_is_the_chain_from_its_latent": [
         ("sampling", "x = normal(keys, LATENT,", "x = normal(keys, 1,"),
+    ],
+    "tests/test_sampling.py::test_image_i_depends_on_the_key_and_i_alone": [
         ("sampling", '+ np.uint32(checked("first", first, 0, 2**32 - int(num)))', ""),
+    ],
+    "tests/test_sampling.py::test_image_keys_fold_in_the_index": [
         ("sampling", "jax.vmap(jax.random.fold_in, (None, 0))(rng, indices)", "jax.random.split(rng, len(indices))"),
     ],
-    "tests/test_fast_sampling.py": [
+    "tests/test_fast_sampling.py::test_ddim_is_a_loop_over_its_formula": [
         (
             "sampling",
             "share = s.beta_bar[u] / s.beta_bar[t]\n        deviation",
@@ -96,47 +138,65 @@ MUTANTS = {
         ),
         ("sampling", "eta * share *", "eta**2 * share *"),
         ("sampling", "process.variance_between(s, t, u)", "process.variance_between(s, t, t - 1)"),
-        ("sampling", "deviation = jnp.minimum(deviation, s.beta_bar[u])", "deviation = jnp.minimum(deviation, 1.0)"),
         ("sampling", "direction * eps_bar + deviation", "s.beta_bar[u] * eps_bar + deviation"),
         ("sampling", "deviation * normal(keys, t, x", "deviation * normal(keys, u, x"),
         ("sampling", "return x_0, process.predict_eps_bar(s, x, t, x_0)", "return x_0, eps_bar"),
+    ],
+    "tests/test_fast_sampling.py::test_ddim_caps_the_noise_at_the_whole_variance": [
+        ("sampling", "deviation = jnp.minimum(deviation, s.beta_bar[u])", "deviation = jnp.minimum(deviation, 1.0)"),
+    ],
+    "tests/test_fast_sampling.py::test_dpmpp_2m_is_a_loop_over_its_formula": [
         ("sampling", "h = log_snr[u] - log_snr[t]", "h = log_snr[t] - log_snr[u]"),
         ("sampling", "(h_before > 0) & (u > 0)", "(h_before > 0)"),
         ("sampling", "0.5 * h / jnp", "h / jnp"),
         ("sampling", "weight * (x_0 - x_0_before)", "weight * (x_0_before - x_0)"),
         ("sampling", "(s.alpha_bar[u] - s.alpha_bar[t] * share) * blend", "(s.alpha_bar[u] - s.alpha_bar[t]) * blend"),
         ("sampling", "return (x, x_0, h), (x, x_0)", "return (x, blend, h), (x, x_0)"),
+    ],
+    "tests/test_fast_sampling.py::test_a_window_observes_every_kth_step_and_changes_no_bit": [
         ("sampling", "i % window.every == 0", "(i - 1) % window.every == 0"),
         ("sampling", "_report(window, u, states)", "_report(window, t, states)"),
         ("sampling", "        window.report(*args)", "        return window.report(*args)"),
         ("sampling", "window.look(*states)", "window.look(*states[::-1])"),
+    ],
+    "tests/test_fast_sampling.py::test_grids_that_do_not_fall_are_rejected": [
         ("sampling", "(np.diff(ts.astype(np.int64)) >= 0).any()", "(np.diff(ts.astype(np.int64)) > 0).any()"),
         ("sampling", 'checked("ts", ts, 0, s.num_steps,', 'checked("ts", ts, 0, s.num_steps + 1,'),
         ("sampling", 'checked("ts", ts, 0,', 'checked("ts", ts, -1,'),
+    ],
+    "tests/test_fast_sampling.py::test_grids_fall_from_t_to_0": [
         ("sampling", 'n = checked("n", n, 1, s.num_steps)', 'n = checked("n", n, 1, s.num_steps + 1)'),
     ],
-    "tests/test_classes.py": [
+    "tests/test_classes.py::test_guidance_sharpens_the_density_of_the_class": [
         (
             "sampling",
             "unconditional + w * (conditional_fn(x, t) - unconditional)",
             "w * (conditional_fn(x, t) - unconditional)",
         ),
         ("sampling", "unconditional + w * (conditional_fn(x, t)", "unconditional + (1 + w) * (conditional_fn(x, t)"),
+    ],
+    "tests/test_classes.py::test_guidance_in_an_interval_of_steps": [
         ("sampling", "(t >= low) & (t <= high)", "(t > low) & (t <= high)"),
         ("sampling", "(t >= low) & (t <= high)", "(t >= low) & (t < high)"),
         ("sampling", "jnp.asarray(weight, jnp.float32), 1.0)", "jnp.asarray(weight, jnp.float32), 0.0)"),
+    ],
+    "tests/test_classes.py::test_labels_of_images": [
         ("sampling", "(numbers % num_classes)", "(numbers // num_classes)"),
         ("sampling", 'checked("labels", labels, 0, num_classes,', 'checked("labels", labels, 0, num_classes - 1,'),
     ],
-    "tests/test_likelihood.py": [
+    "tests/test_likelihood.py::test_decoder_is_the_mass_of_a_bin": [
         ("likelihood", "(x_0 - mean + offset)", "(x_0 - mean - 2 * offset)"),
         ("likelihood", "_HALF_BIN = 1 / 255", "_HALF_BIN = 1 / 256"),
         ("likelihood", "jnp.exp(-log_std)", "jnp.exp(log_std)"),
         ("likelihood", "jnp.where(flip, -upper, lower)", "jnp.where(flip, upper, lower)"),
         ("likelihood", "flip = lower + upper > 0", "flip = lower + upper > 1e9"),
         ("likelihood", "jnp.where(darkest, log_ndtr(upper)", "jnp.where(brightest, log_ndtr(upper)"),
+    ],
+    "tests/test_likelihood.py::test_decoder_by_tanh": [
         ("likelihood", "0.044715 * x**3", "0.044715 * x**2"),
         ("likelihood", "jnp.where(darkest, above,", "jnp.where(darkest, 1 - above,"),
+    ],
+    "tests/test_likelihood.py::test_prior_kl": [
         ("likelihood", "jnp.log1p(-square)", "jnp.log1p(square)"),
         ("likelihood", "square * (x_0**2 - 1)", "square * x_0**2"),
     ],
@@ -181,9 +241,11 @@ MUTANTS = {
             "alpha_bar[2:] * (beta[2:] / beta_bar[2:]) ** 2",
         ),
     ],
-    "tests/pictures/test_figures.py": [
+    "tests/pictures/test_figures.py::test_interpolation_is_a_chain_from_the_mixed_latents": [
         ("pictures/figures", "(1 - weight) * x_t + weight * y_t", "weight * x_t + (1 - weight) * y_t"),
         ("pictures/figures", "process.forward(s, image, t, eps_bar)", "process.forward(s, image, t - 1, eps_bar)"),
+    ],
+    "tests/pictures/test_figures.py::test_progressive_predicts_x_0_from_the_chain_cut_at_each_step": [
         (
             "pictures/figures",
             "jnp.where(steps == t, x_0[None], predictions)",
@@ -196,7 +258,7 @@ MUTANTS = {
         ),
         ("pictures/figures", "jnp.where(steps == 0, x[None], predictions)", "predictions"),
     ],
-    "tests/pictures/test_edits.py": [
+    "tests/pictures/test_edits.py::test_one_repeat_is_inpainting_bit_for_bit": [
         ("pictures/edits", "sampling.normal(own, num_steps + t,", "sampling.normal(own, t,"),
         (
             "pictures/edits",
@@ -205,18 +267,28 @@ MUTANTS = {
         ),
         ("pictures/edits", "jnp.where(known, process.forward", "jnp.where(~known, process.forward"),
         ("pictures/edits", "return jnp.where(known, x_0, x)", "return x"),
+    ],
+    "tests/pictures/test_edits.py::test_times_of_a_small_case_by_hand": [
         ("pictures/edits", "1 <= t <= num_steps - jump", "1 <= t < num_steps - jump"),
         ("pictures/edits", "1 <= t <= num_steps - jump", "0 <= t <= num_steps - jump"),
         ("pictures/edits", "(t - 1) % jump == 0", "t % jump == 0"),
         ("pictures/edits", "* (repeats - 1)", "* repeats"),
+    ],
+    "tests/pictures/test_edits.py::test_repaint_is_a_loop_over_its_moves": [
         ("pictures/edits", "jnp.sqrt(process.variance_between(s, t, u))", "process.variance_between(s, t, u)"),
         ("pictures/edits", "s.alpha_bar[t] / s.alpha_bar[u] * x", "s.alpha_bar[t] * x"),
         ("pictures/edits", "2 * num_steps + r)", "2 * num_steps)"),
         ("pictures/edits", "sampling.normal(own, 2 * num_steps + t,", "sampling.normal(own, num_steps + t,"),
         ("pictures/edits", "visits.append(counts[t])", "visits.append(len(visits))"),
+    ],
+    "tests/pictures/test_edits.py::test_boundary_error_is_the_mean_jump_across_the_edge": [
         ("pictures/edits", "axis=axis)), axis=(1, 2, 3))", "axis=axis)), axis=(1, 2, 3)) / 2"),
         ("pictures/edits", "* images.shape[3]", ""),
+    ],
+    "tests/pictures/test_edits.py::test_sdedit_is_a_chain_from_the_noised_image": [
         ("pictures/edits", "sampling.LATENT", "t"),
+    ],
+    "tests/pictures/test_edits.py::test_inversion_is_a_loop_over_its_formula": [
         ("pictures/edits", "jnp.maximum(u, 1)", "jnp.maximum(u, 2)"),
         (
             "pictures/edits",
@@ -225,18 +297,29 @@ MUTANTS = {
         ),
         ("pictures/edits", "(grid[:-1], grid[1:])", "(grid[1:], grid[1:])"),
     ],
-    "tests/data/test_order.py": [
+    "tests/data/test_order.py::test_all_orders_are_equally_frequent": [
         ("data/order", "_mix(epoch ^ _mix(_word(seed, i)))", "_mix(_mix(_word(seed, i)))"),
         ("data/order", "_mix(epoch ^ _mix(_word(seed, i)))", "_mix(epoch + _word(seed, 0))"),
         ("data/order", "seed + i * 0x9E3779B9", "i * 0x9E3779B9"),
         ("data/order", "_mix(right ^ key) & mask", "_mix(key) & mask"),
+    ],
+    "tests/data/test_order.py::test_each_epoch_is_a_permutation": [
         ("data/order", "where(x < num, x, permuted(x))", "where(x < num, x, permuted(x) % num)"),
     ],
 }
 
 
-def run(first, mutant, markers=("not slow", "slow")) -> str:
-    """Returns the marker of the tests that catch a mutant (None: no mutant), "" if all pass. Has its own process."""
+def stages(first) -> list[tuple[str, list[str]]]:
+    """Returns (marker, tests) that a mutant meets in turn: the test that should catch it, then those of all files."""
+    every_file = list(dict.fromkeys(name.split("::")[0] for name in MUTANTS))
+    return [("", [first]), ("not slow", every_file), ("slow", every_file)]
+
+
+def run(tests_in_turn, mutant) -> int | None:
+    """Returns the first index of `tests_in_turn` [(marker, tests)] that catches a mutant (None: no mutant), or None.
+
+    Has its own process.
+    """
     with tempfile.TemporaryDirectory() as copy:
         for folder in ("diffusion_jax", "configs", "tests"):
             shutil.copytree(ROOT / folder, f"{copy}/{folder}", ignore=shutil.ignore_patterns("__pycache__"))
@@ -246,17 +329,13 @@ def run(first, mutant, markers=("not slow", "slow")) -> str:
             file = pathlib.Path(copy, "diffusion_jax", f"{module}.py")
             file.write_text(file.read_text().replace(before, after))
         os.chdir(copy)
-        others = [file for file in dict.fromkeys(name.split("::")[0] for name in MUTANTS) if file != first]
-        for marker in markers:
-            if not all(passes(marker, files, mutant) for files in ([first], others)):
-                return marker
-        return ""
+        return next((i for i, of in enumerate(tests_in_turn) if not passes(*of, mutant)), None)
 
 
-def passes(marker, files, mutant) -> bool:
+def passes(marker, tests, mutant) -> bool:
     """Runs the tests of the copy that is the current folder."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        code = pytest.main(["-x", "-q", "-n0", "-p", "no:cacheprovider", "-m", marker, *files])
+        code = pytest.main(["-x", "-q", "-n0", "-p", "no:cacheprovider", "-m", marker, *tests])
     if code not in (0, 1, 2, 4, 5):  # 1: a test failed; 2, 4: the mutant cannot be imported; 5: none has this marker
         raise RuntimeError(f"pytest ended with {code} for {mutant}: the machine, not the mutant, stopped it")
     planted = sys.modules.get("diffusion_jax")
@@ -277,17 +356,18 @@ def main():
     with tempfile.TemporaryDirectory() as cache:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache)  # compiled programs, for all
         pool = concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=context, max_tasks_per_child=1)
-        start = next(iter(MUTANTS))
-        unharmed = pool.submit(run, start, None, ["not slow"])
-        results = [pool.submit(run, *pair) for pair in mutants]
-        if unharmed.result():
+        unharmed = pool.submit(run, [("", list(MUTANTS))], None)
+        results = [pool.submit(run, stages(first), mutant) for first, mutant in mutants]
+        if unharmed.result() is not None:
             pool.shutdown(cancel_futures=True)
             sys.exit("the tests fail without any mutant")
-        for (_, mutant), result in zip(mutants, results, strict=True):
-            survivors += not result.result()
-            print("caught" if result.result() else "SURVIVED", *mutant, sep=" | ", flush=True)
-        if any(result.result() == "slow" for result in results) and pool.submit(run, start, None, ["slow"]).result():
-            sys.exit("the slow tests fail without any mutant")
+        for (first, mutant), result in zip(mutants, results, strict=True):
+            survivors += result.result() is None
+            verdict = "SURVIVED" if result.result() is None else "caught"
+            print(verdict, *mutant, first if result.result() == 0 else "by another test", sep=" | ", flush=True)
+        later = {result.result() for result in results} - {0, None}
+        if later and pool.submit(run, [stages("")[i] for i in later], None).result() is not None:
+            sys.exit("the tests of all files fail without any mutant")
     print(f"{len(mutants) - survivors} of {len(mutants)} mutants caught")
     sys.exit(survivors > 0)
 
