@@ -142,7 +142,7 @@ MODES = {
         "Writes samples of the last checkpoint: a grid (.png), an array (.npz) or shards (folder/).",
         "--mode=sample --workdir=runs/digits --num=64 --seed=0 --out=samples.png",
         needs=("workdir",),
-        takes=("num", "seed", "step", "out", "labels", *_SAMPLER),
+        takes=("num", "seed", "step", "out", "labels", *_SAMPLER, "show"),
     ),
     "sample --show": Mode(
         _show,

@@ -123,6 +123,23 @@ def _command_line_cases(digits, files):
             [digits[1], "--config.train.num_steps=3"],
             r"--config\.train\.num_steps=3 needs --config too: give --config=own, another one of celeba",
         ),
+        "a key of the config where a run has one": (
+            ["--mode=sample", "--workdir=run", "--config.sampling.steps=10"],
+            r"needs --config too: .*; to draw from a run in --workdir give --steps=10$",
+        ),
+        "a config with a slip": (
+            ["--config=digit", digits[1]],
+            r"is not a shipped config: did you mean digits\? There are",
+        ),
+        "a word for a number": ([*digits, "--config.train.num_steps=abc"], r"num_steps=abc: 'abc' is not an integer$"),
+        "a word for a fraction": (
+            [*digits, "--config.train.learning_rate=a"],
+            r"learning_rate=a: 'a' is not a number$",
+        ),
+        "a figure without a name": (
+            ["--mode=sample", "--workdir=run", "--show", "--num=3"],
+            r"--show needs a figure: give --show= with one of interpolation, progressive, ",
+        ),
         "the default config": (
             ["--config=default", digits[1]],
             r"data\.path is empty: .* another config, e\.g\. --config=own --config\.data\.path=",
@@ -233,6 +250,7 @@ def _workdir_cases(command, run, files):
         "no checkpoint yet": (["--mode=sample", f"--workdir={files / 'no-checkpoint'}"], r"holds no checkpoint yet"),
         "nothing to sample": (["--mode=sample", f"--workdir={files / 'empty'}"], r"holds no run"),
         "no such format": (["--mode=sample", f"--workdir={run}", "--out=x.gif"], r"--out=x\.gif must end in \.png"),
+        "no folder": (["--mode=sample", f"--workdir={files / 'nowhere'}"], r"nowhere does not exist: give the workdir"),
         "nothing to evaluate": (["--mode=evaluate", f"--workdir={files / 'empty'}"], r"holds no run"),
         "no report": (["--mode=report", f"--workdir={files / 'empty'}"], r"holds no run"),
         "no such split": (

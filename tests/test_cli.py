@@ -151,6 +151,8 @@ def test_sample_writes_a_grid_and_arrays(done, run, tmp_path):
     for out, num in ((grid, 9), (few, 2), (many, 9)):
         printed = done("--mode=sample", f"--workdir={run}", f"--num={num}", "--seed=1", f"--out={out}")
         assert f"{num} samples: {out}" in printed
+    printed = done("--mode=sample", f"--workdir={run}", "--num=9", "--seed=1", f"--out={grid}")
+    assert f"9 samples: {grid}, in place of the file that was there" in printed
     with Image.open(grid) as image:
         assert image.size == (3 * 68 + 4, 3 * 68 + 4)
     few, many = np.load(few)["arr_0"], np.load(many)["arr_0"]
@@ -206,7 +208,18 @@ def test_a_config_is_a_shipped_name_or_a_file(done, command, tmp_path):
     assert "| EMA decay                               | 0.5" in done("--mode=audit", f"--config={file}")
     assert "| EMA decay                               | 0.995" in done("--mode=audit", "--config=tiny")
     code, _, err = command("--mode=audit", "--config=tinny")
-    assert code == 1 and "--config=tinny is not a shipped config: give one of celeba, celebahq256, cifar10, " in err
+    assert code == 1 and "--config=tinny is not a shipped config: did you mean tiny? There are celeba, celebah" in err
+    code, _, err = command("--mode=audit", "--config=xyz")
+    assert code == 1 and "--config=xyz is not a shipped config: give one of celeba, celebahq256, cifar10, " in err
+
+
+def test_help_names_the_program_and_asks_for_no_figure(done, monkeypatch):
+    monkeypatch.setattr(flags.sys, "argv", ["main.py"])
+    printed = done("--mode=sample", "--show", "--help")
+    assert "--mode=sample --show: Draws a figure" in printed and "\n    python main.py --mode=sample" in printed
+    monkeypatch.setattr(flags.sys, "argv", ["/usr/bin/diffusion_jax"])
+    assert "\n    diffusion_jax --mode=sample" in (printed := done("--mode=sample", "--help"))
+    assert "--show" in printed
 
 
 def test_a_path_may_begin_in_the_home_directory(done, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from diffusion_jax import likelihood, parts, schedule
 from diffusion_jax.data import sources
 from diffusion_jax.errors import UserError, one_line
 from diffusion_jax.evaluation import bound, classifier, inception, metrics, monitor, quality
-from diffusion_jax.evaluation.meaning import meaning, with_reasons
+from diffusion_jax.evaluation.meaning import meaning, verdicts, with_reasons
 from diffusion_jax.evaluation.report import report
 from diffusion_jax.pictures import grids
 from diffusion_jax.pictures.shows import read_images, show
@@ -321,8 +321,8 @@ class _Pixels:
 
 def markdown(result: dict[str, Any]) -> str:
     """Returns the numbers of evaluation.json as Markdown, each with what it is and what is good."""
+    lines = [f"# Evaluation of step {result['step']}", "", *(f"- {text}" for text in verdicts(result)), ""]
     result, protocol = with_reasons(result), result["protocol"]
-    lines = [f"# Evaluation of step {result['step']}", ""]
     names: tuple[str, ...] = ("density", "n", "bits_per_dim", "standard_error", "rate", "distortion", "prior", "loss")
     names += ("histogram_bits_per_dim", "png_bits_per_dim")
     rows = [[split, *(x[name] for name in names)] for split, x in result["splits"].items()]

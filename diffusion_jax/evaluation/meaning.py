@@ -48,6 +48,9 @@ MEANINGS = {
     "held_out_accuracy": "of held-out real images",
     "frechet_within_classes": "[mean over the classes, error] of frechet to the images of the same class",
 }
+_NOT_WEIGHTS = "none: pixels have no weights"
+_CLOSE = 2  # spreads above the floor that another set of real images reaches too
+_COPIES = 0.7  # share of the distance of held-out images below which samples may be copies
 _REASONS = {
     "standard_error": "needs at least 2 images",
     "frechet_extrapolated": "needs at least 10 samples for each feature",
@@ -64,13 +67,40 @@ def meaning(key: str, value: Any = None) -> str:
     return MEANINGS.get(key, "")
 
 
+def verdicts(result: dict[str, Any]) -> list[str]:
+    """Returns what the numbers of an evaluation say of the run, a sentence each; [] for numbers that are not there."""
+    texts = []
+    for split, values in result.get("splits", {}).items():
+        bits, png = values.get("bits_per_dim"), values.get("png_bits_per_dim")
+        if bits is not None and png is not None:
+            fewer = "fewer, as a good model does" if bits < png else "no fewer: train for longer or a larger network"
+            texts.append(f"{split}: {bits:.2f} bits/dim, where PNG files take {png:.2f}; {fewer}.")
+    samples = result.get("samples") or {}
+    if floor := samples.get("frechet_floor"):
+        distance = samples["frechet_at_floor_size"][0]
+        is_close = distance <= floor[0] + _CLOSE * floor[1]
+        texts.append(
+            f"samples: Fréchet distance {distance:.4g}, where as many real images have "
+            f"{floor[0]:.4g} ± {floor[1]:.2g}; "
+            + ("as near to the data as real images." if is_close else f"{distance / floor[0]:.1f} times as far.")
+        )
+    nearest = samples.get("nearest_training_image") or {}
+    if held_out := nearest.get("median_of_held_out"):
+        share = nearest["median"] / held_out
+        copies = "look at nearest.png: these may be copies." if share < _COPIES else "no sign of copies."
+        texts.append(f"samples: {share:.0%} of the distance of held-out images from the training images; {copies}")
+    return texts
+
+
 def with_reasons(values: Any, settings: Any = None) -> Any:
     """Returns a copy of evaluation.json, of any content, where "none: …" with the reason replaces each null."""
     if not isinstance(values, dict):
         return values
     protocol = values.get("protocol")
     settings = protocol.get("metrics") if isinstance(protocol, dict) else settings
-    return {key: _reason(key, settings) if x is None else with_reasons(x, settings) for key, x in values.items()}
+    missing = {key: _reason(key, settings) for key, x in values.items() if x is None}
+    missing |= {key: _NOT_WEIGHTS for key, x in values.items() if key == "checksum" and x == ""}
+    return {key: missing.get(key) or with_reasons(x, settings) for key, x in values.items()}
 
 
 def _reason(key, settings):

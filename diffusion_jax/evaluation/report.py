@@ -22,7 +22,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from diffusion_jax import parts
 from diffusion_jax.data.sources import name_of
 from diffusion_jax.errors import UserError, one_line
-from diffusion_jax.evaluation.meaning import MEANINGS, meaning, with_reasons
+from diffusion_jax.evaluation.meaning import MEANINGS, meaning, verdicts, with_reasons
 from diffusion_jax.running import files
 from diffusion_jax.running.config import flatten
 from diffusion_jax.running.log import parse_line
@@ -46,6 +46,7 @@ CHARTS = (
     ("Parameter norm", ("param_norm",), False),
     ("Learning rate", ("learning_rate",), False),
     ("Images per second", ("images_per_second",), False),
+    ("Share of the steps that were left out as not finite", ("skipped",), False),
 )
 LATEST = 10**11  # seconds since 1970: the year 5138, which dates can still show
 NOT_DRAWN = ("step", "steps_per_second")  # images_per_second draws the same curve as steps_per_second
@@ -262,7 +263,8 @@ def _charts(curves, group, num_steps):
     known = {name for _, names, _ in CHARTS for name in names} | set(NOT_DRAWN)
     charts = []
     for title, names, log in (*CHARTS, *((name, (name,), None) for name in curves if name not in known)):
-        if series := {_label(name, num_steps): curves[name] for name in names if name in curves}:
+        series = {_label(name, num_steps): curves[name] for name in names if name in curves}
+        if series and (names != ("skipped",) or curves["skipped"][1].any()):
             charts.append(chart(title, "step", title, series, log, group))
     return charts
 
@@ -284,7 +286,9 @@ def _evaluation(folder):
     step, folder = max(folders.items())
     blocks = [("note", f"Step {step:,}.")]
     try:
-        values = with_reasons(json.loads((folder / "evaluation.json").read_text()))
+        values = json.loads((folder / "evaluation.json").read_text())
+        blocks += [("note", text) for text in _verdicts(values)]
+        values = with_reasons(values)
         blocks += list(_nested("", {"": values if isinstance(values, dict) else {"value": values}}, 2))
     except OSError:
         blocks.append(("note", f"The evaluation has no numbers (evaluation/{step}/evaluation.json)."))
@@ -292,6 +296,14 @@ def _evaluation(folder):
         blocks.append(("note", f"evaluation/{step}/evaluation.json is not JSON: its numbers are left out."))
     pictures = [("picture", _picture(path, path.name)) for path in sorted(folder.glob("*.png"))]
     return blocks + (pictures or [("note", f"The evaluation has no pictures (evaluation/{step}/*.png).")])
+
+
+def _verdicts(values):
+    """Returns the verdicts on evaluation.json; [] if its content is of another program or damaged."""
+    try:
+        return verdicts(values)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, ZeroDivisionError):
+        return []
 
 
 def _nested(title, columns, level):

@@ -54,6 +54,7 @@ def write_samples(
     path = epath.Path(out).expanduser()
     config = with_sampling(read_config(workdir), **settings)
     hosts.on_main(lambda: _check(num, seed, out, path))
+    replaces = hosts.on_main(lambda: path.is_file())
     chosen, run = choose(config, labels), parts.build(config)
     per_call = -(-min(num, run.num_samples) // jax.process_count())
     step, params = ema_params(run, workdir, step)
@@ -76,7 +77,7 @@ def write_samples(
         else:
             _save_npz(path, make(0, num), 0, about)
     if jax.process_index() == 0:
-        print(f"{num} samples: {out}")
+        print(f"{num} samples: {out}{', in place of the file that was there' * replaces}")
 
 
 def _check(num, seed, out, path):

@@ -117,7 +117,7 @@ def verify(manager: ocp.CheckpointManager, step: int, like: Any) -> None:
     """
     wait(manager)
     try:
-        _read(manager, step, like)
+        _read(manager, step, like, "verifying")
     except _Damaged as error:
         raise UserError(
             f"checkpoint {step} was written to {manager.directory}, but cannot be read back ({error}): give a workdir "
@@ -216,9 +216,9 @@ class _Damaged(Exception):
     """Reports that a checkpoint cannot be read, in one process or in another."""
 
 
-def _read(manager, step, like):
+def _read(manager, step, like, doing="reading"):
     """Returns checkpoint `step`; raises _Damaged in all processes if one of them cannot read it."""
-    return watch.waiting(f"reading checkpoint {step}", lambda: _read_quietly(manager, step, like))
+    return watch.waiting(f"{doing} checkpoint {step}", lambda: _read_quietly(manager, step, like))
 
 
 def _read_quietly(manager, step, like):

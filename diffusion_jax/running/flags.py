@@ -1,7 +1,9 @@
 """The flags of the command line, and their values."""
 
+import difflib
 import os
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,15 +62,12 @@ def parse(argv: Sequence[str], modes: Sequence[str]) -> flags.FlagValues:
     Args:
       modes: values of --mode.
     """
-    argv = [_with_files(arg) for arg in argv]
+    argv = [_with_figure(_with_files(arg), rest, argv) for arg, *rest in (argv[i:] for i in range(len(argv)))]
     for arg in argv:
         if arg.lstrip("-").startswith("config."):
             configs.check_key(arg.lstrip("-").removeprefix("config.").split("=")[0])
             if not any(re.match("--?config(=|$)", other) for other in argv):
-                raise UserError(
-                    f"{arg} needs --config too: give --config=own, another one of {', '.join(configs.shipped())}, or a "
-                    "file; a mode that reads config.json in --workdir takes neither, but flags of its own, see --help"
-                )
+                _refuse_key(arg)
     args = flags.FlagValues()
     _define(args, argv, modes)
     try:
@@ -83,12 +82,35 @@ def parse(argv: Sequence[str], modes: Sequence[str]) -> flags.FlagValues:
         *traceback, last = str(error).splitlines() or [""]
         if any("Traceback" in line for line in traceback):  # of a config file, which raised a ValueError
             raise UserError(f"--config: {last.partition(': ')[2] or last}") from error
-        raise UserError(one_line(error)) from error
+        raise UserError(_without_python(one_line(error))) from error
     except Exception as error:  # a config file is the user's program and may raise anything
         raise UserError(f"--config: {one_line(error)}") from error
     if rest[1:]:
         raise UserError(f"{rest[1]!r} is not a flag: flags start with --")
     return args
+
+
+def _refuse_key(arg: str) -> None:
+    """Raises UserError for a key of a config without a config; names the flag for the same value if there is one."""
+    flag, _, value = arg.lstrip("-").removeprefix("config.sampling.").partition("=")
+    instead = f"; to draw from a run in --workdir give --{flag}={value}" if flag in FLAGS else ""
+    raise UserError(
+        f"{arg} needs --config too: give --config=own, another one of {', '.join(configs.shipped())}, or a file"
+        + (instead or "; a mode that reads config.json in --workdir takes neither, but flags of its own, see --help")
+    )
+
+
+def _with_figure(arg: str, rest: Sequence[str], argv: Sequence[str]) -> str:
+    """Returns the argument; a bare --show gets a figure if help is asked for.
+
+    Raises:
+      UserError: a bare --show draws nothing.
+    """
+    if arg not in ("-show", "--show") or (rest and not rest[0].startswith("-")):
+        return arg
+    if {"-help", "--help"} & {*argv}:
+        return f"--show={_SHOWS[0]}"
+    raise UserError(f"--show needs a figure: give --show= with one of {', '.join(_SHOWS)}")
 
 
 def _with_files(arg: str) -> str:
@@ -99,14 +121,23 @@ def _with_files(arg: str) -> str:
     if not match:
         return arg
     if match[2] not in (shipped := configs.shipped()):
-        raise UserError(f"--config={match[2]} is not a shipped config: give one of {', '.join(shipped)}, or a file")
+        nearest = difflib.get_close_matches(match[2], shipped, n=1)
+        meant = f"did you mean {nearest[0]}? There are" if nearest else "give one of"
+        raise UserError(f"--config={match[2]} is not a shipped config: {meant} {', '.join(shipped)}, or a file")
     return match[1] + str(shipped[match[2]]) + (match[3] or "")
+
+
+def _without_python(text: str) -> str:
+    """Puts the words of a user in place of Python's for a value of another type."""
+    text = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"\1 is not an integer", text)
+    return re.sub(r"could not convert string to float: (.*)", r"\1 is not a number", text)
 
 
 def help_text(name: str, modes: dict[str, Any], always: Sequence[str], args: flags.FlagValues) -> str:
     """Returns the purpose, an example and the flags of a mode; `always` are the flags of all modes."""
     mode = modes[name]
-    lines = [f"--mode={name}: {mode.purpose}", "", f"    diffusion_jax {mode.example}", ""]
+    program = "python main.py" if sys.argv[0].endswith("main.py") else "diffusion_jax"
+    lines = [f"--mode={name}: {mode.purpose}", "", f"    {program} {mode.example}", ""]
     for title, names in (("Needs", mode.needs), ("Takes", mode.takes), ("Always", always)):
         lines += [f"{title}:", *(f"    --{flag:<14} {args[flag].help}" for flag in names), ""] if names else []
     if "config" in (*mode.needs, *mode.takes):

@@ -62,6 +62,8 @@ def read_config(workdir: epath.PathLike) -> ConfigDict:
       UserError: there is no run, config.json is not JSON, or a value in it is invalid.
     """
     file = absolute(workdir) / "config.json"
+    if not file.parent.exists():
+        raise UserError(f"--workdir={workdir} does not exist: give the workdir of a training run")
     if not file.exists():
         raise UserError(f"--workdir={workdir} holds no run (no config.json): give the workdir of a training run")
     try:

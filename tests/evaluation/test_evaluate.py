@@ -466,6 +466,23 @@ def test_every_number_says_what_it_is():
     assert meaning.meaning("density", "x") != meaning.meaning("density", 0.9)
 
 
+def test_verdicts():
+    def of(**values):
+        return meaning.verdicts({"samples": values})
+
+    floor = {"frechet_floor": [2.0, 0.1], "frechet_at_floor_size": [2.15, 0.1]}
+    near = "samples: Fréchet distance 2.15, where as many real images have 2 ± 0.1; as near to the data as real images."
+    assert of(**floor) == [near]
+    assert of(**floor | {"frechet_at_floor_size": [5.0, 0.1]})[0].endswith("2 ± 0.1; 2.5 times as far.")
+    (text,) = of(nearest_training_image={"median": 0.95, "median_of_held_out": 1.0})
+    assert text == "samples: 95% of the distance of held-out images from the training images; no sign of copies."
+    assert "may be copies" in of(nearest_training_image={"median": 0.5, "median_of_held_out": 1.0})[0]
+    assert of(nearest_training_image={"median": 0.5}) == [] == of()
+    bits = {"bits_per_dim": 4.5, "png_bits_per_dim": 4.0}
+    (text,) = meaning.verdicts({"splits": {"train": bits}})
+    assert text == "train: 4.50 bits/dim, where PNG files take 4.00; no fewer: train for longer or a larger network."
+
+
 def test_a_null_says_why():
     settings = {"frechet_extrapolated": {"left_out": "few samples"}}
     section = {"frechet_extrapolated": None, "classifiers": None, "curve": [1, None], "protocol": {"metrics": settings}}

@@ -276,6 +276,25 @@ def test_splits_share_tables_and_charts(run):
     assert "no pictures" in page.text
 
 
+def test_an_evaluation_begins_with_verdicts(run):
+    split = {"bits_per_dim": 3.0, "png_bits_per_dim": 4.0}
+    write_evaluation(run, 5, {"splits": {"test": split}, "samples": {"protocol": {"checksum": ""}}})
+    text = rendered(run).text
+    assert "Step 5.test: 3.00 bits/dim, where PNG files take 4.00; fewer, as a good model does." in text
+    assert "none: pixels have no weights" in text
+    write_evaluation(run, 5, {"splits": [], "samples": {"frechet_floor": 3}})
+    assert "Step 5." in rendered(run).text
+
+
+def test_left_out_steps_are_drawn_if_there_are_any(run):
+    file = run / "metrics.jsonl"
+    lines = [{"step": 100, "loss": 1.0, "skipped": 0.0}, {"step": 200, "loss": 1.0, "skipped": 0.0}]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert rendered(run).titles() == ["Loss"]
+    file.write_text("".join(json.dumps(line | {"skipped": 0.25}) + "\n" for line in lines))
+    assert rendered(run).titles() == ["Loss", "Share of the steps that were left out as not finite"]
+
+
 @pytest.mark.parametrize(
     "values, titles",
     [
@@ -385,7 +404,7 @@ def test_out_is_another_file(run, tmp_path):
 
 
 def test_errors_name_workdir_and_out(run, tmp_path):
-    with pytest.raises(UserError, match="holds no run"):
+    with pytest.raises(UserError, match="none does not exist"):
         report.report(tmp_path / "none")
     (tmp_path / "file").write_text("")
     for out in (tmp_path, tmp_path / "file" / "page.html"):
