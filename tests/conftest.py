@@ -34,11 +34,11 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # for the proces
 
 
 def pytest_collection_modifyitems(config, items):
-    """Marks the tests of the core, and puts the longest ones first: at the end one worker would wait for them."""
+    """Marks the tests of the core, and puts the slow ones first: at the end one worker would wait for them."""
     for item in items:
         if item.path.parent in (config.rootpath / "tests", config.rootpath / "tests/running"):
             item.add_marker("core")
-    items.sort(key=lambda item: not (item.get_closest_marker("slow") or item.get_closest_marker("long")))
+    items.sort(key=lambda item: not (item.get_closest_marker("slow")))
 
 
 def tiny_config(**overrides):
@@ -116,6 +116,14 @@ def assert_same(a, b):
     for (path, x), (_, y) in zip(paths_a, paths_b, strict=True):
         x, y = np.asarray(x), np.asarray(y)
         np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path), strict=True)
+
+
+def random_params(model, *inputs):
+    """Returns parameters that all matter; the initial residual branches have a scale of 1e-10."""
+    leaves, tree = jax.tree.flatten(jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"])
+    rng = np.random.default_rng(1)
+    leaves = [jnp.asarray(rng.normal(0, 0.2, leaf.shape) + (leaf.ndim == 1), jnp.float32) for leaf in leaves]
+    return jax.tree.unflatten(tree, leaves)
 
 
 def write_random_run(workdir, **overrides):

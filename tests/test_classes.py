@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_same, tiny_config, write_random_run
+from conftest import assert_same, random_params, tiny_config, write_random_run
 from PIL import Image
 
 from diffusion_jax import parts, sample, sampling, schedule, step, train, unet
@@ -128,7 +128,7 @@ def test_the_network_with_classes_has_one_more_table():
 def test_the_embedding_is_added_to_that_of_the_step():
     """A table of zeros gives the network without classes; ∅ is the default; other rows give other noise."""
     model, plain = unet.UNet(**SMALL, num_classes=3), unet.UNet(**SMALL)
-    params = jax.tree.map(lambda x: x + 0.1, jax.jit(model.init)(jax.random.key(0), X, T)["params"])
+    params = random_params(model, X, T)
 
     @jax.jit
     def out(labels, params=params):

@@ -84,7 +84,7 @@ def run(tmp_path_factory):
     return workdir
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_training_by_main_py_on_1_device_takes_the_steps_of_4_devices(done, tmp_path):
     """The losses agree, dropout, noise, t and data included. The workdir is relative to the checkout."""
     workdir = os.path.relpath(tmp_path / "one", ROOT)
@@ -332,10 +332,10 @@ def test_an_imported_run_is_evaluated_and_trained_on(done, command, tmp_path, fa
     workdir, file = f"--workdir={tmp_path / 'run'}", tmp_path / "run" / "config.json"
     config = [*FIXTURE, f"--config.data.path={faces}", f"--config.data.cache_dir={tmp_path / 'cache'}"]
     done("--mode=import", "--from=tests/fixtures/diffusers", workdir, *config)
-    assert "bits_per_dim" in done("--mode=evaluate", workdir, "--num=2")
+    assert "bits_per_dim" in done("--mode=evaluate", workdir, "--num=2", "--quick")
     assert "trained to step 2" in done(workdir, *config)
     file.write_text(file.read_text().replace(str(faces), "/nowhere"))
-    code, _, err = command("--mode=evaluate", workdir, "--num=2")
+    code, _, err = command("--mode=evaluate", workdir, "--num=2", "--quick")
     assert code == 1
     assert re.search(r"'/nowhere' does not exist.*\(data\.\* of this run are in .*config\.json\)", err)
 

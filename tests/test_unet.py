@@ -5,8 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import random_params, tiny_config
 
-from diffusion_jax import unet
+from diffusion_jax import parts, unet
 
 SMALL = {"channels": 8, "multipliers": (1, 2), "num_res_blocks": 1, "attention_resolutions": (4,), "num_groups": 4}
 X = np.random.default_rng(0).standard_normal((2, 8, 12, 3)).astype(np.float32)
@@ -25,13 +26,9 @@ def count(tree):
 
 @pytest.fixture(scope="module")
 def small():
-    """Returns a network whose every weight matters; the initial residual branches have a scale of 1e-10."""
+    """Returns a network and parameters."""
     model = unet.UNet(**SMALL)
-    params = jax.eval_shape(model.init, jax.random.key(0), X, T)["params"]
-    leaves, tree = jax.tree.flatten(params)
-    rng = np.random.default_rng(1)
-    leaves = [jnp.asarray(rng.normal(0, 0.2, leaf.shape) + (leaf.ndim == 1), jnp.float32) for leaf in leaves]
-    return model, jax.tree.unflatten(tree, leaves)
+    return model, random_params(model, X, T)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "train"))
@@ -68,14 +65,14 @@ def test_parameter_names_are_hos_scopes():
 
 def test_initial_scales():
     """variance_scaling(1, fan_avg, uniform) has the bound sqrt(3 / fan_avg); residual branches end in 1e-5 of it."""
-    params = jax.device_get(jax.jit(unet.UNet(**SMALL).init)(jax.random.key(0), X, T)["params"])
+    params = parts.build(tiny_config()).init_state().params  # a program that other tests compile too
     assert all(np.all(leaf == 0) for path, leaf in jax.tree.leaves_with_path(params) if path[-1].key == "bias")
     block = params["mid_block_1"]
-    bound = np.sqrt(3 / (9 * 16))
+    bound = np.sqrt(3 / (9 * 8))
     assert 0.9 * bound < abs(block["conv1"]["kernel"]).max() <= bound
     assert 0.9e-5 * bound < abs(block["conv2"]["kernel"]).max() <= 1e-5 * bound
-    assert abs(params["mid_attn_1"]["proj_out"]["kernel"]).max() <= 1e-5 * np.sqrt(3 / 16)
-    assert abs(params["conv_out"]["kernel"]).max() <= 1e-5 * np.sqrt(3 / (9 * (8 + 3) / 2))
+    assert abs(params["mid_attn_1"]["proj_out"]["kernel"]).max() <= 1e-5 * np.sqrt(3 / 8)
+    assert abs(params["conv_out"]["kernel"]).max() <= 1e-5 * np.sqrt(3 / (9 * (8 + 1) / 2))
 
 
 # ---------------------------------------------------------------- modules

@@ -30,12 +30,17 @@ FOLDER = ROOT / "notebooks"
 REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
 TIMEOUT = 3600  # seconds for a cell; a kernel has STARTUP to begin
 STARTUP = 600
-# What --check replaces: 60 steps of training, chains of T = 300 (the interpolation goes up to t = 300).
+# What --check replaces: 60 steps of training, a network of one level, which compiles in half the time, and chains of
+# T = 300 (the interpolation goes up to t = 300).
 SHORTER = {
     re.compile(r"^config\.train\.num_steps = \d+$", re.MULTILINE): (
-        "config.train.num_steps = 60\nconfig.schedule.num_steps = 300"
+        "config.train.num_steps = 60\nconfig.schedule.num_steps = 300\n"
+        "config.model.multipliers, config.model.attention_resolutions = (1,), ()"
     ),
     re.compile(r"^STEPS, BATCH = \d+", re.MULTILINE): "STEPS, BATCH = 60",
+    re.compile(r"multipliers=\(1, 2\), num_res_blocks=1, attention_resolutions=\(4,\)"): (
+        "multipliers=(1,), num_res_blocks=1, attention_resolutions=()"
+    ),
 }
 PARSED_FLAGS = "from absl import flags\n\nflags.FLAGS(['kernel'])"
 PROGRESS = re.compile(r"\d+%\||\d+/\d+ \[| … \d\d:\d\d|^Moving |^\x1b\[A$")  # the last is between two bars
