@@ -20,6 +20,8 @@ from diffusion_jax.running import workdir as workdirs
 # The tests compile thousands of programs and run each for milliseconds: with less of LLVM's optimisation they take a
 # quarter less time. (Without any, two programs of one formula round differently.) Processes inherit the flag.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=1".strip()
+if jax.__version__.startswith("0.12"):  # with main.py's flag it keeps no compiled program for the next process
+    os.environ["XLA_FLAGS"] += " --xla_cpu_experimental_ynn_fusion_type="
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
