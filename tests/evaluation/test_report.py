@@ -282,8 +282,8 @@ def test_an_evaluation_begins_with_verdicts(run):
     text = rendered(run).text
     assert "Step 5.test: 3.00 bits/dim, where PNG files take 4.00; fewer, as a good model does." in text
     assert "none: pixels have no weights" in text
-    write_evaluation(run, 5, {"splits": [], "samples": {"frechet_floor": 3}})
-    assert "Step 5." in rendered(run).text
+    write_evaluation(run, 6, {"splits": [], "samples": {"frechet_floor": 3}})
+    assert "Step 6." in rendered(run).text
 
 
 def test_left_out_steps_are_drawn_if_there_are_any(run):
