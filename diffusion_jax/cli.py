@@ -99,7 +99,7 @@ def _report(args):
 def _plan(args):
     from diffusion_jax.planning.plan import plan
 
-    plan(args.config, args.topology, args.out, args.search)
+    plan(args.config, args.topology, args.out, args.search, args.prices)
 
 
 def _audit(args):
@@ -189,10 +189,10 @@ MODES = {
     ),
     "plan": Mode(
         _plan,
-        "Compiles a run for an absent TPU; prints memory, FLOPs and hours. Needs libtpu.",
-        "--mode=plan --config=cifar10 --topology=v5e:2x4",
+        "Compiles a run for absent TPUs; prints memory, FLOPs, hours and money. Needs libtpu.",
+        "--mode=plan --config=cifar10 --topology=v5e:2x4,v6e:2x4",
         needs=("config", "topology"),
-        takes=("out", "search"),
+        takes=("out", "search", "prices"),
         on_device=False,
     ),
     "audit": Mode(

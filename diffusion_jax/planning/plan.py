@@ -24,20 +24,19 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import parts
 from diffusion_jax.errors import UserError, one_line
-from diffusion_jax.planning import programs
+from diffusion_jax.planning import growth, programs
 from diffusion_jax.planning.fit import does_not_fit
-from diffusion_jax.planning.programs import CHIPS, DoesNotFit
+from diffusion_jax.planning.prices import Price, read_prices
+from diffusion_jax.planning.programs import CHIPS, Chip, DoesNotFit
+from diffusion_jax.planning.table import SAMPLES, comparison, growth_table, table
 from diffusion_jax.running import files
 from diffusion_jax.running.config import check_batch
-from diffusion_jax.running.tables import markdown_table
 from diffusion_jax.step import AXIS, resident
 
-SAMPLES = 50_000  # images in the FID of the literature
 LARGEST = 4096  # images per chip and step at which the search ends
 PATIENCE = 900  # seconds after which the search starts no compilation: large batches take many minutes each
 COMPILED = epath.Path("~/.cache/diffusion_jax/plans")  # caches the needs of programs: a compilation may take minutes
 _REPLICATED, _SPLIT = PartitionSpec(), PartitionSpec(AXIS)
-_MEMORY = ("arguments", "outputs", "aliased", "temporaries", "code")
 
 _EXAMPLES = "a TPU and its shape, e.g. v5e:2x4, v6e:16x16, v4:2x2x1 or v5p:2x2x2; cpu; or gpu"
 _EXTRA = {"v4": {"chip_config_name": "megacore"}}  # both cores of a chip are one device, as on a real TPU
@@ -50,7 +49,13 @@ _LIBTPU = {
 }
 
 
-def plan(config: ConfigDict, topology: str, out: epath.PathLike | None = None, search: bool = True) -> dict[str, Any]:
+def plan(
+    config: ConfigDict,
+    topology: str,
+    out: epath.PathLike | None = None,
+    search: bool = True,
+    prices: epath.PathLike | None = None,
+) -> dict[str, Any] | list[dict[str, Any]]:
     """Compiles the train step and the sampling chain of a config for a topology, and prints their needs.
 
     Nothing runs and no array is allocated, so any Linux machine with the package libtpu will do. The programs
@@ -59,65 +64,112 @@ def plan(config: ConfigDict, topology: str, out: epath.PathLike | None = None, s
     `programs.roofline`. JAX uses no accelerator of this machine unless the topology is "gpu".
 
     Args:
-      topology: chips of TPU v4, v5e, v5p or v6e and their shape, e.g. "v5e:2x4"; or "cpu" or "gpu" for the
-        devices of this machine, which have no roofline.
+      topology: chips of TPU v4, v5e, v5p, v6e or TPU7x and their shape, e.g. "v5e:2x4"; or "cpu" or "gpu" for the
+        devices of this machine, which have no roofline. Several of them, with commas between, are compared.
       out: a JSON file for the result, or None.
-      search: True also searches, after the table, for the largest power of two of images per chip that fits. Each
-        doubling compiles the train step, until one fails or LARGEST or PATIENCE is reached.
+      search: True also searches, after the table of a single topology, for the largest power of two of images per chip
+        that fits. Each doubling compiles the train step, until one fails or LARGEST or PATIENCE is reached.
+      prices: see `prices.read_prices`.
 
     Returns:
-      The printed numbers, in images, bytes, FLOPs and seconds; "per_chip" is for one step of training or of
-      the chain. Unknown values are None.
+      The printed numbers, in images, bytes, FLOPs, seconds and US dollars, of each topology if there are several;
+      "per_chip" is for one step of training or of the chain, and for one device of a chip that has several. Unknown
+      values are None. A topology that cannot train the config has the reason under "refused".
 
     Raises:
-      UserError: the topology or its compiler does not exist, the batch does not divide among the chips, or
-        the config does not fit into their memory.
+      UserError: a topology or its compiler does not exist, the prices cannot be read, or the one topology does not
+        divide the batch or hold the config.
     """
-    config = parts.with_classes(config)
-    devices, chip = _devices(topology)
-    num_chips = len(devices)
-    check_batch(config, num_chips)
-    batch, num = config.train.batch_size // num_chips, -(-config.sampling.num // num_chips)
-    num_steps, num_calls = parts.num_sampling_steps(config), -(-SAMPLES // (num * num_chips))
+    config, price_of = parts.with_classes(config), read_prices(prices)
+    names = topology.split(",")
+    all_devices = {name: _devices(name) for name in names}  # before the first compilation
+    if len(names) > 1:
+        return _plan_several(config, all_devices, price_of, out)
+    devices, chip = all_devices[topology]
+    report = _plan(config, topology, devices, chip, price_of)
+    _write(report, out)
+    print(table(report), growth_table(report), sep="\n\n", flush=True)
+    if search and chip:  # last, because it may take long and be interrupted
+        largest = _search(lambda batch: _measure_step(config, topology, devices, chip, batch), _images(config, devices))
+        report["largest_batch_per_chip"] |= largest
+        print(_largest_line(largest, len(devices)))
+        _write(report, out)
+    return report
 
-    def measure_train(batch):
-        lowered = lower_train_step(config, devices, batch)
-        return _measure(topology, lowered, chip, num_chips, config.train.accumulate, 1)
 
+def _plan_several(config, all_devices, price_of, out):
+    reports: list[dict[str, Any]] = []
+    for name, (devices, chip) in all_devices.items():
+        try:
+            reports.append(_plan(config, name, devices, chip, price_of))
+            print(table(reports[-1]), end="\n\n", flush=True)
+        except UserError as error:  # the others may hold it
+            reports.append({"topology": name, "refused": str(error)})
+        _write(reports, out)
+    print(comparison(reports))
+    return reports
+
+
+def _plan(config, topology, devices, chip, price_of: dict[str, Price]):
+    """Returns the report of one topology, without a search.
+
+    Raises:
+      UserError: the batch does not divide among the devices, or the config does not fit into their memory.
+    """
+    n = len(devices)
+    check_batch(config, n)
+    batch, num = _images(config, devices), -(-config.sampling.num // n)
+    num_steps, num_calls = parts.num_sampling_steps(config), -(-SAMPLES // (num * n))
     _print_progress(f"{topology}: compiling the train step …")
     try:
-        train = measure_train(batch)
+        train = _measure_step(config, topology, devices, chip, batch)
     except DoesNotFit as error:
         raise does_not_fit(config, f"chip of {topology}", programs.shortage(error)) from None
     _print_progress(f"{topology}: compiling the sampling chain …")
     try:
-        chain = _measure(topology, lower_chain(config, devices, num), chip, num_chips, num_steps, num_steps)
+        chain = _measure(topology, lower_chain(config, devices, num), chip, n, num_steps, num_steps)
     except DoesNotFit as error:
         raise UserError(
             f"config.sampling.num={config.sampling.num} ({num} a chip) does not fit into a chip of {topology} "
             f"({programs.shortage(error)}): lower it"
         ) from None
-    report = {
+    chips, price = n // (chip.devices if chip else 1), price_of.get(topology.partition(":")[0])
+    return {
         "topology": topology,
         "device": devices[0].device_kind,
-        "chips": num_chips,
+        "devices": n,
+        "chips": chips,
         "chip": chip._asdict() if chip else None,
+        "price": price._asdict() if price else None,
         "dtype": config.model.dtype,
         "parameters": parts.num_parameters(config),
         "classes": config.model.num_classes,
         "guidance": config.sampling.guidance if config.model.num_classes else None,
-        "train": train | _totals(train, batch, num_chips, 1, config.train.num_steps),
-        "sampling": chain | _totals(chain, num, num_chips, num_steps, num_steps * num_calls),
+        "train": train | _totals(train, batch, chips, price, 1, config.train.num_steps),
+        "sampling": chain | _totals(chain, num, chips, price, num_steps, num_steps * num_calls),
         "largest_batch_per_chip": {"estimate": _estimate_batch(train["memory"], batch, chip) if chip else None},
+        **_growth(config, train, chip, batch, n),
     }
-    _write(report, out)
-    print(table(report), flush=True)
-    if search and chip:  # last, because it may take long and be interrupted
-        largest = _search(measure_train, batch)
-        report["largest_batch_per_chip"] |= largest
-        print(_largest_line(largest, num_chips))
-        _write(report, out)
-    return report
+
+
+def _images(config, devices):
+    """Returns the images of a train step on each device."""
+    return config.train.batch_size // len(devices)
+
+
+def _measure_step(config, topology, devices, chip, batch):
+    """Returns `_measure` of the train step with `batch` images on each device."""
+    lowered = lower_train_step(config, devices, batch)
+    return _measure(topology, lowered, chip, len(devices), config.train.accumulate, 1)
+
+
+def _growth(config, train, chip: Chip | None, batch, num_devices):
+    """Returns the train step on other numbers of devices, and the most of them that pay; None without a chip."""
+    if not chip:
+        return {"growth": None, "pays": None}
+    pod = chip.pod * chip.devices
+    of_sizes = growth.sizes(chip, train["per_chip"], batch, num_devices, parts.num_parameters(config), pod)
+    return {"growth": [size._asdict() for size in of_sizes], "pays": growth.pays(of_sizes)._asdict()}
 
 
 def _write(report, out):
@@ -266,10 +318,11 @@ def _version(package):
         return None
 
 
-def _totals(program, per_chip, num_chips, steps_per_image, num_steps):
-    """Returns FLOPs per image and hours in all of `num_steps` steps, each with `per_chip` images on a chip."""
+def _totals(program, per_chip, num_chips, price, steps_per_image, num_steps):
+    """Returns FLOPs per image, and hours and dollars of `num_steps` steps, each with `per_chip` images on a device."""
     roofline = program["roofline"]
     hours = roofline["seconds"] * num_steps / 3600 if roofline else None
+    rates = {"on_demand": price.on_demand, "spot": price.spot} if roofline and price else {}
     return {
         "images_per_chip": per_chip,
         "steps_per_image": steps_per_image,
@@ -277,6 +330,7 @@ def _totals(program, per_chip, num_chips, steps_per_image, num_steps):
         "num_steps": num_steps,
         "hours": hours,
         "chip_hours": hours * num_chips if roofline else None,
+        "dollars": {kind: rate * hours * num_chips for kind, rate in rates.items()} or None,
     }
 
 
@@ -333,100 +387,3 @@ def _largest_line(largest, num_chips):
         f"Largest power of two found to fit, images per chip and train step: {n:,} (config.train.batch_size="
         f"{n * num_chips}); {end}."
     )
-
-
-# ---------------------------------------------------------------------------- the table
-
-
-def table(report: dict[str, Any]) -> str:
-    """Returns a plan as Markdown."""
-    train, chain = report["train"], report["sampling"]
-    head = [
-        f"{report['topology']}: {report['chips']:,} × {report['device']}, {report['parameters']:,} parameters, "
-        f"{report['dtype']}"
-    ]
-    if classes := report.get("classes"):
-        head.append(f"{classes:,} classes, sampled with guidance {report['guidance']:g}")
-    if chip := report["chip"]:
-        head.append(
-            f"per chip: {chip['flops'] / 1e12:g} TFLOP/s in bfloat16, {_bytes(chip['hbm'])} HBM at "
-            f"{chip['bandwidth'] / 1e9:g} GB/s, links of {chip['links'] / 1e9:g} GB/s"
-        )
-    columns = ("", "train step", f"sampling chain, {chain['steps_per_image']:,} steps")
-    lines = markdown_table(columns, [(name, text(train), text(chain)) for name, text in _rows(report)])
-    return "\n".join([*head, "", *lines, "", *_notes(report)])
-
-
-def _rows(report):
-    """Returns [(name, program -> text)] for the rows of the table."""
-    num, chip = report["chips"], report["chip"]
-    rows = [
-        ("images: all chips (one)", lambda p: f"{p['images_per_chip'] * num:,} ({p['images_per_chip']:,})"),
-        ("FLOPs per image", lambda p: _flops(p["flops_per_image"])),
-        ("FLOPs per chip and step", lambda p: _flops(p["per_chip"]["flops"])),
-        ("HBM bytes per chip and step", lambda p: _bytes(p["per_chip"]["hbm_bytes"])),
-        *((f"memory per chip: {key}", lambda p, key=key: _bytes(p["memory"][key])) for key in _MEMORY),
-        ("memory per chip: peak", lambda p: _peak(p["memory"]["peak"], chip)),
-        ("collectives per step", lambda p: _collectives(p["collectives"])),
-        ("compile time, measured here", lambda p: f"{p['compile_seconds']:.0f} s"),
-    ]
-    if any(report[name]["optimal_seconds"] for name in ("train", "sampling")):
-        rows.append(("the compiler's own estimate", lambda p: _time(p["optimal_seconds"])))
-    if not chip:
-        return rows
-    return [
-        *rows,
-        ("estimate: FLOPs at the bf16 peak", lambda p: _time(p["roofline"]["compute_seconds"])),
-        ("estimate: bytes at the HBM's bandwidth", lambda p: _time(p["roofline"]["memory_seconds"])),
-        ("estimate: collectives over the links", lambda p: _time(p["roofline"]["links_seconds"])),
-        ("estimate: time per step, at best", lambda p: _time(p["roofline"]["seconds"])),
-        ("estimate: bound by", lambda p: p["roofline"]["bound"]),
-        ("estimate: share of the bf16 peak", lambda p: f"{p['roofline']['utilisation']:.1%}"),
-        ("estimate: hours, at best", lambda p: f"{_number(p['hours'])} ({p['num_steps']:,} steps)"),
-        ("estimate: chip-hours, at best", lambda p: _number(p["chip_hours"])),
-    ]
-
-
-def _notes(report):
-    notes = [
-        f"Sampling: {SAMPLES:,} images in all; the program is the whole chain.",
-        "Aliased: outputs that reuse the memory of arguments.",
-    ]
-    if not report["chip"]:
-        return [*notes, "No times: there is no roofline for this device."]
-    return [
-        *notes,
-        "Estimates are max(FLOPs / bf16 peak, bytes / HBM bandwidth) + bytes sent / links. They are not measured: "
-        "float32 has a lower peak, and input and output of data are not counted.",
-        f"Estimate: about {report['largest_batch_per_chip']['estimate']:,} images a chip and train step fit, or more, "
-        "if memory grows evenly with them.",
-    ]
-
-
-def _flops(value):
-    """Returns e.g. "1.23 TFLOP" for 1.23e12."""
-    power = min(max(int(math.log10(value)) // 3, 0), 6) if value >= 1 else 0
-    return f"{value / 1000**power:.3g} {['', 'k', 'M', 'G', 'T', 'P', 'E'][power]}FLOP"
-
-
-def _bytes(value):
-    power = min(int(math.log2(value)) // 10, 4) if value >= 1 else 0
-    return f"{value / 1024**power:.4g} {['B', 'KiB', 'MiB', 'GiB', 'TiB'][power]}"
-
-
-def _number(value):
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _time(seconds):
-    if seconds is None:
-        return "unknown"
-    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
-
-
-def _peak(value, chip):
-    return _bytes(value) + (f", {value / chip['hbm']:.1%} of the HBM" if chip else "")
-
-
-def _collectives(totals):
-    return ", ".join(f"{entry['count']} {name} of {_bytes(entry['bytes'])}" for name, entry in totals.items()) or "none"

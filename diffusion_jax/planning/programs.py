@@ -18,25 +18,28 @@ from diffusion_jax.errors import one_line
 
 
 class Chip(NamedTuple):
-    """The published performance of a chip, and the number of chips in a pod."""
+    """The published performance of a device, which is a chip or a part of one, and the number of chips in a pod."""
 
     flops: float  # bfloat16 operations per second
     hbm: int  # bytes
     bandwidth: float  # of the HBM, bytes per second
     links: float  # to all other chips together, in one direction, bytes per second
     pod: int  # chips
+    devices: int = 1  # of JAX in a chip
 
 
-# docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}. The pages give the bandwidth of the links in both directions, twice
-# the value here. They give none for v4, whose 6 links have 50 GB/s each.
+# docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}. The pages give the bandwidth of the links in both directions,
+# twice the value here. They give none for v4, whose 6 links have 50 GB/s each. A chip of TPU7x is two devices, each
+# with half of the chip's numbers.
 CHIPS = {
     "v4": Chip(275e12, 32 * 2**30, 1200e9, 300e9, 4096),
     "v5e": Chip(197e12, 16 * 2**30, 819e9, 200e9, 256),
     "v5p": Chip(459e12, 95 * 2**30, 2765e9, 600e9, 8960),
     "v6e": Chip(918e12, 32 * 2**30, 1638e9, 400e9, 256),
+    "tpu7x": Chip(2307e12 / 2, 96 * 2**30, 7380e9 / 2, 600e9 / 2, 9216, devices=2),
 }
 # JAX's name of the device: key of CHIPS.
-_KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}
+_KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}
 
 
 def chip_of(device: jax.Device) -> Chip | None:

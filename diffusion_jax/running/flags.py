@@ -44,7 +44,12 @@ FLAGS: dict[str, tuple[Any, Any, str]] = {  # name: (its definition or values, d
         "",
         "a folder of diffusers, a .safetensors file or a repository, or an exported sampler",
     ),
-    "topology": (flags.DEFINE_string, "", "a TPU and its shape, e.g. v5e:2x4, or cpu or gpu"),
+    "topology": (flags.DEFINE_string, "", "a TPU and its shape, e.g. v5e:2x4, or cpu or gpu; several with commas"),
+    "prices": (
+        flags.DEFINE_string,
+        "",
+        "a TOML file with the prices of chips; default: the dated ones that are shipped",
+    ),
     "search": (flags.DEFINE_bool, True, "look for the largest batch that fits, after the table"),
     "platform": (("", "tpu", "gpu", "cpu"), "", "where to compute; default: the best"),
     "coordinator": (flags.DEFINE_string, "", "host:port of process 0; Cloud TPU pods and Slurm know it"),

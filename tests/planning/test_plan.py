@@ -1,5 +1,7 @@
 import importlib.util
 import json
+import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,8 @@ from conftest import tiny_config
 
 from diffusion_jax import parts, step
 from diffusion_jax.errors import UserError
-from diffusion_jax.planning import plan, programs
+from diffusion_jax.planning import plan, programs, table
+from diffusion_jax.planning.prices import Price
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the package libtpu")
 OUT_OF_MEMORY = (
@@ -17,6 +20,7 @@ OUT_OF_MEMORY = (
     "temporaries (17.91G) exceeds available HBM (15.75G). HLO module: jit_step.\nSee https://openxla.org/xla/errors"
 )
 LOCKED = 'ABORTED: Internal error when accessing libtpu multi-process lockfile. Run "$ sudo rm /tmp/libtpu_lockfile".'
+PRICE = Price(on_demand=2.0, spot=0.5, region="here", read="2026-11-27", source="a page")
 CHIP = programs.Chip(flops=100e12, hbm=16 * 2**30, bandwidth=1e12, links=100e9, pod=256)
 
 
@@ -104,6 +108,21 @@ def test_batch_that_does_not_divide_is_refused():
         plan.plan(tiny_config(train__batch_size=6), "cpu")
 
 
+def test_of_several_topologies_those_that_hold_the_config_are_compared(monkeypatch, tmp_path, capsys):
+    device = types.SimpleNamespace(device_kind="a device")
+    monkeypatch.setattr(plan, "_devices", lambda name: ([device] * (8 if name == "many" else 2), None))
+    monkeypatch.setattr(plan, "lower_train_step", lambda *_: None)
+    monkeypatch.setattr(plan, "lower_chain", lambda *_: None)
+    measured = {"per_chip": {"flops": 1.0}, "roofline": None, "memory": {}}
+    monkeypatch.setattr(plan, "_measure", lambda *_: dict(measured))
+    monkeypatch.setattr(plan, "table", lambda report: f"the table of {report['topology']}")
+    reports = plan.plan(tiny_config(train__batch_size=4), "two,many,2", str(tmp_path / "plan.json"))
+    assert json.loads((tmp_path / "plan.json").read_text()) == reports
+    assert [report["topology"] for report in reports] == ["two", "many", "2"] and "train" in reports[2]
+    printed = capsys.readouterr().out
+    assert "the table of two" in printed and "many: config.train.batch_size=4 does not divide among 8" in printed
+
+
 class Overfull:
     def __init__(self, message):
         self.message = message
@@ -144,7 +163,8 @@ def test_plan_of_the_cpu(tmp_path, capsys):
     config = tiny_config()
     report = plan.plan(config, "cpu", str(tmp_path / "plan.json"))
     assert json.loads((tmp_path / "plan.json").read_text()) == report
-    assert report["chips"] == 4 and report["chip"] is None and report["parameters"] == 10_593
+    assert report["devices"] == report["chips"] == 4 and report["chip"] is None and report["parameters"] == 10_593
+    assert report["growth"] is report["price"] is report["train"]["dollars"] is None
     for name, images, steps in (("train", 2, 1), ("sampling", 1, 20)):
         part = report[name]
         assert part["images_per_chip"] == images and part["steps_per_image"] == steps
@@ -174,26 +194,36 @@ def test_table_marks_every_estimate():
     report = {
         "topology": "v5e:2x4",
         "device": "TPU v5 lite",
+        "devices": 8,
         "chips": 8,
         "chip": CHIP._asdict(),
+        "price": PRICE._asdict(),
         "dtype": "bfloat16",
         "parameters": 35_746_307,
-        "train": program | plan._totals(program, 16, 8, 1, 800_000),
-        "sampling": program | plan._totals(program, 8, 8, 1000, 782_000),
+        "train": program | plan._totals(program, 16, 8, PRICE, 1, 800_000),
+        "sampling": program | plan._totals(program, 8, 8, PRICE, 1000, 782_000),
         "largest_batch_per_chip": {"estimate": 1000},
     }
     assert report["train"]["hours"] == pytest.approx(0.03 * 800_000 / 3600)
     assert report["train"]["chip_hours"] == pytest.approx(8 * 0.03 * 800_000 / 3600)
+    assert report["train"]["dollars"]["spot"] == pytest.approx(0.5 * 8 * 0.03 * 800_000 / 3600)
     assert report["sampling"]["flops_per_image"] == 2e12 * 1000 / 8
-    lines = plan.table(report).splitlines()
-    timed = [line for line in lines if " ms " in line or "hours" in line]
-    assert len(timed) == 6 and all("estimate" in line for line in timed)
+    lines = table.table(report).splitlines()
+    timed = [line for line in lines if " ms " in line or "hours" in line or "US$ on demand (" in line]
+    assert len(timed) == 7 and all("estimate" in line for line in timed)
+    assert any("107 (26.7)" in line for line in lines if "US$" in line)
     assert any("128 (16)" in line and "64 (8)" in line for line in lines)
     assert any("1 GiB, 6.2% of the HBM" in line for line in lines)
     assert any("3 all-reduce of 1 MiB" in line for line in lines)
-    assert "about 1,000 images" in lines[-1]
+    assert "about 1,000 images" in lines[-2]
+    assert lines[-1].startswith("Prices: 2 US$ for a chip and hour on demand, 0.5 as spot, in here, read on 2026-11-27")
     assert len({len(line) for line in lines if line.startswith("|")}) == 1
-    assert "10 classes, sampled with guidance 2\n" in plan.table(report | {"classes": 10, "guidance": 2.0})
+    assert "10 classes, sampled with guidance 2\n" in table.table(report | {"classes": 10, "guidance": 2.0})
+    assert "no price for this chip" in table.table(report | {"price": None})
+    refused = {"topology": "v5e:16x16", "refused": "the batch does not divide"}
+    lines = table.comparison([report, refused]).splitlines()
+    assert any(re.match(r"\| v5e:2x4 +\| 8 +\| 16 .* 30 ms +\| 33% .* 107 +\| 26.7 +\|", line) for line in lines), lines
+    assert lines[-1] == "v5e:16x16: the batch does not divide"
 
 
 @pytest.mark.slow
@@ -271,6 +301,10 @@ def test_plan_of_a_tpu(tmp_path, capsys, monkeypatch):
         assert 0 < part["memory"]["peak"] < programs.CHIPS["v5e"].hbm
         assert part["roofline"]["seconds"] > 0 and part["per_chip"]["hbm_bytes"] > 0
         assert part["chip_hours"] == pytest.approx(8 * part["hours"])
+        assert part["dollars"]["on_demand"] == pytest.approx(1.2 * part["chip_hours"])
+    assert [size["devices"] for size in report["growth"]] == [1, 2, 4, 8]
+    # The step that was compiled, and the same step by the formula for its number of chips.
+    assert report["growth"][-1]["seconds"] == pytest.approx(report["train"]["roofline"]["seconds"], rel=0.02)
     assert report["train"]["collectives"]["all-reduce"]["bytes"] == pytest.approx(4 * 10_593, rel=0.02)
     assert report["sampling"]["collectives"] == {}
     assert report["largest_batch_per_chip"]["fits"] == 4 and report["largest_batch_per_chip"]["estimate"] > 100
@@ -281,10 +315,11 @@ def test_plan_of_a_tpu(tmp_path, capsys, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "topology, chips",
-    [("v4:2x2x1", 4), ("v5e:1x1", 1), ("v5e:16x16", 256), ("v5p:4x4x4", 64), ("v6e:2x4", 8)],
+    [("v4:2x2x1", 4), ("v5e:1x1", 1), ("v5e:16x16", 256), ("v5p:4x4x4", 64), ("v6e:2x4", 8), ("tpu7x:2x2x1", 4)],
 )
-def test_one_device_is_one_chip(topology, chips):
-    assert len(plan._devices(topology)[0]) == chips
+def test_devices_of_a_chip(topology, chips):
+    devices, chip = plan._devices(topology)
+    assert len(devices) == chips * chip.devices and programs.chip_of(devices[0]) == chip
 
 
 @needs_libtpu
