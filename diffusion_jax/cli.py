@@ -26,11 +26,11 @@ from diffusion_jax.running import hosts, watch
 def _train(args):
     from diffusion_jax.train import train
 
-    train(args.config, args.workdir)
+    train(args.config, args.workdir, profile=args.profile)
 
 
 def _prepare(args):
-    from diffusion_jax.train import prepare
+    from diffusion_jax.planning.prepare import prepare
 
     prepare(args.config)
 
@@ -129,6 +129,7 @@ MODES = {
         "Trains, or resumes, the run in a workdir.",
         "--config=celeba --workdir=runs/celeba --config.data.path=img_align_celeba.zip",
         needs=("config", "workdir"),
+        takes=("profile",),
     ),
     "prepare": Mode(
         _prepare,

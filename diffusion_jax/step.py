@@ -105,7 +105,8 @@ def make_step(
         def output_fn(x, t):
             return apply_fn({"params": params}, x, t, train=True, dropout_keys=dropout_keys, **labels)
 
-        losses = loss_fn(output_fn, s, batch["image"], t, noise_keys)
+        with jax.named_scope("loss"):
+            losses = loss_fn(output_fn, s, batch["image"], t, noise_keys)
         weights = 1.0 if t_probabilities is None else 1 / (s.num_steps * jnp.asarray(t_probabilities, jnp.float32)[t])
         return jnp.mean(weights * losses), losses
 
@@ -125,10 +126,12 @@ def make_step(
         (loss, losses), grads = gradient(state.params, batch, t, keys[:, 1], keys[:, 2])
         loss, grads = lax.pmean((loss, grads), AXIS)
 
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        share = jnp.maximum(1 - ema_decay, 9 / (10 + state.step.astype(jnp.float32))) if ema_warmup else 1 - ema_decay
-        ema_params = optax.incremental_update(params, state.ema_params, share)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("average"):
+            warm = jnp.maximum(1 - ema_decay, 9 / (10 + state.step.astype(jnp.float32)))
+            ema_params = optax.incremental_update(params, state.ema_params, warm if ema_warmup else 1 - ema_decay)
         new = TrainState(state.step + 1, params, ema_params, opt_state)
         # A non-finite number would stay in Adam's moments and in the EMA for ever, so only the step advances.
         # (The norm of the new parameters would show it too, but costs another pass over all of them.)

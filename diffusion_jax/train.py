@@ -15,13 +15,14 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from diffusion_jax import parts, step
-from diffusion_jax.data import cache, pipeline, pixels
+from diffusion_jax.data import pipeline, pixels
 from diffusion_jax.pictures import grids
 from diffusion_jax.planning import fit
 from diffusion_jax.running import checkpoint, history, hosts
 from diffusion_jax.running import config as configs
 from diffusion_jax.running import workdir as workdirs
 from diffusion_jax.running.lock import Lock
+from diffusion_jax.running.profile import Trace
 from diffusion_jax.running.watch import Sampler, Watch, metrics_log, progress_bar, waiting
 from diffusion_jax.step import TrainState
 
@@ -30,7 +31,13 @@ _KINDS = ("sample", "evaluate", "checkpoint")  # work that recurs every train.<k
 
 
 def train(
-    config: ConfigDict, workdir: epath.PathLike, *, loss: _Own = None, schedule: _Own = None, sigma: _Own = None
+    config: ConfigDict,
+    workdir: epath.PathLike,
+    *,
+    loss: _Own = None,
+    schedule: _Own = None,
+    sigma: _Own = None,
+    profile: int = 0,
 ) -> TrainState:
     """Trains to config.train.num_steps, from the last checkpoint of `workdir` if it has one.
 
@@ -38,6 +45,7 @@ def train(
       loss: (eps_bar_fn, s, x_0, t, eps_bar) -> [B], as `losses.simple_loss`.
       schedule: (num_steps) -> Schedule, as `schedule.cosine`; `load` then needs it too.
       sigma: (s) -> [T + 1], as `schedule.sigma_beta`; `load` then needs it, or another one.
+      profile: the number of steps to trace, see `profile.Trace`.
 
     Returns:
       The final state, NumPy arrays.
@@ -60,7 +68,7 @@ def train(
         state, about = _resume(config, run, folder, manager)
         sampler = Sampler(run.sample_fn, (run.num_samples, *run.image_shape), run.num_sampling_steps, state.params)
         if state.step < config.train.num_steps:
-            state = _loop(config, run, folder, images, lock, manager, state, about, sampler, began)
+            state = _loop(config, run, folder, images, lock, manager, state, about, sampler, began, profile)
         checkpoint.wait(manager)  # a signal may end the drawing
         grid = _draw_grid(config, sampler, state, folder)
     if jax.process_index() == 0:
@@ -68,7 +76,7 @@ def train(
     return state
 
 
-def _loop(config, run, folder, images, lock, manager, state, about, sampler, began):
+def _loop(config, run, folder, images, lock, manager, state, about, sampler, began, profile):
     """Takes the steps that are left, saves the last state and returns it, NumPy arrays."""
     start, pending = int(state.step), about.pop("metrics", ())
     indices = pipeline.split(_indices(config.train.batch_size))
@@ -87,10 +95,12 @@ def _loop(config, run, folder, images, lock, manager, state, about, sampler, beg
         watch = Watch(config.train, manager, log, bar, began)
         look = _looks(config, run, images, folder, sampler, log, signals, manager)
         look(state, start)  # what a signal or a kill at this step has left out
-        is_first_save = True
+        trace = stack.enter_context(Trace(profile, folder, start))
+        feed, is_first_save = trace.watched(feed), True
         for k, end in dispatches():
             state, metrics = program(k)(state, (next(feed), indices))
             watch.add(end - k + 1, k, metrics)
+            trace.after(end, metrics)
             checkpoint.check(manager)
             lock.check()
 
@@ -137,20 +147,6 @@ def _looks(config, run, images, folder, sampler, log, signals, manager):
 
 
 # ---------------------------------------------------------------- before the loop
-
-
-def prepare(config: ConfigDict) -> None:
-    """Makes the cache of a config's data set, and prints the size and the place of the images.
-
-    Raises:
-      UserError: see `sources.open_source` and `cache.open_images`.
-    """
-    configs.check(config)
-    start = time.monotonic()
-    images = parts.images(config)
-    count, height, width, channels = images.shape
-    place = f"cache: {images.folder}" if isinstance(images, cache.Cached) else "no cache"
-    print(f"{count:,} images, {height}x{width}x{channels}, ready in {time.monotonic() - start:.1f} s; {place}")
 
 
 def _begin(config, folder, stack):

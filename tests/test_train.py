@@ -16,8 +16,8 @@ from diffusion_jax.data import pipeline
 from diffusion_jax.errors import UserError
 from diffusion_jax.interop import samples
 from diffusion_jax.interop.samples import write_samples
-from diffusion_jax.planning import fit, programs
-from diffusion_jax.running import checkpoint, hosts
+from diffusion_jax.planning import fit, prepare, programs
+from diffusion_jax.running import checkpoint, hosts, profile
 from diffusion_jax.running import workdir as workdirs
 from diffusion_jax.running.lock import Lock
 from tools import torture
@@ -221,7 +221,7 @@ def test_metrics_are_means_over_the_interval(uninterrupted, tmp_path):
 
 def test_a_config_is_checked_without_the_command_line(tmp_path):
     config = tiny_config(seed=2**32)
-    for use in (lambda: train.train(config, tmp_path / "run"), lambda: train.prepare(config)):
+    for use in (lambda: train.train(config, tmp_path / "run"), lambda: prepare.prepare(config)):
         with pytest.raises(UserError, match=r"config\.seed=4294967296 must be"):
             use()
     assert not (tmp_path / "run").exists()
@@ -441,6 +441,17 @@ def test_load_another_sampler(uninterrupted):
 def test_load_what_cannot_be(uninterrupted, given, message):
     with pytest.raises(UserError, match=message):
         sample.load(uninterrupted[0], **given)
+
+
+def test_a_trace_changes_no_bit(uninterrupted, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(profile, "WARM_UP", 2)
+    state = train.train(tiny_config(), str(tmp_path), profile=3)
+    assert_same(state, uninterrupted[1])
+    printed = capsys.readouterr().out
+    assert "traced steps 3 to 5: " in printed and "waits for input" in printed and "| operation " in printed
+    assert len(list((tmp_path / "profile/plugins/profile").glob("*/*.xplane.pb"))) == 1
+    train.train(tiny_config(train__num_steps=7), str(tmp_path), profile=3)
+    assert "nothing was traced: the run ended before step 11" in capsys.readouterr().out
 
 
 @pytest.mark.slow

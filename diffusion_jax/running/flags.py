@@ -18,6 +18,7 @@ FLAGS: dict[str, tuple[Any, Any, str]] = {  # name: (its definition or values, d
     "help": (flags.DEFINE_bool, False, "show the flags of the mode"),
     "debug": (flags.DEFINE_bool, False, "show the traceback of an error"),
     "workdir": (flags.DEFINE_string, None, "the folder of the run: config, checkpoints, metrics, samples"),
+    "profile": (flags.DEFINE_integer, 0, "number of steps to trace, after the first ten, for xprof; prints a summary"),
     "num": (flags.DEFINE_integer, None, "number of images to sample (default 64) or evaluate (all); rows of a figure"),
     "seed": (flags.DEFINE_integer, 0, "seed of the samples or of the evaluation"),
     "step": (flags.DEFINE_integer, None, "step of the checkpoint; default: the last"),
@@ -58,7 +59,7 @@ FLAGS: dict[str, tuple[Any, Any, str]] = {  # name: (its definition or values, d
 }
 _MEANT = {"num_samples": "num", "n": "num", "output": "out", "checkpoint": "step", "data": "config.data.path"}
 _RANGES = {"num": (1, 2**32), "seed": (0, 2**32 - 1), "num_processes": (1, 2**31 - 1), "process_id": (0, 2**31 - 2)}
-_RANGES |= {"step": (0, 2**31 - 1)}
+_RANGES |= {"step": (0, 2**31 - 1), "profile": (1, 10_000)}
 
 
 def parse(argv: Sequence[str], modes: Sequence[str]) -> flags.FlagValues:
