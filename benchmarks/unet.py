@@ -45,8 +45,9 @@ class Run:
     def __init__(
         self, program: Callable[..., Any], *args: Any, images: int = 0, steps: int = 1, state: bool = False
     ) -> None:
+        self.lowered = program.lower(*args)
         # The FLOPs are those of one step, because the analysis counts the body of a loop once.
-        self.flops = (program.lower(*args).cost_analysis() or {}).get("flops", 0.0)
+        self.flops = (self.lowered.cost_analysis() or {}).get("flops", 0.0)
         self.images, self.steps = images, steps
         self._program, self._args, self._state = program, args, state
         self.seconds()  # compiles

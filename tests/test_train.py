@@ -1,8 +1,10 @@
 import contextlib
 import glob
+import itertools
 import json
 import pathlib
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ import pytest
 from conftest import assert_same, lines, run, tiny_config, without_speed, write_random_run
 from tensorboardX.proto import event_pb2
 
-from diffusion_jax import losses, parts, process, sample, sampling, train
+from diffusion_jax import losses, parts, process, sample, sampling, step, train
 from diffusion_jax.data import pipeline
 from diffusion_jax.errors import UserError
 from diffusion_jax.interop import samples
@@ -80,6 +82,55 @@ def test_nothing_in_the_loop_touches_the_device_unasked(uninterrupted, tmp_path,
     monkeypatch.setattr(hosts.StopSignals, "__exit__", unguarded)
     run(tmp_path)
     assert without_speed(lines(tmp_path)) == without_speed(lines(uninterrupted[0]))
+
+
+class Gate:
+    """Lets a step end only after the next one was dispatched; a loop that waits for the running step fails."""
+
+    SECONDS = 20  # after which a step ends all the same
+
+    def __init__(self, steps):
+        self.dispatched = [threading.Event() for _ in range(steps + 2)]
+        self.late = []
+
+    def pass_(self, number, device):
+        number = int(number)
+        if device == 0 and number + 1 < len(self.dispatched) - 1 and not self.dispatched[number + 1].wait(self.SECONDS):
+            self.late.append(number)
+        return np.float32(0)
+
+    def step(self, inner):
+        def gated(state, batch_and_indices):
+            new, metrics = inner(state, batch_and_indices)
+            token = jax.ShapeDtypeStruct((), jnp.float32)
+            zero = jax.pure_callback(self.pass_, token, new.step, jax.lax.axis_index(step.AXIS))
+            return new, metrics | {"loss": metrics["loss"] + zero}
+
+        return gated
+
+    def program(self, inner, counter):
+        def dispatch(k):
+            number = next(counter)
+            if number < len(self.dispatched):
+                self.dispatched[number].set()
+            return inner(k)
+
+        return dispatch
+
+
+def test_the_loop_dispatches_a_step_before_the_last_one_ends(tmp_path, monkeypatch):
+    """With metrics of every step: they are read two dispatches late."""
+    steps, train_step, program = 12, parts.train_step, train._program
+    gate, counter = Gate(steps), itertools.count()  # 0: the dispatch that is compiled before the loop
+    monkeypatch.setattr(parts, "train_step", lambda config: gate.step(train_step(config)))
+
+    def gated(*args):
+        inner, feed = program(*args)
+        return gate.program(inner, counter), feed
+
+    monkeypatch.setattr(train, "_program", gated)
+    run(tmp_path, train__num_steps=steps, train__checkpoint_every=1000, train__max_bad_steps=3)
+    assert gate.late == [] and len(lines(tmp_path)) == steps and all(x.is_set() for x in gate.dispatched[:-1])
 
 
 def test_a_second_training_in_the_workdir_is_refused(tmp_path):
