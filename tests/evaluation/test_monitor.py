@@ -31,6 +31,7 @@ class WithLabels(Examples):
         return self.arrays["image"][indices]
 
 
+@pytest.mark.slow
 def test_a_run_with_classes_is_measured_with_labels(tmp_path):
     """The network here knows the grey level of each class: with the right labels, the loss is 0 and samples are exact.
 

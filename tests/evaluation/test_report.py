@@ -195,6 +195,7 @@ NUMBERS = [[0.0, 0.0], [-1.0, 1.0], [3.0], [1e-9, 1e9], [None], [float("inf"), 1
 NUMBERS += [[1e308, 1.0], [1e308, -1e308], [3e38, -3e38], [3e38, 5e-324], [5e-324, 5e-324], [10**400, 1.0]]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("losses", NUMBERS, ids=range(len(NUMBERS)))
 def test_any_numbers_can_be_drawn(run, losses):
@@ -295,6 +296,7 @@ def test_left_out_steps_are_drawn_if_there_are_any(run):
     assert rendered(run).titles() == ["Loss", "Share of the steps that were left out as not finite"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "values, titles",
     [
@@ -368,6 +370,7 @@ def test_config_of_another_version(run):
     assert "train.accumulate1" in rendered(run).text  # the default
 
 
+@pytest.mark.slow
 def test_chart_files(run):
     write_metrics(run, [{"step": i, "loss": 0.5} for i in range(1, 4)])
     write_evaluation(run, 5, {"a": {"loss": [1] * 9}, "b": {"other": 1, "c": {"loss": [2] * 9}}})
@@ -385,6 +388,7 @@ def test_chart_files(run):
         report.report(run, chart_format="pdf")
 
 
+@pytest.mark.slow
 def test_no_device_and_no_pyplot(run):
     """A computation would fail on the platform none_such, and pyplot would look for a screen."""
     command = "import sys; from diffusion_jax.evaluation import report; report.report(sys.argv[1])"

@@ -110,6 +110,7 @@ def error(source, tmp_path, reference=None):
 # ---------------------------------------------------------------- against diffusers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outputs, scale, atol", [("unit", 1, 1e-5), ("low", pretrained_fixture.LOW_CONTRAST, 1e-4)])
 def test_network_equals_diffusers(imported, outputs, scale, atol):
     apply_fn, params, _ = diffusion_jax.load_network(imported)
@@ -150,6 +151,7 @@ def test_network_with_classes_equals_diffusers(imported, source, classes, tmp_pa
         np.testing.assert_allclose(jax.jit(apply_fn)({"params": params}, x, t), plain, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wanted, exported, num_classes, has_null",
     [(0, None, 4, False), (4, None, 4, False), (3, None, 3, True), (0, 3, 3, True), ("auto", None, 4, False)],

@@ -45,6 +45,7 @@ def test_fewer_images_than_the_shards_hold_are_refused(workdir, shards):
     assert content(shards) == before
 
 
+@pytest.mark.slow
 def test_last_shard_grows(workdir, shards):
     """A shorter shard that a killed process left beside it is deleted."""
     write_samples(workdir, 5, 1, f"{shards}/")

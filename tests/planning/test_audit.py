@@ -55,6 +55,7 @@ def test_unusable_out_is_refused(tmp_path):
         audit.audit(tiny_config(), str(tmp_path / "none" / "audit.md"))
 
 
+@pytest.mark.slow
 def test_every_departure_is_marked(tmp_path, capsys):
     config = cifar10.get_config()
     changed = {
@@ -98,6 +99,7 @@ def test_every_departure_is_marked(tmp_path, capsys):
     assert text.strip() in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_classes_depart_with_their_settings(capsys):
     plain = audit.settings(tiny_config())
     assert plain["classes"] == 0 and "label dropout" not in plain and "guidance" not in plain
@@ -110,6 +112,7 @@ def test_classes_depart_with_their_settings(capsys):
     assert "| guidance " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ours, theirs", [(28, 32), (96, 32), (128, 256)])
 def test_other_sizes_are_compared_with_the_nearer_one(ours, theirs, capsys):
     audit.audit(tiny_config(data__image_size=ours))
