@@ -10,6 +10,7 @@ import pytest
 from conftest import Examples
 
 import diffusion_jax
+from benchmarks import all as benchmarks
 from tools import guidance_sweep, hub_logits, mutate
 
 
@@ -42,6 +43,32 @@ def test_a_short_torture(tmp_path):
         command, cwd=pathlib.Path(__file__).parent.parent, env=env, text=True, capture_output=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_benchmarks_become_a_page():
+    lines = [{"run": "forward", "jax": "0.12", "spread": [1, 2]}, {"run": "step", "jax": "0.12", "ms": 3}]
+    results = [
+        {"command": "python -m benchmarks.unet", "seconds": 7, "code": 0, "lines": lines},
+        {"command": "python -m benchmarks.x", "seconds": 1, "code": None, "lines": []},
+        {"command": "python -m benchmarks.y", "seconds": 1, "code": 2, "lines": lines[:1], "error": ["no such flag"]},
+    ]
+    page = benchmarks.page({"jax": "0.12"}, results, ["benchmarks.z"])
+    assert (
+        "| run     | spread | ms  |" in page
+        and "| forward | 1 to 2 |     |" in page
+        and "\n- jax: 0.12\n- 7 s\n" in page
+    )
+    assert "No line was printed.\n\n- 1 s, ended before it was done" in page and "- 1 s, failed; no such flag" in page
+    assert page.endswith("Not run for want of time: `python -m benchmarks.z`\n")
+
+
+def test_a_benchmark_keeps_its_lines_when_it_is_ended_or_fails(tmp_path, monkeypatch):
+    (tmp_path / "slow.py").write_text("import time; print('{\"a\": 1}', flush=True); time.sleep(60)")
+    (tmp_path / "wrong.py").write_text("print('{\"a\": 2}'); raise SystemExit('no torch')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    slow, wrong = benchmarks.measure("slow", 2), benchmarks.measure("wrong", 60)
+    assert slow["code"] is None and slow["lines"] == [{"a": 1}] and slow["command"] == "python -m slow"
+    assert wrong["code"] == 1 and wrong["lines"] == [{"a": 2}] and wrong["error"] == ["no torch"]
 
 
 def test_a_sweep_of_guidance_makes_a_table_and_a_chart(tmp_path):
