@@ -100,10 +100,9 @@ def _annotated(iterator):
 
 def summary(profile: Any) -> Summary:
     """Returns the summary of a trace, a `jax.profiler.ProfileData`."""
-    devices = [plane for plane in profile.planes if plane.name.startswith("/device:")]
     on_cpu = [line for plane in profile.planes if plane.name == "/host:CPU" for line in plane.lines]
-    lines = [line for plane in devices for line in plane.lines if line.name in ("XLA Ops", "Steps")]
-    lines = [line for line in lines if line.name == "XLA Ops"] or [x for plane in devices for x in plane.lines]
+    lines = [line for plane in profile.planes if plane.name.startswith("/device:") for line in plane.lines]
+    lines = [line for line in lines if line.name == "XLA Ops"] or lines  # a TPU's other lines hold the same time again
     lines = lines or [line for line in on_cpu if line.name.startswith("tf_XLA")]
     work = [
         event
