@@ -503,6 +503,8 @@ def test_a_trace_changes_no_bit(uninterrupted, tmp_path, monkeypatch, capsys):
     assert len(list((tmp_path / "profile/plugins/profile").glob("*/*.xplane.pb"))) == 1
     train.train(tiny_config(train__num_steps=7), str(tmp_path), profile=3)
     assert "nothing was traced: the run ended before step 11" in capsys.readouterr().out
+    train.train(tiny_config(train__num_steps=10), str(tmp_path), profile=3)
+    assert "the trace was cut: the run ended before step 12" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -70,9 +70,7 @@ class Trace:
         self._num_steps = 0
         seconds = time.monotonic() - began
         jax.profiler.stop_trace()
-        (file, *_) = sorted(
-            self._folder.glob("plugins/profile/*/*.xplane.pb"), reverse=True
-        )  # the folders are named by the time
+        file = max(self._folder.glob("plugins/profile/*/*.xplane.pb"))  # the folders are named by the time
         print(_text(summary(jax.profiler.ProfileData.from_file(str(file))), begin, step, seconds))
         print(f"the trace: {file}; open it with `xprof {self._folder}`, or TensorBoard's profile plugin")
 
@@ -80,12 +78,14 @@ class Trace:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        if self._began and self._num_steps:
-            self._num_steps = 0
+        if not self._num_steps:
+            return
+        if self._began:
             with contextlib.suppress(RuntimeError):  # the first error is the one to report
                 jax.profiler.stop_trace()
-        if self._num_steps and not any(error):
-            print(f"nothing was traced: the run ended before step {self._first + self._num_steps}")
+        if not any(error):
+            end = (self._began[0] if self._began else self._first) + self._num_steps
+            print(f"{'the trace was cut' if self._began else 'nothing was traced'}: the run ended before step {end}")
 
 
 def _annotated(iterator):
