@@ -51,6 +51,7 @@ def get_config() -> ConfigDict:
     train.num_steps = 800_000  # optimizer steps in total
     train.batch_size = 128  # images per step over all devices
     train.accumulate = 1  # parts of a per-device batch, computed one after another: less memory, the same step
+    train.deterministic = False  # True: the same steps bit for bit on any number of devices; see docs/performance.md
     train.remat = False  # recompute activations in the backward pass: less memory, more time
     train.steps_per_dispatch = 1  # steps in one program, for small networks on accelerators; slow on the CPU
     train.label_dropout = 0.1  # probability that a label becomes "no class", which guidance needs; with num_classes

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import jax
 from absl import flags
 
-from diffusion_jax.configs import default
 from diffusion_jax.errors import UserError, one_line
 from diffusion_jax.running import config as configs
 from diffusion_jax.running import flags as cli_flags
@@ -50,20 +49,10 @@ def _show(args):
 
 
 def _export(args):
-    from diffusion_jax.interop.export import export_again, export_sampler
+    from diffusion_jax.interop.export import write_sampler
 
-    if args.format not in (None, "jax"):
-        raise UserError(f"--format={args.format} does not go with --mode=export: give jax or diffusers")
-    if bool(args["from"].value) == bool(args.workdir):
-        raise UserError("--mode=export takes either --workdir=RUN or --from=SAMPLER.npz: give one of them")
-    settings = {name: args[name].value for name in _SAMPLER}
-    out = args.out or "sampler.npz"
-    if args.workdir:
-        export_sampler(args.workdir, out, args.step, **settings)
-    elif args.step is not None:
-        raise UserError(f"--step={args.step} goes with --workdir=RUN: leave it out")
-    else:
-        export_again(args["from"].value, out, **settings)
+    settings = {name: args[name].value for name in ("format", "step", *_SAMPLER)}
+    write_sampler(args.workdir, args["from"].value, args.out or "sampler.npz", **settings)
 
 
 def _export_diffusers(args):
@@ -75,11 +64,7 @@ def _export_diffusers(args):
 def _import(args):
     from diffusion_jax.interop.diffusers import import_diffusers
 
-    reference = args.config
-    if reference is None:
-        reference = default.get_config()
-        reference.model.dropout = 0.0  # sampling needs none; give a config to train the model further
-    import_diffusers(args["from"].value, args.workdir, reference)
+    import_diffusers(args["from"].value, args.workdir, args.config)
 
 
 def _evaluate(args):

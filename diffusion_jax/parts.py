@@ -232,6 +232,7 @@ def train_step(config: ConfigDict) -> Callable:
         t_probabilities(config),
         flip=config.data.flip,
         accumulate=config.train.accumulate,
+        deterministic=config.train.deterministic,
         ema_warmup=config.train.ema_warmup,
         learning_rate=learning_rate(config),
         num_classes=config.model.num_classes,

@@ -69,6 +69,7 @@ def make_step(
     t_probabilities: np.ndarray | None = None,
     flip: bool = False,
     accumulate: int = 1,
+    deterministic: bool = False,
     ema_warmup: bool = False,
     learning_rate: optax.Schedule = lambda step: 0.0,
     num_classes: int = 0,
@@ -87,6 +88,8 @@ def make_step(
       flip: True mirrors each image left to right with probability 1/2.
       accumulate: number of parts of the device's batch. Their gradients are summed one after another, which
         saves memory and changes the step by rounding alone.
+      deterministic: True cuts the global batch into `accumulate` parts, a power of two that the number of devices
+        divides, and adds their gradients in an order that does not depend on that number.
       ema_warmup: True lowers the decay of the average to (1 + n)/(10 + n) after n steps, while that is less.
       learning_rate: step -> rate, for the metrics alone.
       num_classes: 0, or the number of classes; batches then have a label [B], which the network takes.
@@ -108,9 +111,10 @@ def make_step(
         with jax.named_scope("loss"):
             losses = loss_fn(output_fn, s, batch["image"], t, noise_keys)
         weights = 1.0 if t_probabilities is None else 1 / (s.num_steps * jnp.asarray(t_probabilities, jnp.float32)[t])
-        return jnp.mean(weights * losses), losses
+        return jnp.mean(weights * losses), _by_quarter(losses, t, s.num_steps)
 
-    gradient = _accumulated(jax.value_and_grad(mean_loss, has_aux=True), accumulate)
+    mean = _mean_in_fixed_order if deterministic else _mean
+    gradient = mean(jax.value_and_grad(mean_loss, has_aux=True), accumulate)
 
     def step(state, batch_and_indices):
         batch, indices = batch_and_indices
@@ -123,8 +127,7 @@ def make_step(
         if num_classes:
             batch["label"] = _dropped(batch["label"], example_keys, num_classes, label_dropout)
 
-        (loss, losses), grads = gradient(state.params, batch, t, keys[:, 1], keys[:, 2])
-        loss, grads = lax.pmean((loss, grads), AXIS)
+        (loss, (sums, counts)), grads = gradient(state.params, indices, batch, t, keys[:, 1], keys[:, 2])
 
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -140,29 +143,62 @@ def make_step(
         new = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), new, state._replace(step=new.step))
         metrics = {"loss": loss, "grad_norm": grad_norm, "param_norm": optax.tree.norm(new.params)}
         metrics |= {"learning_rate": jnp.asarray(learning_rate(state.step), jnp.float32)}
-        metrics |= {"skipped": 1.0 - is_finite} | _loss_by_quarter(losses, t, s.num_steps)
+        metrics |= {"skipped": 1.0 - is_finite} | {f"loss_t{i + 1}": sums[i] / counts[i] for i in range(QUARTERS)}
         return new, metrics
 
     return step
 
 
-def _accumulated(gradient, parts):
-    """Returns `gradient` of a mean over examples, computed part by part: ((loss, losses), grads)."""
-    if parts == 1:
-        return gradient
+def _mean(gradient, parts):
+    """Returns `gradient` over the examples of all devices, each of which computes its own part by part."""
 
-    def of_parts(params, *examples):
+    def mean(params, indices, *examples):
         def add(total, part):
-            (loss, losses), grads = gradient(params, *part)
-            return jax.tree.map(jnp.add, total, (loss, grads)), losses
+            return jax.tree.map(jnp.add, total, gradient(params, *part)), None
 
+        if parts == 1:
+            return lax.pmean(gradient(params, *examples), AXIS)
         cut = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), examples)
-        zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
-        total, losses = lax.scan(add, zeros, cut)
-        loss, grads = jax.tree.map(lambda x: x / parts, total)
-        return (loss, losses.reshape(-1)), grads
+        total, _ = lax.scan(add, _zeros(gradient, params, cut), cut)
+        return lax.pmean(jax.tree.map(lambda x: x / parts, total), AXIS)
 
-    return of_parts
+    return mean
+
+
+def _mean_in_fixed_order(gradient, parts):
+    """Returns what `_mean` returns, bit for bit the same on any number of devices that divides `parts`.
+
+    Part i has the examples i, i + parts, … of the global batch.
+    """
+
+    def mean(params, indices, *examples):
+        own = parts // lax.psum(1, AXIS)
+        cut = jax.tree.map(lambda x: x.reshape(-1, own, *x.shape[1:]).swapaxes(0, 1), examples)
+
+        def compute(i, results):
+            result = gradient(params, *jax.tree.map(lambda x: x[i], cut))
+            return jax.tree.map(lambda all, one: all.at[i].set(one), results, result)
+
+        # XLA rounds differently where it fuses other operations, but not into a loop whose length it does not know.
+        once = 1 + jnp.minimum(indices[0], 0)
+        results = _sum(lax.fori_loop(0, own * once, compute, _zeros(gradient, params, cut, own)))
+        order_of_devices = jnp.argsort(lax.all_gather(indices[0], AXIS))
+        total = jax.tree.map(lambda x: _sum(lax.all_gather(x, AXIS)[order_of_devices]), results)
+        return lax.fori_loop(0, once, lambda _, total: jax.tree.map(lambda x: x / parts, total), total)
+
+    return mean
+
+
+def _zeros(gradient, params, cut, *axes):
+    result = jax.eval_shape(gradient, params, *jax.tree.map(lambda x: x[0], cut))
+    return jax.tree.map(lambda x: jnp.zeros((*axes, *x.shape), x.dtype), result)
+
+
+def _sum(tree):
+    """Adds the entries of the leading axes, whose length is a power of two: the second half to the first, and so on."""
+    while (length := len(jax.tree.leaves(tree)[0])) > 1:
+        tree = jax.tree.map(lambda x: x[: length // 2] + x[length // 2 :], tree)
+    return jax.tree.map(lambda x: x[0], tree)
 
 
 def _flipped(image, keys):
@@ -183,10 +219,10 @@ def _draw_t(key, num_steps, probabilities):
     return 1 + jnp.searchsorted(jnp.asarray(below, jnp.float32), jax.random.uniform(key, (), jnp.float32), side="right")
 
 
-def _loss_by_quarter(losses, t, num_steps):
+def _by_quarter(losses, t, num_steps):
+    """Returns the sum and the number of the losses in each quarter of 1..T."""
     one_hot = jax.nn.one_hot((t - 1) * QUARTERS // num_steps, QUARTERS)
-    sums, counts = lax.psum((losses @ one_hot, one_hot.sum(axis=0)), AXIS)
-    return {f"loss_t{i + 1}": sums[i] / counts[i] for i in range(QUARTERS)}
+    return losses @ one_hot, one_hot.sum(axis=0)
 
 
 # ---------------------------------------------------------------- several steps, all devices

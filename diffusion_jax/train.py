@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import itertools
-import math
 import sys
 import time
 import types
@@ -18,7 +17,7 @@ from diffusion_jax import parts, step
 from diffusion_jax.data import pipeline, pixels
 from diffusion_jax.pictures import grids
 from diffusion_jax.planning import fit
-from diffusion_jax.running import checkpoint, history, hosts
+from diffusion_jax.running import checkpoint, due, history, hosts
 from diffusion_jax.running import config as configs
 from diffusion_jax.running import workdir as workdirs
 from diffusion_jax.running.lock import Lock
@@ -27,7 +26,6 @@ from diffusion_jax.running.watch import Sampler, Watch, metrics_log, progress_ba
 from diffusion_jax.step import TrainState
 
 _Own = Callable | None  # a function of the user
-_KINDS = ("sample", "evaluate", "checkpoint")  # work that recurs every train.<kind>_every steps
 
 
 def train(
@@ -79,8 +77,10 @@ def train(
 def _loop(config, run, folder, images, lock, manager, state, about, sampler, began, profile):
     """Takes the steps that are left, saves the last state and returns it, NumPy arrays."""
     start, pending = int(state.step), about.pop("metrics", ())
-    indices = pipeline.split(_indices(config.train.batch_size))
-    dispatches = functools.partial(_dispatches, config.train, start)  # no list: 2^31 steps take all memory
+    indices = pipeline.split(pipeline.indices(config.train.batch_size))
+    every = [config.train[f"{kind}_every"] for kind in ("sample", "evaluate", "checkpoint")]
+    ends = [config.train.steps_per_dispatch, *every]
+    dispatches = functools.partial(due.dispatches, start, config.train.num_steps, ends)
     program, feed = _program(config, run, images, start, (k for k, _ in dispatches()), indices.shape)
     state, batch = step.replicate(state), next(feed)
     feed = itertools.chain([batch], feed)
@@ -88,11 +88,11 @@ def _loop(config, run, folder, images, lock, manager, state, about, sampler, beg
         signals = stack.enter_context(hosts.StopSignals())
         with signals.at_once(start):
             left, first = config.train.num_steps - start, program(next(dispatches())[0])
-            fit.foresee(config, first, (state, (batch, indices)), left)
+            least = fit.foresee(config, first, (state, (batch, indices)), left)
             fit.foresee_sampler(config, sampler, state)
         log = stack.enter_context(metrics_log(folder, start, config.train.log_every, pending))
         bar = stack.enter_context(progress_bar(start, config.train.num_steps))
-        watch = Watch(config.train, manager, log, bar, began)
+        watch = Watch(config.train, manager, log, bar, began, least)
         look = _looks(config, run, images, folder, sampler, log, signals, manager)
         look(state, start)  # what a signal or a kill at this step has left out
         trace = stack.enter_context(Trace(profile, folder, start))
@@ -106,7 +106,7 @@ def _loop(config, run, folder, images, lock, manager, state, about, sampler, beg
 
             signum = signals.agreed(manager, end)
             # Samples and evaluations take a while: the state is saved before them.
-            if signum or end == config.train.num_steps or any(_is_due(config.train[f"{x}_every"], end) for x in _KINDS):
+            if signum or end == config.train.num_steps or due.is_due(end, every):
                 watch.finish()
                 checkpoint.save(manager, end, state, about | {"metrics": list(log.pending) if log else []})
                 if is_first_save:
@@ -129,18 +129,18 @@ def _looks(config, run, images, folder, sampler, log, signals, manager):
         monitor = build(config, run, images)
 
     def look(state, number):
-        due = {kind: number > 0 and _is_due(config.train[f"{kind}_every"], number) for kind in ("sample", "evaluate")}
-        if not any(due.values()):
+        draws, evaluates = (due.is_due(number, [config.train[f"{kind}_every"]]) for kind in ("sample", "evaluate"))
+        if not (draws or evaluates):
             return
         checkpoint.wait(manager)
         with signals.at_once(number):
-            if due["evaluate"] and not hosts.on_main(lambda: log.has_evaluation(number)):
+            if evaluates and not hosts.on_main(lambda: log.has_evaluation(number)):
                 started = time.monotonic()
                 params = jax.device_get(state.ema_params)
                 measured = waiting("evaluating", functools.partial(monitor, params, number, folder))
                 if log:
                     log.add_evaluation(number, measured, time.monotonic() - started)
-            if due["sample"]:
+            if draws:
                 _draw_grid(config, sampler, state, folder)
 
     return look
@@ -188,24 +188,6 @@ def _resume(config, run, folder, manager):
     return state, about | history.about(identity, config)
 
 
-def _indices(batch_size):
-    """Returns the indices of this process's examples in the global batch, int [D, B] for its D devices."""
-    shape = (jax.local_device_count(), batch_size // jax.device_count())
-    return (jax.process_index() + jax.process_count() * np.arange(math.prod(shape))).reshape(shape)
-
-
-def _dispatches(train, start):
-    """Yields (k, end) for each dispatch: k steps in one program, the last of which is `end`.
-
-    A dispatch ends at every step that has work due after it. The ends do not depend on `start`.
-    """
-    every = [train.steps_per_dispatch, train.checkpoint_every, train.sample_every, train.evaluate_every]
-    while start < train.num_steps:
-        end = min(train.num_steps, *(start - start % n + n for n in every if n))
-        yield end - start, end
-        start = end
-
-
 def _program(config, run, images, start, ks, shape):
     """Returns (k -> the program of k steps on all devices, an iterator over the batches of the dispatches)."""
     batch_size = config.train.batch_size
@@ -221,11 +203,6 @@ def _program(config, run, images, start, ks, shape):
 
 
 # ---------------------------------------------------------------- in the loop
-
-
-def _is_due(every: int, number: int) -> bool:
-    """True if step `number` is a multiple of `every`; 0 means never."""
-    return bool(every) and number % every == 0
 
 
 def _draw_grid(config, sampler, state, folder) -> epath.Path:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import Examples, assert_same, tiny_config
+from conftest import Examples, SmallNetwork, assert_same, tiny_config
 
 from diffusion_jax import losses, parts, schedule, step, unet
 from diffusion_jax.data import pipeline
@@ -262,6 +262,29 @@ def test_accumulated_gradients_are_those_of_the_batch(accumulate):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), added, whole)
     for name in metrics:
         np.testing.assert_allclose(others[name], metrics[name], rtol=1e-5, err_msg=name)
+
+
+def deterministic_steps(network, num_devices, order=slice(None)):
+    """Returns the state and the metrics after two steps of 8 images in four parts."""
+    config = tiny_config(train__warmup_steps=0, train__ema_decay=0.9)
+    state = jax.device_get(step.init_state(network, parts.optimizer(config), (8, 8, 1), 0))
+    take = step.pmapped(make_step(config, apply_fn=network.apply, accumulate=4, deterministic=True, flip=True))
+    images = np.random.default_rng(4).integers(0, 256, (8, 8, 8, 1), np.uint8)
+    indices = np.arange(8).reshape(-1, num_devices).T[order]
+    for _ in range(2):
+        state, metrics = take(state, ({"image": images[indices]}, indices))
+    return jax.device_get((state, {name: value[0] for name, value in metrics.items()}))
+
+
+@pytest.mark.parametrize("network", [SmallNetwork(0, 0.1, jnp.float32), pytest.param("UNet", marks=pytest.mark.slow)])
+def test_a_deterministic_step_does_not_depend_on_the_number_of_devices(network):
+    network = parts.model(tiny_config()) if network == "UNet" else network
+    two = deterministic_steps(network, 2)
+    assert_same(deterministic_steps(network, 4), two)
+    # Processes list their devices in another order.
+    assert_same(deterministic_steps(network, 4, order=np.array([2, 0, 3, 1])), two)
+    if isinstance(network, SmallNetwork):  # for one device XLA divides in the softmax of the UNet in another way
+        assert_same(deterministic_steps(network, 1), two)
 
 
 def test_several_steps_are_so_many_single_ones():

@@ -3,6 +3,7 @@ import glob
 import itertools
 import json
 import pathlib
+import re
 import shutil
 import threading
 
@@ -19,7 +20,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.interop import samples
 from diffusion_jax.interop.samples import write_samples
 from diffusion_jax.planning import fit, prepare, programs
-from diffusion_jax.running import checkpoint, hosts, profile
+from diffusion_jax.running import checkpoint, hosts, profile, watch
 from diffusion_jax.running import workdir as workdirs
 from diffusion_jax.running.lock import Lock
 from tools import torture
@@ -404,17 +405,6 @@ def test_several_steps_a_dispatch(uninterrupted, tmp_path):
     assert without_speed(lines(tmp_path / "b")) == without_speed(lines(tmp_path / "a"))
 
 
-def test_dispatches_end_where_something_is_due():
-    """And at the same steps, wherever they begin."""
-    config = tiny_config(
-        train__steps_per_dispatch=4, train__checkpoint_every=6, train__sample_every=5, train__num_steps=13
-    )
-    assert list(train._dispatches(config.train, 0)) == [(4, 4), (1, 5), (1, 6), (2, 8), (2, 10), (2, 12), (1, 13)]
-    assert list(train._dispatches(config.train, 6)) == [(2, 8), (2, 10), (2, 12), (1, 13)]
-    assert list(train._dispatches(config.train, 11)) == [(1, 12), (1, 13)]
-    assert list(train._dispatches(config.train, 13)) == []
-
-
 def test_a_batch_divides_among_devices_and_parts(tmp_path):
     with pytest.raises(UserError, match=r"batch_size=8 does not divide among 4 devices of .*accumulate=3 parts"):
         run(tmp_path, train__accumulate=3)
@@ -426,9 +416,13 @@ CHIP = programs.Chip(flops=1e12, hbm=1e9, bandwidth=1e11, links=1e10, pod=256)
 def test_the_step_is_foreseen(tmp_path, monkeypatch, capsys):
     """A known chip gets an estimate of the compiled step, which is the one that runs."""
     monkeypatch.setattr(programs, "chip_of", lambda device: CHIP)
+    monkeypatch.setattr(watch, "SURE", 0.0)
     run(tmp_path)
     out = capsys.readouterr().out
     assert "estimate: at least" in out and "hours to the end" in out and "of 0.93 GiB a device" in out
+    foretold, measured = (float(ms) for ms in re.findall(r"(?:least|measured:) ([\d.e+-]+) ms a step", out))
+    share = float(re.search(r"([\d.]+)% of the device's peak", out)[1])
+    assert share == pytest.approx(100 * foretold / measured, abs=0.6)
     assert "warning: the step" not in out
 
 

@@ -39,15 +39,26 @@ def iterate(dataset: grain.MapDataset, start: int, num_threads: int = 1) -> Iter
     return iter(dataset[start:].to_iter_dataset(ahead))
 
 
+def indices(batch_size: int) -> np.ndarray:
+    """Returns the numbers of this process's examples in the global batch, int [D, B] for its D devices.
+
+    A device of N has every N-th example.
+    """
+    return np.arange(jax.process_index(), batch_size, jax.process_count()).reshape(-1, jax.local_device_count()).T
+
+
 def to_devices(
     batches: Iterator[dict[str, np.ndarray]], ks: Iterable[int], shape: tuple[int, int]
 ) -> Iterator[dict[str, jax.Array]]:
-    """Yields the batches of each dispatch, arrays [D, k, B, …] on the D local devices; prefetches two dispatches."""
+    """Yields the batches of each dispatch, arrays [D, k, B, …] on the D local devices; prefetches two dispatches.
+
+    The examples go to the devices as in `indices`.
+    """
     ahead: collections.deque[dict[str, jax.Array]] = collections.deque()
 
     def stacked(*steps):
-        array = np.stack(steps)
-        return array.reshape(len(steps), *shape, *array.shape[2:]).swapaxes(0, 1)
+        array, (num_devices, size) = np.stack(steps), shape
+        return np.moveaxis(array.reshape(len(steps), size, num_devices, *array.shape[2:]), 2, 0)
 
     for k in ks:
         ahead.append(split(jax.tree.map(stacked, *itertools.islice(batches, k))))

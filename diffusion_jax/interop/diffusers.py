@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
 from diffusion_jax import parts
+from diffusion_jax.configs import default as default_config
 from diffusion_jax.errors import UserError, one_line
 from diffusion_jax.interop.card import model_card
 from diffusion_jax.running import checkpoint, files, history, hosts
@@ -118,7 +119,7 @@ _OLD_PARTS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_
 # ---------------------------------------------------------------- import
 
 
-def import_diffusers(source: str, workdir: epath.PathLike, reference: ConfigDict) -> None:
+def import_diffusers(source: str, workdir: epath.PathLike, reference: ConfigDict | None = None) -> None:
     """Makes a workdir from a diffusers model: a config and a checkpoint of step 0, to sample, evaluate or train.
 
     The workdir appears whole or not at all. Of several processes the first writes it.
@@ -131,11 +132,15 @@ def import_diffusers(source: str, workdir: epath.PathLike, reference: ConfigDict
         without a scheduler_config.json, schedule.*, sampling.* and model.prediction. Of n class embeddings the last
         is that of ∅ if its model.num_classes is n − 1 (for "auto": if its images have n − 1 classes), or if the
         model is an export of this package. Otherwise all are classes, ∅ gets zeros, and sampling.guidance is 1.
+        None is configs/default.py without dropout.
 
     Raises:
       UserError: the source cannot be read, its network or schedule is not one of this package or beyond
         `config.RANGES`, its tensors do not match the network or are not finite, or the workdir is not new.
     """
+    if reference is None:
+        reference = default_config.get_config()
+        reference.model.dropout = 0.0  # sampling needs none; training takes a config
     hosts.on_main(lambda: _import(source, _new_workdir(workdir), reference))
 
 

@@ -43,6 +43,26 @@ _PROMISE = (
 _PATHS = ("path", "cache_dir", "manual_dir")  # keys of config.data
 
 
+def write_sampler(
+    workdir: str | None, source: str | None, out: str, format: str | None, step: int | None, **settings: Any
+) -> None:
+    """Writes the sampler of the run in `workdir`, or of the file `source`: one of them is None or "".
+
+    Raises:
+      UserError: see `export_sampler` and `export_again`.
+    """
+    if format not in (None, "jax"):
+        raise UserError(f"--format={format} does not go with --mode=export: give jax or diffusers")
+    if bool(source) == bool(workdir):
+        raise UserError("--mode=export takes either --workdir=RUN or --from=SAMPLER.npz: give one of them")
+    if workdir:
+        export_sampler(workdir, out, step, **settings)
+    elif step is not None:
+        raise UserError(f"--step={step} goes with --workdir=RUN: leave it out")
+    else:
+        export_again(source, out, **settings)
+
+
 def export_sampler(workdir: epath.PathLike, out: str, step: int | None = None, **settings: Any) -> None:
     """Writes the sampler of the last checkpoint as one file, see `export`.
 

@@ -14,8 +14,10 @@ from diffusion_jax.step import TrainState
 TIGHT = 0.9  # share of a device's memory above which the step gets a warning
 
 
-def foresee(config: ConfigDict, program: jax.stages.Wrapped, args: tuple, num_steps: int) -> None:
+def foresee(config: ConfigDict, program: jax.stages.Wrapped, args: tuple, num_steps: int) -> float | None:
     """Compiles the step, and prints its memory and the least time of the remaining steps if the device has a limit.
+
+    Returns the least seconds of a step, its FLOPs by the peak of the device; None if they are not known.
 
     Only a program that does not fit stops the run: an estimate that fails for another reason is skipped.
 
@@ -32,26 +34,32 @@ def foresee(config: ConfigDict, program: jax.stages.Wrapped, args: tuple, num_st
     try:  # JAX keeps the program: the first step does not compile again
         compiled = waiting("compiling the train step", lambda: programs.compiled(program.lower(*args)))
         if not room:
-            return
-        peak, flops = programs.memory_needed(compiled), programs.flops_needed(compiled, config.train.accumulate)
+            return None
+        peak, flops = programs.memory_needed(compiled), programs.flops_needed(compiled, parts_of_device(config))
     except programs.DoesNotFit as error:
         raise does_not_fit(config, device.device_kind, programs.shortage(error)) from None
     except Exception as error:  # a backend may fail in ways of its own
         print(f"no estimate of memory and time ({one_line(error, 200)})")
-        return
+        return None
     if peak is None:
-        return
+        return None
     sizes = f"{peak / 2**30:.2f} of {room / 2**30:.2f} GiB"
     if peak > room:
         raise does_not_fit(config, device.device_kind, sizes)
-    if jax.process_index() != 0:
-        return
-    if flops and (chip := programs.chip_of(device)):
-        seconds = flops / chip.flops
+    chip = programs.chip_of(device)
+    seconds = flops / chip.flops if flops and chip else None
+    if jax.process_index() == 0 and seconds:
         hours = seconds * num_steps / 3600
         print(f"estimate: at least {seconds * 1e3:.3g} ms a step, {hours:.3g} hours to the end; {sizes} a device")
-    if peak > TIGHT * room:
+    if jax.process_index() == 0 and peak > TIGHT * room:
         print(f"warning: the step takes {sizes} of a device: if it runs out of memory, {remedies(config)}")
+    return seconds
+
+
+def parts_of_device(config: ConfigDict, num_devices: int | None = None) -> int:
+    """Returns the parts that a device computes in a step one after another."""
+    parts = config.train.accumulate
+    return parts // (num_devices or jax.device_count()) if config.train.deterministic else parts
 
 
 def foresee_sampler(config: ConfigDict, sample_fn: Any, state: TrainState) -> None:

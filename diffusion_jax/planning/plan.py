@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from diffusion_jax import parts
 from diffusion_jax.errors import UserError, one_line
 from diffusion_jax.planning import growth, programs
-from diffusion_jax.planning.fit import does_not_fit
+from diffusion_jax.planning.fit import does_not_fit, parts_of_device
 from diffusion_jax.planning.prices import Price, read_prices
 from diffusion_jax.planning.programs import CHIPS, Chip, DoesNotFit
 from diffusion_jax.planning.table import SAMPLES, comparison, growth_table, table
@@ -160,7 +160,7 @@ def _images(config, devices):
 def _measure_step(config, topology, devices, chip, batch):
     """Returns `_measure` of the train step with `batch` images on each device."""
     lowered = lower_train_step(config, devices, batch)
-    return _measure(topology, lowered, chip, len(devices), config.train.accumulate, 1)
+    return _measure(topology, lowered, chip, len(devices), parts_of_device(config, len(devices)), 1)
 
 
 def _growth(config, train, chip: Chip | None, batch, num_devices):

@@ -38,20 +38,31 @@ CHIPS = {
     "v6e": Chip(918e12, 32 * 2**30, 1638e9, 400e9, 256),
     "tpu7x": Chip(2307e12 / 2, 96 * 2**30, 7380e9 / 2, 600e9 / 2, 9216, devices=2),
 }
-# JAX's name of the device: key of CHIPS.
-_KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}
+# JAX's names of the devices. NVIDIA's data sheets give twice these FLOPs, for matrices half of which is zero.
+_KINDS = {
+    "TPU v4": CHIPS["v4"],
+    "TPU v5 lite": CHIPS["v5e"],
+    "TPU v5": CHIPS["v5p"],
+    "TPU v6 lite": CHIPS["v6e"],
+    "TPU7x": CHIPS["tpu7x"],
+    "NVIDIA A100-SXM4-40GB": Chip(312e12, 40 * 2**30, 1555e9, 300e9, 1),
+    "NVIDIA A100-SXM4-80GB": Chip(312e12, 80 * 2**30, 2039e9, 300e9, 1),
+    "NVIDIA H100 80GB HBM3": Chip(989.4e12, 80 * 2**30, 3350e9, 450e9, 1),
+    "NVIDIA H200": Chip(989.4e12, 141 * 10**9, 4800e9, 450e9, 1),
+    "NVIDIA L4": Chip(121e12, 24 * 2**30, 300e9, 32e9, 1),
+}
 
 
 def chip_of(device: jax.Device) -> Chip | None:
-    """Returns the Chip of a device, or None if CHIPS does not list it."""
-    return CHIPS.get(_KINDS.get(device.device_kind, ""))
+    """Returns the Chip of a device, or None if it is not known."""
+    return _KINDS.get(device.device_kind)
 
 
 def room(device: jax.Device) -> int | None:
     """Returns the bytes of a device's memory, or None if the device does not report them."""
-    if chip := chip_of(device):
-        return chip.hbm
-    return (device.memory_stats() or {}).get("bytes_limit")
+    if limit := (device.memory_stats() or {}).get("bytes_limit"):  # on a GPU, what JAX takes of the memory
+        return limit
+    return chip.hbm if (chip := chip_of(device)) else None
 
 
 class DoesNotFit(Exception):

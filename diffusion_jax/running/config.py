@@ -381,9 +381,17 @@ def has_images(config: ConfigDict) -> bool:
 def check_batch(config: ConfigDict, num_devices: int) -> None:
     """Raises UserError unless the batch divides evenly among the devices and train.accumulate."""
     batch, parts = config.train.batch_size, config.train.accumulate
-    if batch % (num_devices * parts):
+    if config.train.deterministic:
+        if parts % num_devices or parts & (parts - 1):
+            raise UserError(
+                f"config.train.accumulate={parts} does not go with train.deterministic on {num_devices} device(s): "
+                "it cuts the whole batch, so give a power of two that the devices divide"
+            )
+        among, multiple = f"config.train.accumulate={parts} parts", parts
+    else:
         among = f"{num_devices} devices" + (f" of config.train.accumulate={parts} parts each" if parts > 1 else "")
         multiple = num_devices * parts
+    if batch % multiple:
         raise UserError(
             f"config.train.batch_size={batch} does not divide among {among}: make it a multiple of {multiple}"
         )

@@ -37,10 +37,28 @@ _running: set[threading.Thread] = set()
 class Watch:
     """Reads the metrics of the steps two dispatches late, so that the devices never wait for the host."""
 
-    def __init__(self, train: ConfigDict, manager: Any, log: MetricsLog | None, bar: tqdm.tqdm, began: float) -> None:
-        """Takes train.* of the config, the checkpoint manager, process 0's log, the bar and the time of the start."""
+    def __init__(
+        self,
+        train: ConfigDict,
+        manager: Any,
+        log: MetricsLog | None,
+        bar: tqdm.tqdm,
+        began: float,
+        least: float | None = None,
+    ) -> None:
+        """Makes the watch.
+
+        Args:
+          train: train.* of the config.
+          manager: the checkpoint manager.
+          log: process 0's log.
+          bar: the progress bar.
+          began: the time of the start, in seconds of `time.monotonic`.
+          least: the least seconds of a step, see `fit.foresee`.
+        """
         self._train = train
         self._manager, self._log, self._bar, self._began = manager, log, bar, began
+        self._least = least
         self._pending: collections.deque[tuple] = collections.deque()
         self._bad_steps = 0
         self._first: tuple[float, int] | None = None  # when the first steps were read, and the number of the last
@@ -69,11 +87,15 @@ class Watch:
         self._bar.update(k)
 
     def _foretell(self, number):
-        """Prints how long the rest will take, once, after some seconds of steps."""
+        """Prints how long a step and the rest take, once, after some seconds of steps."""
         self._first = self._first or (time.monotonic(), number)
         seconds, steps = time.monotonic() - self._first[0], number - self._first[1]
-        if self._log and not self._is_foretold and seconds > 4 and steps:
+        if self._log and not self._is_foretold and seconds > SURE and steps:
             self._is_foretold, rest = True, (self._train.num_steps - number) * seconds / steps
+            if self._least:
+                step = seconds / steps
+                text = f"measured: {step * 1e3:.3g} ms a step, {self._least / step:.0%} of the device's peak"
+                self._bar.write(text, file=sys.stdout)
             if rest > LONG:
                 text = f"{self._train.num_steps - number:,} steps are left, about {duration(rest)} without grids"
                 self._bar.write(f"{text}; fewer: --config.train.num_steps", file=sys.stdout)
