@@ -35,6 +35,7 @@ LEVERS = {
     "model.dtype=bfloat16": {"model.dtype": "bfloat16"},
     "train.remat": {"train.remat": True},
     "train.accumulate=2": {"train.accumulate": 2},
+    "train.deterministic": {"train.deterministic": True, "train.accumulate": 8},
     "train.steps_per_dispatch": {"train.steps_per_dispatch": None},
     "data.on_device": {"data.on_device": True},
 }
@@ -46,8 +47,7 @@ class Variant:
     def __init__(self, config: ConfigDict, images: cache.Cached | cache.OnTheFly) -> None:
         self._config, self._start = config, parts.build(config).init_state()
         self._k, self._batch = config.train.steps_per_dispatch, config.train.batch_size
-        self._local = (jax.local_device_count(), self._batch // jax.local_device_count())
-        self._indices = np.arange(self._batch).reshape(self._local)
+        self._indices = pipeline.indices(self._batch)
         step = parts.train_step(config)
         if config.data.on_device:
             self._program, self._feed = pmapped(resident(step, self._k, config.seed, self._batch), None), None
@@ -63,8 +63,7 @@ class Variant:
         if self._feed is None:
             return self._images, self._indices
         batches = jax.tree.map(lambda *x: np.stack(x), *(self._feed[step + i] for i in range(self._k)))
-        shape = (self._k, *self._local)
-        return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[2:]).swapaxes(0, 1), batches), self._indices
+        return jax.tree.map(lambda x: x[:, self._indices].swapaxes(0, 1), batches), self._indices
 
     def seconds(self) -> float:
         """Takes --steps steps; returns the seconds per step."""

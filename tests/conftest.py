@@ -36,11 +36,11 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # for the proces
 
 
 def pytest_collection_modifyitems(config, items):
-    """Marks the tests of the core, and puts the slow ones first: at the end one worker would wait for them."""
+    """Marks the tests of the core, and puts the slow ones first, led by the notebooks: one worker would wait for them."""
     for item in items:
         if item.path.parent in (config.rootpath / "tests", config.rootpath / "tests/running"):
             item.add_marker("core")
-    items.sort(key=lambda item: not (item.get_closest_marker("slow")))
+    items.sort(key=lambda item: (not item.get_closest_marker("slow"), not item.name.startswith("test_notebooks_run")))
 
 
 def tiny_config(**overrides):

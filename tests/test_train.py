@@ -408,6 +408,13 @@ def test_several_steps_a_dispatch(uninterrupted, tmp_path):
 def test_a_batch_divides_among_devices_and_parts(tmp_path):
     with pytest.raises(UserError, match=r"batch_size=8 does not divide among 4 devices of .*accumulate=3 parts"):
         run(tmp_path, train__accumulate=3)
+    for number in (2, 12):
+        with pytest.raises(UserError, match=rf"accumulate={number} does not go with train.deterministic on 4 device"):
+            run(tmp_path, train__accumulate=number, train__deterministic=True)
+    with pytest.raises(
+        UserError, match=r"batch_size=8 does not divide among config.train.accumulate=16 parts: make it"
+    ):
+        run(tmp_path, train__accumulate=16, train__deterministic=True)
 
 
 CHIP = programs.Chip(flops=1e12, hbm=1e9, bandwidth=1e11, links=1e10, pod=256)

@@ -4,12 +4,14 @@ A checkpoint is the training state as NumPy arrays, without a device axis, a che
 caller wants to know about it. Random keys and the position in the data are functions of the step and are not stored.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import logging
 import re
 import shutil
 import time
+import weakref
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -24,6 +26,10 @@ from diffusion_jax.errors import UserError, one_line
 from diffusion_jax.running import hosts, watch
 from diffusion_jax.running.workdir import absolute
 
+# {manager: the start of its last save}. Checksums and Orbax's own part take as long as hundreds of steps, so a single
+# process starts saves in a thread. Several processes do not: Orbax's collectives would mix with those of the steps.
+_starts: weakref.WeakKeyDictionary[Any, concurrent.futures.Future] = weakref.WeakKeyDictionary()
+_starter = concurrent.futures.ThreadPoolExecutor(1)
 _LOOKS = 20  # times that a reader looks again, because the checkpoint that it read was replaced
 
 
@@ -70,6 +76,8 @@ def open_manager(
         yield manager
     except BaseException:
         with contextlib.suppress(Exception):  # the first error is the one to report
+            _await_start(manager)
+        with contextlib.suppress(Exception):
             manager.close()
         raise
     wait(manager)
@@ -98,15 +106,31 @@ def save(manager: ocp.CheckpointManager, step: int, state: Any, about: dict[str,
       UserError: the disk is full.
     """
     state = jax.tree.map(np.array, jax.device_get(state))
+    with _saving(manager):
+        _await_start(manager)
     check(manager)
     _check_room(manager, step, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+    if jax.process_count() == 1:
+        _starts[manager] = _starter.submit(_start, manager, step, state, about)
+    else:
+        with _saving(manager):
+            _start(manager, step, state, about)
+
+
+def _start(manager, step, state, about):
     args = ocp.args.Composite(
         state=ocp.args.PyTreeSave(state),
         checksums=ocp.args.JsonSave(checksums(state)),
         about=ocp.args.JsonSave(about or {}),
     )
-    with _saving(manager), _without_warnings():
+    with _without_warnings():
         manager.save(step, args=args)
+
+
+def _await_start(manager):
+    """Waits until the last save has started; raises its error."""
+    if start := _starts.pop(manager, None):
+        start.result()
 
 
 def verify(manager: ocp.CheckpointManager, step: int, like: Any) -> None:
@@ -127,14 +151,22 @@ def verify(manager: ocp.CheckpointManager, step: int, like: Any) -> None:
 
 def check(manager: ocp.CheckpointManager) -> None:
     """Raises UserError if a save has failed since the last check. Does not wait."""
-    with _saving(manager):
-        manager.check_for_errors()
+    start = _starts.get(manager)
+    if start is None or start.done():
+        with _saving(manager):
+            _await_start(manager)
+            manager.check_for_errors()
 
 
 def wait(manager: ocp.CheckpointManager) -> None:
     """Waits until the last save is on disk; raises UserError if it fails."""
+
+    def finish():
+        _await_start(manager)
+        manager.wait_until_finished()
+
     with _saving(manager):
-        watch.waiting("writing the checkpoint", manager.wait_until_finished)
+        watch.waiting("writing the checkpoint", finish)
         manager.check_for_errors()
 
 

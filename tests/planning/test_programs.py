@@ -217,6 +217,6 @@ def test_compiled_tells_a_lack_of_memory_from_other_errors():
 def test_chips_by_the_device_kinds_of_jax():
     assert programs.chip_of(types.SimpleNamespace(device_kind="TPU v5 lite")) == programs.CHIPS["v5e"]
     assert programs.chip_of(jax.devices()[0]) is None
-    assert programs.room(types.SimpleNamespace(device_kind="TPU v4")) == 32 * 2**30
-    gpu = types.SimpleNamespace(device_kind="NVIDIA H100", memory_stats=lambda: {"bytes_limit": 7})
-    assert programs.room(gpu) == 7
+    assert programs.room(types.SimpleNamespace(device_kind="TPU v4", memory_stats=lambda: None)) == 32 * 2**30
+    gpu = types.SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3", memory_stats=lambda: {"bytes_limit": 7})
+    assert programs.room(gpu) == 7 and programs.chip_of(gpu).flops == 989.4e12
