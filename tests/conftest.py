@@ -36,7 +36,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # for the proces
 
 
 def pytest_collection_modifyitems(config, items):
-    """Marks the tests of the core, and puts the slow ones first, led by the notebooks: one worker would wait for them."""
+    """Marks the tests of the core, and puts the slow ones first and the notebooks before them: they would end alone."""
     for item in items:
         if item.path.parent in (config.rootpath / "tests", config.rootpath / "tests/running"):
             item.add_marker("core")
