@@ -130,7 +130,7 @@ def sigma(config: ConfigDict) -> jax.Array:
 
 def image_shape(config: ConfigDict) -> tuple[int, int, int]:
     """Returns (H, W, C) of the images."""
-    return config.data.image_size, config.data.image_size, config.data.channels
+    return *configs.image_size(config), config.data.channels
 
 
 def model(config: ConfigDict) -> unet.UNet:
@@ -300,7 +300,7 @@ def images(config: ConfigDict, split: str | None = None) -> cache.Cached | cache
         config.data.split = split
     return cache.open_images(
         source(config),
-        image_size=config.data.image_size,
+        image_size=configs.image_size(config),
         channels=config.data.channels,
         crop=config.data.crop,
         skip_corrupt=config.data.skip_corrupt,

@@ -78,7 +78,10 @@ def _config_cases(config, new, files):
         "ema of 1": (config("train.ema_decay", 1.0), r"ema_decay=1\.0 must be in \[0, 1\)"),
         "negative dropout": (config("model.dropout", -0.1), r"dropout=-0\.1 must be in \[0, 1\)"),
         "no number as rate": (config("train.learning_rate", "nan"), r"learning_rate=nan must be"),
-        "negative image size": (config("data.image_size", -8), r"image_size=-8 must be an integer in 1\.\.8,192"),
+        "negative image size": (
+            config("data.image_size", -8),
+            r"image_size=-8 must be a number of pixels in 1\.\.8,192",
+        ),
         "dropout of 1": (config("model.dropout", 1.0), r"dropout=1\.0 must be in \[0, 1\)"),
         "odd channels": (config("model.channels", 7), r"model\.channels=7 must be even"),
         "no levels": (config("model.multipliers", "()"), r"multipliers=\(\) must be"),

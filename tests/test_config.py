@@ -130,6 +130,25 @@ def test_every_integer_has_a_range():
                 configs.check(config)
 
 
+def test_images_are_square_or_have_a_height_and_a_width():
+    assert parts.image_shape(tiny_config()) == (8, 8, 1)
+    config = tiny_config(data__image_size=(16, 8))
+    configs.check(config)
+    assert parts.image_shape(config) == (16, 8, 1)
+    as_json = tiny_config(data__image_size=[16, 8])
+    configs.check_same_run(config, as_json, "runs/tiny")
+    for other in (16, (8, 16)):
+        with pytest.raises(UserError, match=r"data\.image_size: \(16, 8\) there, "):
+            configs.check_same_run(config, tiny_config(data__image_size=other), "runs/tiny")
+    for size in ((16,), (16, 8, 1), (16, 0), (16, 8.0), "16", 2.5, None, (8193, 8)):
+        with pytest.raises(
+            UserError, match=r"image_size=.* must be a number of pixels in 1\.\.8,192, or \(height, width"
+        ):
+            configs.check(tiny_config(data__image_size=size))
+    with pytest.raises(UserError, match=r"an image of 16x7 cannot be halved 1 times"):
+        configs.check(tiny_config(data__image_size=(16, 7), model__multipliers=(1, 2)))
+
+
 def test_the_ends_of_a_range_are_valid():
     for key, (low, high) in configs.RANGES.items():
         for value in (low, high):

@@ -2,7 +2,7 @@
 
 Images stay uint8 up to the device. A cache is a folder:
 
-    images.npy       uint8 [N, S, S, C]
+    images.npy       uint8 [N, H, W, C]
     labels.npy       int32 [N], where the source has classes
     manifest.json    the source, the settings and checksums; a cache that does not match its manifest is rebuilt
 """
@@ -41,7 +41,7 @@ _CHUNK = 32  # images per task of a decoding thread; with single images the thre
 
 
 class Cached:
-    """Reads the images of a cache: images[i] is uint8 [S, S, C]; images[indices] and images[a:b] are [n, S, S, C].
+    """Reads the images of a cache: images[i] is uint8 [H, W, C]; images[indices] and images[a:b] are [n, H, W, C].
 
     The file is not memory-mapped: mapped pages count as memory of the process, which would grow with the data.
     """
@@ -61,7 +61,7 @@ class Cached:
         self.labels = np.load(labels) if labels.exists() else None
 
     def examples(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """Returns {"image": uint8 [n, S, S, C]}, and "label" int32 [n] where the source has classes."""
+        """Returns {"image": uint8 [n, H, W, C]}, and "label" int32 [n] where the source has classes."""
         labels = {} if self.labels is None else {"label": self.labels[indices]}
         return {"image": self[indices]} | labels
 
@@ -86,15 +86,15 @@ class OnTheFly:
 
     num_threads = os.cpu_count() or 4
 
-    def __init__(self, source: Source, image_size: int, channels: int, crop: int, skip_corrupt: bool):
-        self.shape = (len(source), image_size, image_size, channels)
+    def __init__(self, source: Source, image_size: tuple[int, int], channels: int, crop: int, skip_corrupt: bool):
+        self.shape = (len(source), *image_size, channels)
         self.classes = tuple(source.classes)
         self._source = source
         self._form = (image_size, channels, crop)
         self._skip_corrupt = skip_corrupt
 
     def examples(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """Returns {"image": uint8 [n, S, S, C]}, and "label" int32 [n] where the source has classes."""
+        """Returns {"image": uint8 [n, H, W, C]}, and "label" int32 [n] where the source has classes."""
         images, labels = zip(*(self._example(int(i)) for i in indices), strict=True)
         if self._source.label is None:
             return {"image": np.stack(images)}
@@ -125,7 +125,7 @@ class OnTheFly:
 def open_images(
     source: Source,
     *,
-    image_size: int,
+    image_size: int | tuple[int, int],
     channels: int,
     crop: int = 0,
     skip_corrupt: bool = False,
@@ -136,9 +136,9 @@ def open_images(
 
     Args:
       source: the images.
-      image_size: height and width of the result, by a bicubic, antialiased resize.
+      image_size: the height and width of the result, or (height, width), by a bicubic, antialiased resize.
       channels: 1 (grey) or 3 (RGB).
-      crop: side of the centre square that is kept, in pixels of the source; 0 means the largest.
+      crop: height of the centre crop, in pixels of the source; 0 means the largest. Its shape is that of image_size.
       skip_corrupt: True skips images that cannot be read, and prints their number.
       cache_dir: the folder of the caches; "" is ~/.cache/diffusion_jax. A bucket, "gs://…", stores
         copies, so that only one machine has to decode.
@@ -147,8 +147,9 @@ def open_images(
     Raises:
       UserError: an image cannot be read, or the disk has no room for the cache.
     """
-    form = (image_size, channels, crop)
-    num_bytes = len(source) * image_size * image_size * channels
+    height, width = np.broadcast_to(image_size, 2).tolist()
+    form = ((height, width), channels, crop)
+    num_bytes = len(source) * height * width * channels
     if num_bytes > cache_limit:
         print(
             f"{source.origin} is decoded on the fly: the cache would take {num_bytes / 1e9:.1f} GB "
@@ -158,14 +159,14 @@ def open_images(
     identity = {
         "format": _FORMAT,
         "version": source.version,
-        "image_size": image_size,
+        "image_size": height if height == width else [height, width],
         "channels": channels,
         "crop": crop,
         "skip_corrupt": skip_corrupt,
     }
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     stem = re.sub(r"\W+", "-", source.origin)[-40:].strip("-")
-    name = f"{stem}-{image_size}x{image_size}x{channels}-{digest}"
+    name = f"{stem}-{height}x{width}x{channels}-{digest}"
     remote = epath.Path(cache_dir) / name if "://" in cache_dir else None
     folder = Path(os.path.expanduser(_LOCAL if remote or not cache_dir else cache_dir)) / name
     if remote and not folder.exists() and (remote / "manifest.json").exists():
@@ -189,7 +190,8 @@ def _is_valid(folder, identity):
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         images = np.load(folder / "images.npy", mmap_mode="r")  # checks the length of the file
-        shape = (manifest["count"], manifest["image_size"], manifest["image_size"], manifest["channels"])
+        size = manifest["image_size"]
+        shape = (manifest["count"], *(size if isinstance(size, list) else [size, size]), manifest["channels"])
         labels = np.load(folder / "labels.npy", mmap_mode="r") if manifest["labelled"] else images
         matches = identity.items() <= manifest.items() and images.shape == shape and len(labels) == len(images)
         reason = _altered(folder, manifest) if matches else "it does not match its manifest"
@@ -231,7 +233,8 @@ def _make_cache(source, folder, identity, form, skip_corrupt):
     """Decodes all images into a cache. Prints how many have more frames or pages than the first."""
     start = time.monotonic()
     with _replacing(folder) as partial:
-        _check_room(folder.parent, len(source) * form[0] * form[0] * form[1])
+        (height, width), channels, _ = form
+        _check_room(folder.parent, len(source) * height * width * channels)
         labels, corrupt = _write_images(source, partial / "images.npy", form, skip_corrupt)
         if source.label:
             np.save(partial / "labels.npy", np.array(labels, np.int32))
@@ -358,7 +361,7 @@ def _write_images(source, path, form, skip_corrupt):
 def _npy_header(file, count, form):
     """Writes a header of the same length for any count: NumPy leaves room for the first axis to grow."""
     image_size, channels, _ = form
-    header = {"descr": "|u1", "fortran_order": False, "shape": (count, image_size, image_size, channels)}
+    header = {"descr": "|u1", "fortran_order": False, "shape": (count, *image_size, channels)}
     np.lib.format.write_array_header_1_0(file, header)
 
 
@@ -391,19 +394,29 @@ def _decode(source, i, form):
 
 
 def _fit(image, image_size, channels, crop):
-    """Crops the centre of uint8 [H, W, 1 or 3], converts it to grey or RGB, and resizes it to [S, S, C]."""
+    """Crops the centre of uint8 [H, W, 1 or 3], converts it to grey or RGB, and resizes it to [*image_size, C]."""
     height, width, _ = image.shape
-    side = crop or min(height, width)
-    if side > min(height, width):
-        raise ValueError(f"{width}x{height} is smaller than the crop of {crop} (config.data.crop)")
-    left, top = (width - side) // 2, (height - side) // 2
+    crop_height, crop_width = _crop_size(height, width, image_size, crop)
+    if crop_height > height or crop_width > width:
+        raise ValueError(
+            f"{width}x{height} is smaller than the crop of {crop_width}x{crop_height} (config.data.crop={crop})"
+        )
+    left, top = (width - crop_width) // 2, (height - crop_height) // 2
     # Crops first: with the `box` of resize, pixels outside of it would bleed into the edges.
-    square = image[top : top + side, left : left + side]
-    picture = Image.fromarray(square[..., 0] if square.shape[-1] == 1 else square)
+    centre = image[top : top + crop_height, left : left + crop_width]
+    picture = Image.fromarray(centre[..., 0] if centre.shape[-1] == 1 else centre)
     mode = "L" if channels == 1 else "RGB"
     picture = picture if picture.mode == mode else picture.convert(mode)
-    picture = picture.resize((image_size, image_size), Image.Resampling.BICUBIC)
-    return np.asarray(picture).reshape(image_size, image_size, channels)
+    picture = picture.resize(image_size[::-1], Image.Resampling.BICUBIC)
+    return np.asarray(picture).reshape(*image_size, channels)
+
+
+def _crop_size(height, width, image_size, crop):
+    """Returns (height, width) of the crop in the shape of `image_size`: of the height `crop`, or the largest for 0."""
+    rows, columns = image_size
+    if crop or height * columns <= width * rows:  # the image is wider than the crop
+        return crop or height, max(1, round((crop or height) * columns / rows))
+    return max(1, round(width * rows / columns)), width
 
 
 def _unreadable(name, error):

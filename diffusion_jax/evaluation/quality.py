@@ -49,8 +49,9 @@ def protocol(images: Any, name: str, checksum: str, resize: str, origin: str) ->
       resize: the method that resized the images.
       origin: the file or the data set.
     """
-    n, height, _, channels = images.shape
-    settings = {"features": name, "checksum": checksum, "image_size": height, "channels": channels, "resize": resize}
+    n, height, width, channels = images.shape
+    size = height if height == width else [height, width]
+    settings = {"features": name, "checksum": checksum, "image_size": size, "channels": channels, "resize": resize}
     return settings | {"origin": origin, "n": n}
 
 

@@ -38,7 +38,7 @@ def model_card(config: ConfigDict, workdir: epath.PathLike, step: int, out: str,
     """
     config = config.copy_and_resolve_references()
     config.model.attention = "xla"  # cuDNN may be missing here
-    size, channels, train = config.data.image_size, config.data.channels, config.train
+    (height, width, channels), train = parts.image_shape(config), config.train
     source = epath.Path(name_of(config.data.source, config.data.path)).name  # without the folders of this machine
     classes = f", {config.model.num_classes} classes" if config.model.num_classes else ""
     use = _USE[library].format(out=epath.Path(out).name, num_steps=config.schedule.num_steps)
@@ -50,7 +50,8 @@ tags: [ddpm, diffusion, image-generation]
 
 # {absolute(workdir).name}
 
-A denoising diffusion model (DDPM) of {size}×{size} images with {channels} channel(s){classes}, made by diffusion_jax.
+A denoising diffusion model (DDPM) of images of {height}×{width} pixels with {channels} channel(s){classes}, made by
+diffusion_jax.
 
 - **Data**: {source}, split {config.data.split}; describe the images, their origin and their rights here.
 - **Network**: Ho et al.'s UNet, {parts.num_parameters(config):,} parameters; it predicts {config.model.prediction}.

@@ -227,9 +227,10 @@ def _read_unet(config, file):
         require(key, settings[key] in allowed, f"must be {' or '.join(map(repr, allowed))} for this network")
 
     size, channels, groups = settings["sample_size"], settings["block_out_channels"], settings["norm_num_groups"]
-    size = size[0] if isinstance(size, list) and size and size == size[:1] * 2 else size
-    require("sample_size", type(size) is int and size >= 1, "must be the height and width of square images")
-    _bound(require, "sample_size", size, "data.image_size")
+    sizes = [size, size] if type(size) is int else size
+    are_sizes = isinstance(sizes, list) and len(sizes) == 2 and all(type(n) is int and n >= 1 for n in sizes)
+    require("sample_size", are_sizes, "must be a number of pixels, or [height, width]")
+    _bound(require, "sample_size", max(sizes), "data.image_size")
     require("in_channels", settings["in_channels"] in (1, 3), "must be 1 or 3")
     is_fixed_variance = settings["out_channels"] == settings["in_channels"]
     require("out_channels", is_fixed_variance, "must equal in_channels: learned variances are not supported")
@@ -244,10 +245,13 @@ def _read_unet(config, file):
     require("time_embedding_dim", settings["time_embedding_dim"] in (None, width), f"must be {width}")
 
     attention_levels = _attention_levels(settings, require)
-    config.data.image_size, config.data.channels = size, settings["in_channels"]
+    height, width = sizes
+    with config.ignore_type():  # a number or a pair
+        config.data.image_size = height if height == width else (height, width)
+    config.data.channels = settings["in_channels"]
     config.model.channels, config.model.multipliers = channels[0], tuple(n // channels[0] for n in channels)
     config.model.num_res_blocks = settings["layers_per_block"]
-    config.model.attention_resolutions = tuple(size >> level for level in attention_levels)
+    config.model.attention_resolutions = tuple(height >> level for level in attention_levels)
     config.model.num_groups = groups
     return _read_classes(config, settings, require)
 
@@ -524,14 +528,14 @@ def _write_json(file, content):
 
 def _unet_config(config):
     """Returns the config.json of the UNet2DModel that equals the run's network."""
-    size, model = config.data.image_size, config.model
+    (height, width), model = configs.image_size(config), config.model
     if model.multipliers[0] != 1:
         raise UserError(f"config.model.multipliers={model.multipliers} must begin with 1 to be a network of diffusers")
-    has_attention = [size >> level in model.attention_resolutions for level in range(len(model.multipliers))]
+    has_attention = [height >> level in model.attention_resolutions for level in range(len(model.multipliers))]
     return {
         "_class_name": "UNet2DModel",
         **{key: allowed[0] for key, (_, allowed) in _FIXED.items()},
-        "sample_size": size,
+        "sample_size": height if height == width else [height, width],
         "in_channels": config.data.channels,
         "out_channels": config.data.channels,
         "block_out_channels": [model.channels * n for n in model.multipliers],

@@ -15,30 +15,28 @@ MIN_TILE = 64  # pixels: a grid enlarges smaller images to about this size
 LABEL = 14  # pixels: font size of the labels
 
 
-def grid(x: np.ndarray, columns: int | None = None) -> np.ndarray:
+def grid(x: np.ndarray, columns: int | None = None, width: float = 0) -> np.ndarray:
     """Returns a contact sheet of images, with grey gaps between them.
 
-    Images smaller than MIN_TILE are enlarged by an integer factor, bicubic.
+    Images smaller than MIN_TILE, or narrower than `width`, are enlarged by an integer factor, bicubic.
 
     Args:
       x: uint8 [N, H, W, C].
       columns: images in a row; None makes the sheet about square.
+      width: the least width of an image in pixels.
 
     Returns:
       uint8 [height, width, C].
     """
-    num, height, width, channels = x.shape
+    num, rows, cols, channels = x.shape
     columns = columns or math.ceil(math.sqrt(num))
-    rows = -(-num // columns)
-    scale = max(1, round(MIN_TILE / max(height, width)))
-    gap = max(2, scale * max(height, width) // 16)
-    tile_height, tile_width = height * scale + gap, width * scale + gap
-    sheet = np.full((rows * tile_height + gap, columns * tile_width + gap, channels), 128, np.uint8)
+    scale = max(1, round(MIN_TILE / max(rows, cols)), math.ceil(width / cols))
+    gap, (rows, cols) = max(2, scale * max(rows, cols) // 16), (scale * rows, scale * cols)
+    sheet = np.full((-(-num // columns) * (rows + gap) + gap, columns * (cols + gap) + gap, channels), 128, np.uint8)
     for i, image in enumerate(x):
-        large = to_pillow(image).resize((width * scale, height * scale), Image.Resampling.BICUBIC)
-        top, left = (i // columns) * tile_height + gap, (i % columns) * tile_width + gap
-        tile = np.asarray(large).reshape(height * scale, width * scale, channels)
-        sheet[top : top + height * scale, left : left + width * scale] = tile
+        large = to_pillow(image).resize((cols, rows), Image.Resampling.BICUBIC)
+        top, left = (i // columns) * (rows + gap) + gap, (i % columns) * (cols + gap) + gap
+        sheet[top : top + rows, left : left + cols] = np.asarray(large).reshape(rows, cols, channels)
     return sheet
 
 
@@ -53,8 +51,8 @@ def labelled(x: np.ndarray, row_labels: Sequence[str], column_labels: Sequence[s
     Returns:
       uint8 [height, width, C].
     """
-    sheet = grid(x, columns=len(column_labels))
     font = ImageFont.load_default(LABEL)
+    sheet = grid(x, len(column_labels), width=max(map(font.getlength, column_labels)))
     left = math.ceil(max(font.getlength(label) for label in row_labels)) + LABEL
     top = LABEL * 2
     picture = Image.new("L" if x.shape[-1] == 1 else "RGB", (sheet.shape[1] + left, sheet.shape[0] + top), "white")

@@ -75,7 +75,7 @@ def audit(config: ConfigDict, out: str | None = None) -> list[tuple[str, object,
       UserError: `out` cannot be written.
     """
     config = parts.with_classes(config)
-    size = 32 if config.data.image_size <= 96 else 256
+    size = 32 if max(parts.image_shape(config)) <= 96 else 256
     ours, theirs = settings(config), _PAPER[size]
     theirs = dict.fromkeys(ours, "none") | theirs
     rows = [(name, ours[name], theirs[name], _agree(name, ours[name], theirs[name])) for name in ours]
@@ -96,7 +96,7 @@ def settings(config: ConfigDict) -> dict[str, object]:
     """Returns the settings that `audit` compares."""
     run = parts.build(config)
     modules = run.abstract_state().params
-    heights = [config.data.image_size >> level for level in range(len(config.model.multipliers))]
+    heights = [run.image_shape[0] >> level for level in range(len(config.model.multipliers))]
     widths = [config.model.channels * multiplier for multiplier in config.model.multipliers]
     beta_squared = np.asarray(run.schedule.beta[1:], np.float64) ** 2
     is_complete = run.num_sampling_steps == config.schedule.num_steps

@@ -220,8 +220,10 @@ def check(config: ConfigDict) -> None:
             f"one of {', '.join(map(str, names))}",
         )
     flat = flatten(config)
+    _check_image_size(config)
     for key, (low, high) in RANGES.items():
-        check_integer(f"config.{key}", flat[key], low, high)
+        if key != "data.image_size":
+            check_integer(f"config.{key}", flat[key], low, high)
     for key in ("train.learning_rate", "train.grad_clip"):
         _need(config, key, lambda value: _SMALLEST <= value <= _LARGEST, "a number > 0 within float32's range")
     _need(config, "data.cache_limit_gb", lambda value: value >= 0, "a number >= 0")
@@ -237,7 +239,7 @@ def check(config: ConfigDict) -> None:
     _check_vlb(config)
     _check_attention(config)
     _check_length(config)
-    _check_image_size(config)
+    _check_levels(config)
 
 
 def with_classes(config: ConfigDict, classes: Sequence[str]) -> ConfigDict:
@@ -282,6 +284,12 @@ def choose(config: ConfigDict, labels: Sequence[str | int]) -> tuple[int, ...] |
             shown = ", ".join(names[:20]) or f"0..{num_classes - 1}"
             raise UserError(f"--labels: {label!r} is not a class of the run: give some of {shown}")
     return tuple(map(int, numbers)) or tuple(range(num_classes))
+
+
+def image_size(config: ConfigDict) -> tuple[int, int]:
+    """Returns (height, width) of the images, data.image_size."""
+    height, width = np.broadcast_to(config.data.image_size, 2).tolist()
+    return height, width
 
 
 def check_integer(name: str, value: object, low: int, high: int) -> None:
@@ -409,7 +417,7 @@ def _check_types(config):
     for key, value in values.items():
         check_key(key)
         kind = type(reference[key])
-        if key == "model.num_classes":  # an int or "auto", see `_check_classes`
+        if key in ("model.num_classes", "data.image_size"):  # of two types, see `_check_classes`, `_check_image_size`
             continue
         if type(value) is not kind and not (kind is float and type(value) is int):
             raise UserError(f"config.{key}={value!r} must be of type {kind.__name__}")
@@ -460,8 +468,8 @@ def _check_attention(config):
     if config.model.attention != "cudnn":
         return
     _need(config, "model.dtype", lambda value: value == "bfloat16", "'bfloat16' for config.model.attention='cudnn'")
-    levels = [config.data.image_size // 2**i for i in range(len(config.model.multipliers))]
-    attended = [*(i for i, size in enumerate(levels) if size in config.model.attention_resolutions), -1]
+    heights = [image_size(config)[0] >> i for i in range(len(config.model.multipliers))]
+    attended = [*(i for i, height in enumerate(heights) if height in config.model.attention_resolutions), -1]
     widest = config.model.channels * max(config.model.multipliers[i] for i in attended)  # -1: in the middle
     if widest > 256:
         raise UserError(
@@ -480,10 +488,20 @@ def _check_length(config):
 
 
 def _check_image_size(config):
-    size, levels = config.data.image_size, len(config.model.multipliers)
+    low, high = RANGES["data.image_size"]
+
+    def is_size(value):
+        sizes = value if isinstance(value, tuple | list) else [value, value]
+        return len(sizes) == 2 and all(type(size) is int and low <= size <= high for size in sizes)
+
+    _need(config, "data.image_size", is_size, f"a number of pixels in {low}..{high:,}, or (height, width)")
+
+
+def _check_levels(config):
     try:
-        check_image_size(size, size, levels)
+        check_image_size(*image_size(config), len(config.model.multipliers))
     except ValueError as error:
         raise UserError(
-            f"config.data.image_size={size} does not fit config.model.multipliers={config.model.multipliers}: {error}"
+            f"config.data.image_size={config.data.image_size} does not fit config.model.multipliers="
+            f"{config.model.multipliers}: {error}"
         ) from None

@@ -48,6 +48,24 @@ def test_crop_comes_before_the_resize(images):
     np.testing.assert_array_equal(images(source(), image_size=2, crop=4)[:], np.stack(expected))
 
 
+def test_the_crop_has_the_shape_of_the_result(images):
+    """The pictures are 12×10: a crop of 4 rows and 8 columns, the largest of 1:2, and the largest of 3:1."""
+
+    def resized(picture, size):
+        return Image.fromarray(picture).resize(size[::-1], Image.Resampling.BICUBIC)
+
+    for size, crop, rows, columns in (
+        ((2, 4), 4, slice(4, 8), slice(1, 9)),
+        ((2, 4), 0, slice(3, 8), slice(0, 10)),
+        ((6, 2), 0, slice(0, 12), slice(3, 7)),
+    ):
+        expected = np.stack([resized(picture[rows, columns], size) for picture in PICTURES])
+        np.testing.assert_array_equal(images(source(), image_size=size, crop=crop)[:], expected)
+        np.testing.assert_array_equal(images(source(), image_size=size, crop=crop, cache_limit=0)[:], expected)
+    with pytest.raises(UserError, match=r"10x12 is smaller than the crop of 12x6 \(config\.data\.crop=6\)"):
+        images(source(), image_size=(2, 4), crop=6)
+
+
 def test_channels_are_converted(images):
     grey = [np.asarray(Image.fromarray(picture).convert("L"))[1:11, :, None] for picture in PICTURES]
     np.testing.assert_array_equal(images(source(), channels=1)[:], np.stack(grey))

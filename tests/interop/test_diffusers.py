@@ -214,6 +214,20 @@ def test_a_run_with_classes_is_the_same_after_export_and_import(tmp_path, capsys
 
 
 @pytest.mark.slow
+def test_images_that_are_not_square_keep_their_shape(tmp_path):
+    shape = {"data__image_size": (16, 8), "model__multipliers": (1, 2), "model__attention_resolutions": (8,)}
+    write_random_run(tmp_path / "run", **shape)
+    diffusers.export_diffusers(str(tmp_path / "run"), str(tmp_path / "out"))
+    config = json.loads((tmp_path / "out/unet/config.json").read_text())
+    assert config["sample_size"] == [16, 8]
+    assert config["down_block_types"] == ["DownBlock2D", "AttnDownBlock2D"]  # 16 and 8 rows
+    diffusers.import_diffusers(str(tmp_path / "out"), str(tmp_path / "again"), tiny_config())
+    before, after = (workdirs.read_config(tmp_path / name) for name in ("run", "again"))
+    assert before.to_dict() == after.to_dict() and parts.image_shape(after) == (16, 8, 1)
+    assert_same(*(restore(tmp_path / name, before).ema_params for name in ("run", "again")))
+
+
+@pytest.mark.slow
 def test_tensors_are_bitwise_equal_after_export_and_import(imported, tmp_path):
     diffusers.export_diffusers(str(imported), str(tmp_path / "out"))
     assert_same(load(tmp_path / "out"), load(FOLDER))
@@ -447,7 +461,8 @@ def test_missing_source_or_config_is_refused(source, tmp_path):
         ("out_channels", 6),
         ("resnet_time_scale_shift", "scale_shift"),
         ("sample_size", None),
-        ("sample_size", [8, 16]),
+        ("sample_size", [8, 16, 3]),
+        ("sample_size", [8, 0]),
         ("sample_size", 2**15),
         ("time_embedding_dim", 32),
         ("time_embedding_type", "fourier"),

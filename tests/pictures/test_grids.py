@@ -30,6 +30,15 @@ def test_grid_keeps_the_pixels_of_large_images():
     np.testing.assert_array_equal(sheet[90:170, 5:69], x[1])
 
 
+def test_labels_of_narrow_images_do_not_overlap():
+    labels = ["RePaint 1", "RePaint 2", "RePaint 3"]
+    narrow = grids.labelled(np.zeros((3, 16, 4, 1), np.uint8), [""], labels)
+    above = narrow[: 2 * grids.LABEL, :, 0].min(axis=0) < 128  # columns of pixels with ink
+    words = np.flatnonzero(np.diff(above.astype(int)) == 1)
+    spaces = np.diff(words)
+    assert (spaces > grids.LABEL).sum() == len(labels) - 1  # a wide space between two labels
+
+
 def test_png_has_the_saved_pixels(tmp_path):
     for channels in (1, 3):
         x = np.random.default_rng(0).integers(0, 256, (4, 6, channels), np.uint8)
