@@ -13,12 +13,13 @@ def get_config() -> ConfigDict:
 
     config.data = data = ConfigDict()
     data.source = "files"  # digits (ships with scikit-learn), tfds:<name>, or files (at data.path)
-    data.path = ""  # own images, in place of data.source: a folder, a zip or an idx file; or the folder of TFDS
+    data.path = ""  # own images, in place of data.source: a folder, a zip, an idx, .npy or .npz file; or TFDS's folder
     data.split = "train"  # a split of TFDS, e.g. train, test, train+test; or the folder of that name within data.path
     data.test_split = ""  # held-out split; --mode=evaluate measures it too; "": none
     data.manual_dir = ""  # folder of files that TFDS cannot download itself
     data.image_size = FieldReference(32, field_type=object)  # height and width in pixels, or (height, width)
-    data.channels = 3  # 1 (grey) or 3 (RGB)
+    data.channels = 3  # 1 (grey), 3 (RGB), or as many as an array has
+    data.range = ()  # (lo, hi): the numbers of an array that become -1 and 1, as float32; (): uint8
     data.crop = 0  # height of the centre crop in pixels of the file, in the shape of image_size; 0: the largest
     data.flip = True  # flip images left to right with probability 1/2
     data.skip_corrupt = False  # True: skip images that cannot be read; False: stop and name the first

@@ -281,9 +281,9 @@ def with_classes(config: ConfigDict) -> ConfigDict:
 
 def source(config: ConfigDict) -> sources.Source:
     """Opens the source of the images, data.source and data.path."""
-    return sources.open_source(
-        config.data.source, config.data.path, split=config.data.split, manual_dir=config.data.manual_dir
-    )
+    data = config.data
+    options = {"split": data.split, "manual_dir": data.manual_dir, "bounds": tuple(data.range) or None}
+    return sources.open_source(data.source, data.path, **options)
 
 
 def images(config: ConfigDict, split: str | None = None) -> cache.Cached | cache.OnTheFly:

@@ -2,7 +2,7 @@
 
 Images stay uint8 up to the device. A cache is a folder:
 
-    images.npy       uint8 [N, H, W, C]
+    images.npy       uint8 [N, H, W, C], or float32 of arrays
     labels.npy       int32 [N], where the source has classes
     manifest.json    the source, the settings and checksums; a cache that does not match its manifest is rebuilt
 """
@@ -41,7 +41,7 @@ _CHUNK = 32  # images per task of a decoding thread; with single images the thre
 
 
 class Cached:
-    """Reads the images of a cache: images[i] is uint8 [H, W, C]; images[indices] and images[a:b] are [n, H, W, C].
+    """Reads the images of a cache: images[i] is [H, W, C]; images[indices] and images[a:b] are [n, H, W, C].
 
     The file is not memory-mapped: mapped pages count as memory of the process, which would grow with the data.
     """
@@ -52,7 +52,7 @@ class Cached:
         self.folder = folder
         with (folder / "images.npy").open("rb") as file:
             np.lib.format.read_magic(file)
-            self.shape, _, _ = np.lib.format.read_array_header_1_0(file)
+            self.shape, _, self.dtype = np.lib.format.read_array_header_1_0(file)
             self._start = file.tell()
         self._file = os.open(folder / "images.npy", os.O_RDONLY)  # stays readable if another process rebuilds the cache
         weakref.finalize(self, os.close, self._file)
@@ -61,7 +61,7 @@ class Cached:
         self.labels = np.load(labels) if labels.exists() else None
 
     def examples(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """Returns {"image": uint8 [n, H, W, C]}, and "label" int32 [n] where the source has classes."""
+        """Returns {"image": [n, H, W, C]}, and "label" int32 [n] where the source has classes."""
         labels = {} if self.labels is None else {"label": self.labels[indices]}
         return {"image": self[indices]} | labels
 
@@ -70,9 +70,10 @@ class Cached:
 
     def __getitem__(self, index: int | slice | np.ndarray) -> np.ndarray:
         numbers = np.arange(len(self))[index]
-        images = np.empty((*numbers.shape, *self.shape[1:]), np.uint8)
-        size = int(np.prod(self.shape[1:]))
-        for row, i in zip(images.reshape(-1, size), numbers.flat, strict=True):
+        images = np.empty((*numbers.shape, *self.shape[1:]), self.dtype)
+        count = int(np.prod(self.shape[1:]))
+        size = count * self.dtype.itemsize
+        for row, i in zip(images.reshape(-1, count), numbers.flat, strict=True):
             if os.preadv(self._file, [row.data], self._start + int(i) * size) != size:
                 raise UserError(f"{self.folder}/images.npy has become shorter: run again to rebuild the cache")
         return images
@@ -88,13 +89,14 @@ class OnTheFly:
 
     def __init__(self, source: Source, image_size: tuple[int, int], channels: int, crop: int, skip_corrupt: bool):
         self.shape = (len(source), *image_size, channels)
+        self.dtype = np.dtype(source.dtype)
         self.classes = tuple(source.classes)
         self._source = source
         self._form = (image_size, channels, crop)
         self._skip_corrupt = skip_corrupt
 
     def examples(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """Returns {"image": uint8 [n, H, W, C]}, and "label" int32 [n] where the source has classes."""
+        """Returns {"image": [n, H, W, C]}, and "label" int32 [n] where the source has classes."""
         images, labels = zip(*(self._example(int(i)) for i in indices), strict=True)
         if self._source.label is None:
             return {"image": np.stack(images)}
@@ -137,7 +139,7 @@ def open_images(
     Args:
       source: the images.
       image_size: the height and width of the result, or (height, width), by a bicubic, antialiased resize.
-      channels: 1 (grey) or 3 (RGB).
+      channels: 1 (grey), 3 (RGB), or as many as an array has.
       crop: height of the centre crop, in pixels of the source; 0 means the largest. Its shape is that of image_size.
       skip_corrupt: True skips images that cannot be read, and prints their number.
       cache_dir: the folder of the caches; "" is ~/.cache/diffusion_jax. A bucket, "gs://…", stores
@@ -149,7 +151,7 @@ def open_images(
     """
     height, width = np.broadcast_to(image_size, 2).tolist()
     form = ((height, width), channels, crop)
-    num_bytes = len(source) * height * width * channels
+    num_bytes = len(source) * height * width * channels * np.dtype(source.dtype).itemsize
     if num_bytes > cache_limit:
         print(
             f"{source.origin} is decoded on the fly: the cache would take {num_bytes / 1e9:.1f} GB "
@@ -174,7 +176,7 @@ def open_images(
             _copy(remote, partial)
     valid = _is_valid(folder, identity)
     if not valid:
-        _make_cache(source, folder, identity, form, skip_corrupt)
+        _make_cache(source, folder, identity, form, skip_corrupt, num_bytes)
     if remote and not (valid and (remote / "manifest.json").exists()):
         _copy(folder, remote)
     return Cached(folder)
@@ -229,12 +231,11 @@ def _crc32(file):
     return checksum
 
 
-def _make_cache(source, folder, identity, form, skip_corrupt):
+def _make_cache(source, folder, identity, form, skip_corrupt, num_bytes):
     """Decodes all images into a cache. Prints how many have more frames or pages than the first."""
     start = time.monotonic()
     with _replacing(folder) as partial:
-        (height, width), channels, _ = form
-        _check_room(folder.parent, len(source) * height * width * channels)
+        _check_room(folder.parent, num_bytes)
         labels, corrupt = _write_images(source, partial / "images.npy", form, skip_corrupt)
         if source.label:
             np.save(partial / "labels.npy", np.array(labels, np.int32))
@@ -340,7 +341,7 @@ def _write_images(source, path, form, skip_corrupt):
     """Streams the images to a .npy file. Returns (labels, names and errors of the skipped images)."""
     labels, corrupt = [], []
     with path.open("wb") as file:
-        _npy_header(file, 0, form)
+        _npy_header(file, 0, form, source.dtype)
         for i, image, label in _decoded(source, form):
             if isinstance(image, np.ndarray):
                 file.write(image)
@@ -350,7 +351,7 @@ def _write_images(source, path, form, skip_corrupt):
             else:
                 raise _unreadable(source.name(i), image)
         file.seek(0)
-        _npy_header(file, len(labels), form)
+        _npy_header(file, len(labels), form, source.dtype)
     if corrupt:
         print(f"skipped {len(corrupt)} of {len(source)} images that cannot be read; the first is {corrupt[0]}")
     if not labels:
@@ -358,15 +359,15 @@ def _write_images(source, path, form, skip_corrupt):
     return labels, corrupt
 
 
-def _npy_header(file, count, form):
+def _npy_header(file, count, form, dtype):
     """Writes a header of the same length for any count: NumPy leaves room for the first axis to grow."""
     image_size, channels, _ = form
-    header = {"descr": "|u1", "fortran_order": False, "shape": (count, *image_size, channels)}
+    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (count, *image_size, channels)}
     np.lib.format.write_array_header_1_0(file, header)
 
 
 def _decoded(source, form):
-    """Yields (i, uint8 image or the error of its decoder, label) in order; threads decode chunks ahead."""
+    """Yields (i, image or the error of its decoder, label) in order; threads decode chunks ahead."""
 
     def decode(chunk):
         return [(i, _decode(source, i, form), source.label(i) if source.label else 0) for i in chunk]
@@ -394,8 +395,10 @@ def _decode(source, i, form):
 
 
 def _fit(image, image_size, channels, crop):
-    """Crops the centre of uint8 [H, W, 1 or 3], converts it to grey or RGB, and resizes it to [*image_size, C]."""
-    height, width, _ = image.shape
+    """Crops the centre of [H, W, C], converts it to grey or RGB if need be, and resizes it to [*image_size, C]."""
+    height, width, own = image.shape
+    if own != channels and not ({own, channels} <= {1, 3} and image.dtype == np.uint8):
+        raise ValueError(f"it has {own} channels, not config.data.channels={channels}")
     crop_height, crop_width = _crop_size(height, width, image_size, crop)
     if crop_height > height or crop_width > width:
         raise ValueError(
@@ -404,7 +407,10 @@ def _fit(image, image_size, channels, crop):
     left, top = (width - crop_width) // 2, (height - crop_height) // 2
     # Crops first: with the `box` of resize, pixels outside of it would bleed into the edges.
     centre = image[top : top + crop_height, left : left + crop_width]
-    picture = Image.fromarray(centre[..., 0] if centre.shape[-1] == 1 else centre)
+    if image.dtype != np.uint8 or own not in (1, 3):  # Pillow would weight four channels by the last, as alpha
+        planes = [Image.fromarray(np.ascontiguousarray(centre[..., k])) for k in range(own)]
+        return np.stack([plane.resize(image_size[::-1], Image.Resampling.BICUBIC) for plane in planes], axis=-1)
+    picture = Image.fromarray(centre[..., 0] if own == 1 else centre)
     mode = "L" if channels == 1 else "RGB"
     picture = picture if picture.mode == mode else picture.convert(mode)
     picture = picture.resize(image_size[::-1], Image.Resampling.BICUBIC)

@@ -8,10 +8,11 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A sequence of images: source[i] is uint8 [H, W, 1 or 3] of any H and W, i < len(source).
+    """A sequence of images: source[i] is uint8 or float32 [H, W, C] of any H and W, i < len(source).
 
-    Pixels are those that a viewer shows: upright, grey or RGB, on white. A damaged image raises the error of its
-    decoder, and an image beyond the limits of `decode` and `folders` raises ValueError.
+    Pixels of pictures are those that a viewer shows: uint8, upright, grey or RGB, on white. Arrays may have any number
+    of channels, and float32 in [−1, 1]. A damaged image raises the error of its decoder, and an image beyond the
+    limits of `decode` and `folders` raises ValueError.
     """
 
     origin: str  # the file or the data set, for messages
@@ -22,6 +23,7 @@ class Source:
     label: Callable[[int], int] | None = None  # the class of image i; None without classes
     classes: Sequence[str] = ()  # the names of the classes; () without classes
     several: Callable[[], int] = lambda: 0  # images read so far that have more frames or pages than the first
+    dtype: str = "uint8"  # or float32
 
     def __len__(self) -> int:
         return self.num

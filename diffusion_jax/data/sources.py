@@ -5,6 +5,7 @@ import os
 import re
 from pathlib import Path
 
+from diffusion_jax.data.arrays import arrays
 from diffusion_jax.data.digits import digits
 from diffusion_jax.data.folders import files
 from diffusion_jax.data.source import Source
@@ -12,7 +13,14 @@ from diffusion_jax.data.tfds import tfds
 from diffusion_jax.errors import UserError
 
 
-def open_source(source: str, path: str, *, split: str = "train", manual_dir: str = "") -> Source:
+def open_source(
+    source: str,
+    path: str,
+    *,
+    split: str = "train",
+    manual_dir: str = "",
+    bounds: tuple[float, float] | None = None,
+) -> Source:
     """Returns the source that config.data names.
 
     Args:
@@ -22,26 +30,37 @@ def open_source(source: str, path: str, *, split: str = "train", manual_dir: str
       split: a split of TFDS, or "train", "test", … for `files`. Brackets select a part as in TFDS:
         "train[:1500]", "train[90%:]".
       manual_dir: see `tfds`.
+      bounds: see `arrays`.
 
     Raises:
       UserError: the source does not exist, or has no images.
     """
+    if bounds and not _is_array(path or source):
+        raise UserError(f"config.data.range={bounds} goes with arrays, .npy or .npz: leave it out")
     if source.startswith("tfds:") and name_of(source, path) == source:
         return tfds(source.removeprefix("tfds:"), data_dir=path, manual_dir=manual_dir, split=split)
-    split, bounds = _parse_split(split)
+    split, part = _parse_split(split)
     if source == "digits" and not path:
-        return _part(digits(split), bounds)
+        return _part(digits(split), part)
     if source == "files" and not path:
         raise UserError(
-            "config.data.path is empty: give a folder, a zip or an idx file, --config.data.path=…, or another config, "
-            "e.g. --config=own --config.data.path=… or --config=digits"
+            "config.data.path is empty: give a folder, a zip, an idx file or an array, --config.data.path=…, or "
+            "another config, e.g. --config=own --config.data.path=… or --config=digits"
         )
     file = Path(os.path.realpath(os.path.expanduser(path or source)))  # one name of a folder, one cache
+    if os.path.exists(file) and _is_array(file.name):
+        if split != "train":
+            raise UserError(f"config.data.split={split!r}: an array has only 'train': give 'train', or a part of it")
+        return _part(arrays(file, bounds), part)
     if os.path.exists(file):  # False also where Path.exists raises an error
-        return _part(files(file, split), bounds)
+        return _part(files(file, split), part)
     if path:
         raise UserError(f"config.data.path={path!r} does not exist: give a folder, a zip or an idx file")
     raise UserError(f"config.data.source={source!r} must be 'digits', 'tfds:<name>', 'files' or an existing path")
+
+
+def _is_array(path):
+    return path.lower().endswith((".npy", ".npz"))
 
 
 def name_of(source: str, path: str) -> str:

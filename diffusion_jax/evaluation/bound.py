@@ -224,8 +224,13 @@ def histogram_bits(images: np.ndarray) -> float:
 
 
 def png_bits(images: np.ndarray) -> float:
-    """Returns bits/dim of uint8 [n, H, W, C] as PNG. Up to 1,000 images share a file, so the header costs little."""
+    """Returns bits/dim of uint8 [n, H, W, C] as PNG. Up to 1,000 images share a file, so the header costs little.
+
+    Channels other than grey or RGB lie beside each other in a grey file.
+    """
     num_bytes = 0
+    if images.shape[-1] not in (1, 3):
+        images = np.concatenate(np.split(images, images.shape[-1], axis=-1), axis=2)
     for first in range(0, len(images), 1000):
         some = images[first : first + 1000]
         file = io.BytesIO()

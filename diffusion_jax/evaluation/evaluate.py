@@ -67,6 +67,11 @@ def evaluate(
     _check_arguments(seed, num, splits)
     num = bound.QUICK if quick and num is None else num
     config = read_config(workdir)
+    if config.data.range:
+        raise UserError(
+            f"--mode=evaluate measures images of 256 levels, but config.data.range={tuple(config.data.range)} makes "
+            "them float32, which no bits/dim counts: compare samples in Python, or train on uint8"
+        )
     run = parts.build(config)
     densities = _densities(config, labels)
     generated, extractor, saved = _read_samples(config, run.image_shape, samples, inception_path, reference)

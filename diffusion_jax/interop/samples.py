@@ -34,7 +34,9 @@ def write_samples(
     step: int | None = None,
     **settings: Any,
 ) -> None:
-    """Writes `num` images: a grid if `out` ends in .png, uint8 [num, H, W, C] if in .npz, shards if in "/".
+    """Writes `num` images: a grid if `out` ends in .png, an array [num, H, W, C] if in .npz, shards if in "/".
+
+    The array is uint8, or float32 in data.range where the run has one.
 
     An .npz stores the images as "arr_0", the name that evaluation suites read, and their settings as JSON in
     "about". Shards are such files of SHARD images, named by their first and last index, with samples.json
@@ -62,11 +64,14 @@ def write_samples(
     sample_fn = watch.Sampler(of_num, shape, run.num_sampling_steps, params, flags="")
     about = _about(config, workdir, step, params, seed, chosen)
     params = jax.device_put(params)
+    finish = pixels.to_uint8
+    if config.data.range and not out.endswith(".png"):
+        finish = functools.partial(pixels.to_range, low=config.data.range[0], high=config.data.range[1])
     one_call = num <= per_call * jax.process_count()  # which has a bar of its own
     with tqdm.tqdm(total=num, unit="image", desc="sampling", disable=one_call or jax.process_index() != 0) as bar:
 
         def make(first, num):
-            return _share(sample_fn, params, seed, first, num, per_call, bar, chosen)
+            return _share(sample_fn, params, seed, first, num, per_call, bar, chosen, finish)
 
         if out.endswith("/"):
             _write_shards(path, num, make, bar, about)
@@ -117,16 +122,17 @@ def _about(config, workdir, step, params, seed, chosen):
         "sigma": config.sampling.sigma if sampler == "ancestral" else None,
         "clip": config.sampling.clip,
         "dtype": config.model.dtype,
+        **({"range": list(config.data.range)} if config.data.range else {}),
         **({} if chosen is None else of_classes),
     }
 
 
-def _share(sample_fn, params, seed, first, num, per_call, bar, chosen):
-    """Returns images first .. first + num - 1, uint8, in every process; the processes divide each round of calls."""
+def _share(sample_fn, params, seed, first, num, per_call, bar, chosen, finish):
+    """Returns images first .. first + num - 1, finished, in every process; the processes divide each round of calls."""
     processes, made = jax.process_count(), []
     for done in range(0, num, per_call * processes):
         own = first + done + per_call * jax.process_index()
-        x = pixels.to_uint8(sample_fn(params, jax.random.key(seed), own, _labels(chosen, own, per_call)))
+        x = finish(sample_fn(params, jax.random.key(seed), own, _labels(chosen, own, per_call)))
         made.append(multihost_utils.process_allgather(x, tiled=True) if processes > 1 else x)
         bar.update(min(per_call * processes, num - done))
     return np.concatenate(made)[:num]

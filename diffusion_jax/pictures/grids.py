@@ -21,13 +21,14 @@ def grid(x: np.ndarray, columns: int | None = None, width: float = 0) -> np.ndar
     Images smaller than MIN_TILE, or narrower than `width`, are enlarged by an integer factor, bicubic.
 
     Args:
-      x: uint8 [N, H, W, C].
+      x: uint8 [N, H, W, C], of which `visible` channels are shown.
       columns: images in a row; None makes the sheet about square.
       width: the least width of an image in pixels.
 
     Returns:
-      uint8 [height, width, C].
+      uint8 [height, width, 1 or 3].
     """
+    x = x[..., : visible(x.shape[-1])]
     num, rows, cols, channels = x.shape
     columns = columns or math.ceil(math.sqrt(num))
     scale = max(1, round(MIN_TILE / max(rows, cols)), math.ceil(width / cols))
@@ -40,6 +41,11 @@ def grid(x: np.ndarray, columns: int | None = None, width: float = 0) -> np.ndar
     return sheet
 
 
+def visible(channels: int) -> int:
+    """Returns the number of channels that a picture shows: the first three, or the first of two."""
+    return 3 if channels >= 3 else 1
+
+
 def labelled(x: np.ndarray, row_labels: Sequence[str], column_labels: Sequence[str]) -> np.ndarray:
     """Returns `grid` of the images with a label to the left of each row and above each column.
 
@@ -49,13 +55,13 @@ def labelled(x: np.ndarray, row_labels: Sequence[str], column_labels: Sequence[s
       column_labels: one for each column.
 
     Returns:
-      uint8 [height, width, C].
+      uint8 [height, width, 1 or 3].
     """
     font = ImageFont.load_default(LABEL)
     sheet = grid(x, len(column_labels), width=max(map(font.getlength, column_labels)))
     left = math.ceil(max(font.getlength(label) for label in row_labels)) + LABEL
     top = LABEL * 2
-    picture = Image.new("L" if x.shape[-1] == 1 else "RGB", (sheet.shape[1] + left, sheet.shape[0] + top), "white")
+    picture = Image.new("L" if sheet.shape[-1] == 1 else "RGB", (sheet.shape[1] + left, sheet.shape[0] + top), "white")
     picture.paste(to_pillow(sheet), (left, top))
     draw = ImageDraw.Draw(picture)
     height, width = sheet.shape[0] / len(row_labels), sheet.shape[1] / len(column_labels)

@@ -6,6 +6,7 @@ object: `diffusion_jax.parts` does.
 
 import difflib
 import importlib.resources
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,12 +30,12 @@ CHOICES = {
     "train.t_sampling": ("uniform", "importance"),
     "sampling.sampler": ("ancestral", "ddim", "dpmpp_2m"),
     "sampling.sigma": ("zero", "beta", "posterior"),
-    "data.channels": (1, 3),
 }
 _INT32 = 2**31 - 1
 RANGES = {  # the smallest and the largest integer; configs also come with the weights and samplers of others
     "seed": (0, 2**32 - 1),  # JAX takes seeds modulo 2^32
     "data.image_size": (1, 8192),  # the largest image that can be read has 50,000,000 pixels
+    "data.channels": (1, 1024),
     "data.crop": (0, _INT32),
     "schedule.num_steps": (1, MOST_STEPS),
     "model.channels": (4, 2**16),  # 2^63 numbers are the limit of an array
@@ -59,7 +60,7 @@ _PYTHON = "python:"
 _LARGEST, _SMALLEST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
 # These identify a run; the other keys may change when it resumes.
 _IDENTITY = (
-    *("data.source", "data.path", "data.split", "data.image_size", "data.channels", "data.crop"),
+    *("data.source", "data.path", "data.split", "data.image_size", "data.channels", "data.range", "data.crop"),
     *("schedule.", "model."),
 )
 _MAY_CHANGE = ("model.attention",)  # its choices compute the same output
@@ -239,6 +240,7 @@ def check(config: ConfigDict) -> None:
     _check_vlb(config)
     _check_attention(config)
     _check_length(config)
+    _check_range(config)
     _check_levels(config)
 
 
@@ -324,6 +326,9 @@ def warnings(config: ConfigDict, alpha_bar: float) -> list[str]:
             f"the learning rate only reaches {train.num_steps / train.warmup_steps:.1%} of config.train.learning_rate="
             f"{train.learning_rate}; lower warmup_steps"
         )
+    if config.data.channels not in (1, 3):
+        shown = "the first three" if config.data.channels > 3 else "the first"
+        texts.append(f"grids of images show {shown} of config.data.channels={config.data.channels}")
     return texts
 
 
@@ -495,6 +500,14 @@ def _check_image_size(config):
         return len(sizes) == 2 and all(type(size) is int and low <= size <= high for size in sizes)
 
     _need(config, "data.image_size", is_size, f"a number of pixels in {low}..{high:,}, or (height, width)")
+
+
+def _check_range(config):
+    def is_range(value):
+        are_numbers = all(type(x) in (int, float) and math.isfinite(x) for x in value)
+        return value == () or (len(value) == 2 and are_numbers and value[0] < value[1])
+
+    _need(config, "data.range", lambda value: is_range(tuple(value)), "() or two numbers (lo, hi) with lo < hi")
 
 
 def _check_levels(config):

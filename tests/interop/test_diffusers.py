@@ -446,7 +446,7 @@ def test_missing_source_or_config_is_refused(source, tmp_path):
         ("flip_sin_to_cos", ...),
         ("freq_shift", 0),
         ("freq_shift", ...),
-        ("in_channels", 4),
+        ("in_channels", 0),
         ("layers_per_block", 1.5),
         ("layers_per_block", 65),
         ("mid_block_scale_factor", 1.4),

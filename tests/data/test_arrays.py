@@ -1,0 +1,160 @@
+import os
+
+import numpy as np
+import pytest
+from conftest import tiny_config
+
+from diffusion_jax import parts
+from diffusion_jax.data import sources
+from diffusion_jax.data.arrays import arrays
+from diffusion_jax.errors import UserError
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (12, 10, 6, 4), np.uint8)
+
+
+def saved(folder, array, name="images.npy", **others):
+    """Writes a .npy, or an .npz that is compressed if its name says so; returns its path."""
+    path = folder / name
+    if name.endswith(".npy"):
+        np.save(path, array)
+    else:
+        (np.savez_compressed if "compressed" in name else np.savez)(path, images=array, **others)
+    return path
+
+
+def all_of(source):
+    return np.stack([source[i] for i in range(len(source))])
+
+
+def config_of(path, **overrides):
+    shape = {"data__image_size": (10, 6), "data__channels": 4, "data__cache_dir": str(path.parent / "cache")}
+    return tiny_config(**{"data__source": "files", "data__path": str(path)} | shape | overrides)
+
+
+@pytest.mark.parametrize("name", ["images.npy", "stored.npz", "compressed.npz"])
+def test_images_are_those_of_the_array(tmp_path, name):
+    source = arrays(saved(tmp_path, IMAGES, name))
+    np.testing.assert_array_equal(all_of(source), IMAGES)
+    assert source.name(3) == f"{name}[3]" and source.dtype == "uint8" and source.label is None
+    source = arrays(saved(tmp_path, IMAGES[..., 0], name))
+    np.testing.assert_array_equal(all_of(source), IMAGES[..., :1])
+
+
+def test_a_change_of_the_file_or_of_the_range_has_another_cache(tmp_path):
+    path = saved(tmp_path, IMAGES)
+    before = arrays(path).version
+    assert arrays(path).version == before != arrays(path, (0, 255)).version
+    status = path.stat()
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    assert arrays(path).version != before
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, np.int16, ">u2", np.uint8])
+def test_a_range_becomes_minus_one_to_one(tmp_path, dtype):
+    values = np.linspace(0, 200, IMAGES.size).reshape(IMAGES.shape).astype(dtype)
+    source = arrays(saved(tmp_path, values), (-40, 200))
+    image = source[5]
+    assert image.dtype == np.float32 and source.dtype == "float32"
+    np.testing.assert_allclose(image, (values[5].astype(float) + 40) / 120 - 1, atol=1e-6)
+
+
+def test_values_outside_of_the_range_are_unreadable_images(tmp_path):
+    values = np.zeros((3, 4, 4), np.float32)
+    values[1, 2, 2], values[2, 0, 0] = 1.5, np.nan
+    source = arrays(saved(tmp_path, values), (-1, 1))
+    assert source[0].shape == (4, 4, 1)
+    for i in (1, 2):
+        with pytest.raises(ValueError, match=r"values from \S+ to \S+ are outside config\.data\.range=\(-1, 1\)"):
+            source[i]
+
+
+def test_labels_are_classes(tmp_path):
+    numbers = np.arange(12) % 3
+    source = arrays(saved(tmp_path, IMAGES, "a.npz", labels=numbers))
+    assert [source.label(i) for i in range(12)] == numbers.tolist() and source.classes == ["0", "1", "2"]
+    names = np.array(["cat", "ant", "bee"])[numbers]
+    source = arrays(saved(tmp_path, IMAGES, "b.npz", labels=names))
+    assert [source.classes[source.label(i)] for i in range(12)] == names.tolist()
+
+
+@pytest.mark.parametrize("cache_limit_gb", [64.0, 0.0])
+def test_arrays_of_a_config(tmp_path, cache_limit_gb):
+    """Cached or on the fly, resized or not, in part, uint8 and float32."""
+    path = saved(tmp_path, IMAGES, "images.npz", labels=np.arange(12) % 3)
+    images = parts.images(config_of(path, data__cache_limit_gb=cache_limit_gb))
+    np.testing.assert_array_equal(images[:], IMAGES)
+    assert images.classes == ("0", "1", "2")
+    some = parts.images(config_of(path, data__cache_limit_gb=cache_limit_gb, data__split="train[3:5]"))
+    np.testing.assert_array_equal(some.examples(np.arange(2))["image"], IMAGES[3:5])
+    half = parts.images(config_of(path, data__cache_limit_gb=cache_limit_gb, data__image_size=(5, 3)))
+    assert half.shape == (12, 5, 3, 4) and abs(half[:].mean() - IMAGES.mean()) < 2
+    scaled = parts.images(config_of(path, data__cache_limit_gb=cache_limit_gb, data__range=(0, 255)))[:]
+    assert scaled.dtype == np.float32
+    np.testing.assert_allclose(scaled, IMAGES / 127.5 - 1, atol=1e-6)
+
+
+def test_channels_do_not_mix_in_a_resize(tmp_path):
+    """Pillow would weight the first three of four channels by the last."""
+    images = np.zeros((1, 8, 8, 4), np.uint8)
+    images[..., 0] = 200
+    resized = parts.images(config_of(saved(tmp_path, images), data__image_size=4))[:]
+    np.testing.assert_array_equal(resized, images[:, ::2, ::2])
+
+
+BAD = {
+    "floats": (np.ones((3, 4, 4), np.float32), None, r"holds float32 \[3, 4, 4\] from 1 to 1: give the numbers that"),
+    "a vector": (np.ones(5, np.uint8), None, r"holds uint8 \[5\], not images: give numbers \[N, H, W, C\]"),
+    "no images": (np.ones((0, 4, 4), np.uint8), None, r"holds uint8 \[0, 4, 4\], not images"),
+    "complex": (np.ones((2, 4, 4), complex), (0, 1), r"holds complex128 .* not images"),
+    "booleans": (np.ones((2, 4, 4), bool), (0, 1), r"holds bool .* not images"),
+    "channels first": (np.ones((2, 3, 8, 8), np.uint8), None, r"looks like \[N, C, H, W\]: give array\.transpose"),
+    "Fortran": (np.asfortranarray(np.ones((2, 8, 8), np.uint8)), None, r"in Fortran's order\): write it again"),
+    "objects": (np.array([[[None]]]), None, r"holds Python objects\): write it again"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_no_array_of_images_is_refused(tmp_path, name):
+    array, bounds, message = BAD[name]
+    with pytest.raises(UserError, match=message):
+        arrays(saved(tmp_path, array), bounds)
+
+
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        (np.arange(5), r"labels int64 \[5\] for 12 images: give a number >= 0 or a name for each"),
+        (np.arange(12) - 1, r"labels int64 \[12\] for 12 images"),
+        (np.linspace(0, 1, 12), r"labels float64 \[12\] for 12 images"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(tmp_path, labels, message):
+    with pytest.raises(UserError, match=message):
+        arrays(saved(tmp_path, IMAGES, "a.npz", labels=labels))
+
+
+def test_damaged_files_are_refused(tmp_path):
+    path = saved(tmp_path, IMAGES)
+    content = path.read_bytes()
+    for name, some, message in (
+        ("images.npy", content[:-1], r"images\.npy cannot be read \(it is shorter than its header says\): write it"),
+        ("images.npy", content[:40], r"images\.npy cannot be read \("),
+        ("images.npy", b"", r"images\.npy cannot be read \("),
+        ("images.npz", content, r"images\.npz cannot be read \("),
+    ):
+        (tmp_path / name).write_bytes(some)
+        with pytest.raises(UserError, match=message):
+            arrays(tmp_path / name)
+    np.savez(tmp_path / "other.npz", pictures=IMAGES)
+    with pytest.raises(UserError, match=r"it has pictures, but neither images nor arr_0"):
+        arrays(tmp_path / "other.npz")
+
+
+def test_what_does_not_go_with_an_array_is_refused(tmp_path):
+    path = saved(tmp_path, IMAGES)
+    with pytest.raises(UserError, match=r"config\.data\.split='test': an array has only 'train'"):
+        sources.open_source("files", str(path), split="test")
+    with pytest.raises(UserError, match=r"config\.data\.range=\(0, 1\) goes with arrays, \.npy or \.npz: leave it out"):
+        sources.open_source("digits", "", bounds=(0, 1))
+    with pytest.raises(UserError, match=r"images\.npy\[0\]: it has 4 channels, not config\.data\.channels=3"):
+        parts.images(config_of(path, data__channels=3))
