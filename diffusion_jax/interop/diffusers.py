@@ -231,7 +231,8 @@ def _read_unet(config, file):
     are_sizes = isinstance(sizes, list) and len(sizes) == 2 and all(type(n) is int and n >= 1 for n in sizes)
     require("sample_size", are_sizes, "must be a number of pixels, or [height, width]")
     _bound(require, "sample_size", max(sizes), "data.image_size")
-    require("in_channels", type(settings["in_channels"]) is int, "must be a number of channels")
+    is_number = type(settings["in_channels"]) is int and settings["in_channels"] >= 1
+    require("in_channels", is_number, "must be a number of channels")
     _bound(require, "in_channels", settings["in_channels"], "data.channels")
     is_fixed_variance = settings["out_channels"] == settings["in_channels"]
     require("out_channels", is_fixed_variance, "must equal in_channels: learned variances are not supported")
