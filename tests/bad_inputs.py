@@ -59,7 +59,13 @@ def _config_cases(config, new, files):
         "unknown loss": (config("train.loss", "l2"), r"train\.loss='l2' must be one of simple"),
         "unknown sigma": (config("sampling.sigma", "large"), r"sampling\.sigma='large' must be one of zero"),
         "unknown dtype": (config("model.dtype", "float16"), r"model\.dtype='float16' must be one of float32"),
-        "two channels": (config("data.channels", 2), r"data\.channels=2 must be one of 1, 3"),
+        "no channels": (config("data.channels", 0), r"data\.channels=0 must be an integer in 1\.\.1,024"),
+        "no pair as range": (
+            config("data.range", "(1,)"),
+            r"data\.range=\(1,\) must be \(\) or two numbers \(lo, hi\)",
+        ),
+        "range of nothing": (config("data.range", "(2, 2)"), r"data\.range=\(2, 2\) must be .* with lo < hi"),
+        "range of digits": (config("data.range", "(0, 1)"), r"data\.range=\(0, 1\) goes with arrays, \.npy or \.npz"),
         "importance without the bound": (
             config("train.t_sampling", "importance"),
             r"'importance' must be 'uniform' unless config\.train\.loss='vlb'",
