@@ -31,7 +31,7 @@ def _train(args):
 def _prepare(args):
     from diffusion_jax.planning.prepare import prepare
 
-    prepare(args.config)
+    prepare(args.config, args.out or "prepared.png")
 
 
 def _sample(args):
@@ -118,9 +118,10 @@ MODES = {
     ),
     "prepare": Mode(
         _prepare,
-        "Decodes the images of a config into their cache; needs no accelerator.",
+        "Decodes the images of a config into their cache, and says what they are; needs no accelerator.",
         "--mode=prepare --config=celeba --config.data.path=img_align_celeba.zip",
         needs=("config",),
+        takes=("out",),
         on_device=False,
     ),
     "sample": Mode(

@@ -298,13 +298,15 @@ def test_debug_shows_the_traceback(command, tmp_path):
 
 def test_prepare_makes_the_cache_that_training_uses(done, tmp_path):
     cache = f"--config.data.cache_dir={tmp_path / 'cache'}"
-    printed = done("--mode=prepare", "--config=digits", cache)
+    out = f"--out={tmp_path / 'prepared.png'}"
+    printed = done("--mode=prepare", "--config=digits", cache, out)
     assert "1,797 images, 8x8x1, ready in" in printed
+    assert printed.endswith(f"16 of the images: {tmp_path / 'prepared.png'}\n")
     (folder,) = (tmp_path / "cache").iterdir()
     assert str(folder) in printed
     assert np.load(folder / "labels.npy")[:3].tolist() == [0, 1, 2]
     before = (folder / "manifest.json").stat().st_mtime_ns
-    assert "1,797 images" in done("--mode=prepare", "--config=digits", cache)
+    assert "1,797 images" in done("--mode=prepare", "--config=digits", cache, out)
     assert (folder / "manifest.json").stat().st_mtime_ns == before
 
 

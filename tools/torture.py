@@ -533,7 +533,7 @@ def pairs(failures):
     if code != 0:
         failures.append(f"pairs: a killed training blocks the next: {output[-300:]}")
     command = [sys.executable, "main.py", "--mode=prepare", "--config=configs/tiny.py"]
-    command.append(f"--config.data.cache_dir={fresh('cache')}")
+    command += [f"--config.data.cache_dir={fresh('cache')}", f"--out={fresh('prepared.png')}"]
 
     def prepare():
         return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

@@ -56,7 +56,9 @@ class Cached:
             self._start = file.tell()
         self._file = os.open(folder / "images.npy", os.O_RDONLY)  # stays readable if another process rebuilds the cache
         weakref.finalize(self, os.close, self._file)
-        self.classes = tuple(json.loads((folder / "manifest.json").read_text())["classes"])
+        manifest = json.loads((folder / "manifest.json").read_text())
+        self.classes = tuple(manifest["classes"])
+        self.num_skipped = len(manifest["skipped"])  # images of the source that could not be read
         labels = folder / "labels.npy"
         self.labels = np.load(labels) if labels.exists() else None
 
