@@ -25,7 +25,10 @@ def snapshot(source: str) -> Path:
     name, folder = match[1], match[2][1:]
     hub = _huggingface_hub(source)
     fetch = functools.partial(
-        hub.snapshot_download, name, repo_type="dataset", allow_patterns=[f"{folder}/*.parquet".lstrip("/")]
+        hub.snapshot_download,
+        name,
+        repo_type="dataset",
+        allow_patterns=[f"{folder}/*.parquet" if folder else "*.parquet"],
     )
     try:
         files = [file.rfilename for file in hub.HfApi().dataset_info(name, timeout=10).siblings]
@@ -68,12 +71,12 @@ def _check_folder(source, folder, files):
     """Raises UserError unless there are Parquet files in the folder, or all are of one part of the data set."""
     tables = [file for file in files if file.endswith(".parquet")]
     parts = sorted({file.split("/")[0] for file in tables if "/" in file})
-    if not any(file.startswith(f"{folder}/".lstrip("/")) for file in tables):
-        where = (
-            f"in a folder {folder!r}: give one of {', '.join(parts) or 'another data set'}" if folder and tables else ""
-        )
+    if not tables:
         mend = "download its images and give their folder, --config.data.path=…"
-        raise UserError(f"config.data.source={source!r} has no Parquet files {where or f': {mend}'}")
+        raise UserError(f"config.data.source={source!r} has no Parquet files: {mend}")
+    if folder and not any(file.startswith(f"{folder}/") for file in tables):
+        has = f"one of {', '.join(parts)}" if parts else "the data set alone"
+        raise UserError(f"config.data.source={source!r} has no Parquet files in a folder {folder!r}: give {has}")
     parts = [part for part in parts if not split_of_table(part)]
     if not folder and len(parts) > 1:
         raise UserError(
