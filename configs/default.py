@@ -12,8 +12,8 @@ def get_config() -> ConfigDict:
     config.seed = 0  # seed of initial weights, order of the data, t, noise and dropout
 
     config.data = data = ConfigDict()
-    data.source = "files"  # digits (ships with scikit-learn), tfds:<name>, or files (at data.path)
-    data.path = ""  # own images, in place of data.source: a folder, a zip, an idx, .npy or .npz file; or TFDS's folder
+    data.source = "files"  # digits (ships with scikit-learn), tfds:<name>, hf:<owner>/<name>, or files (at data.path)
+    data.path = ""  # own images in place of data.source: a folder, a zip, idx, Parquet, .npy, .npz; or the folder of TFDS
     data.split = "train"  # a split of TFDS, e.g. train, test, train+test; or the folder of that name within data.path
     data.test_split = ""  # held-out split; --mode=evaluate measures it too; "": none
     data.manual_dir = ""  # folder of files that TFDS cannot download itself

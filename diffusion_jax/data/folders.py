@@ -1,4 +1,4 @@
-"""The user's own images: folders, zips and idx files."""
+"""The user's own images: folders, zips, idx files and Parquet files."""
 
 import collections
 import hashlib
@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from diffusion_jax.data.decode import SUFFIXES, decode
 from diffusion_jax.data.idx import idx, idx_file
+from diffusion_jax.data.parquet import is_parquet, parquet
 from diffusion_jax.data.source import Source, printable
 from diffusion_jax.errors import UserError
 
@@ -26,13 +27,22 @@ _SPLITS = {
 _SPLIT_WORD = re.compile(rf"(?:^|[^A-Za-z])((?i:{'|'.join(_SPLITS)}))(?![a-z])")  # also that of trainA
 
 
-def files(file: Path, split: str = "train") -> Source:
-    """Returns the images of a folder, a zip, an idx file, or a folder with MNIST's idx files.
+def files(file: Path, split: str = "train", *, only_parquet: bool = False) -> Source:
+    """Returns the images of a folder, a zip, an idx file, a folder with MNIST's idx files, or Parquet files.
 
     Folders and zips are searched recursively, through links, and their images sorted by name. Hidden files, and the
     folders of helpers such as @eaDir, are left out. Folders called train, val, test, … beside each other, in any case,
     are splits, and only the images of `split` are used. If the images have more than one parent folder, these are the
     classes. Prints one line that says what was taken and what was left out.
+
+    A folder with Parquet files and no images is read as the hub lays it out. The name of a file, or of its folder,
+    begins with its split: data/train-00000-of-00002.parquet, train/0000.parquet. Without such names, "train" is
+    everything.
+
+    Args:
+      file: the file or the folder.
+      split: "train", "test", … or another name that the folders or the Parquet files have.
+      only_parquet: True leaves out the images in a folder, which illustrate a data set of the hub.
 
     Raises:
       UserError: there is no image or no folder of that split, or a file or folder cannot be read.
@@ -42,8 +52,12 @@ def files(file: Path, split: str = "train") -> Source:
     try:
         if path := idx_file(file, split):
             source = idx(path)
+        elif is_parquet(file):
+            source = _tables(file, [file.name], split, left_out)
+        elif file.is_dir():
+            source, folders = folder(file, split, left_out, only_parquet)
         else:
-            source, folders = (folder if file.is_dir() else archive)(file, split, left_out)
+            source, folders = archive(file, split, left_out)
     except OSError as error:
         raise UserError(f"config.data.path='{file}' cannot be read ({error}): check its permissions") from None
     others = ", ".join(f"{count} {reason}" for reason, count in left_out.most_common(12))
@@ -62,9 +76,15 @@ def files(file: Path, split: str = "train") -> Source:
     return source
 
 
-def folder(root: Path, split: str, left_out: collections.Counter[str]) -> tuple[Source, list[str]]:
+def folder(
+    root: Path, split: str, left_out: collections.Counter[str], only_parquet: bool = False
+) -> tuple[Source, list[str]]:
     """Returns (the images of a folder, the folders that hold them), and counts the files that it leaves out."""
-    stats = dict(_walk(root, left_out))
+    stats = {} if only_parquet else dict(_walk(root, left_out))
+    if only_parquet or (not stats and left_out[".parquet"]):
+        left_out.clear()
+        tables = sorted(name for name, _ in _walk(root, left_out, suffixes={".parquet"}))
+        return _tables(root, tables, split, left_out), []
     names = _names_of_split(sorted(stats), split, root, left_out)
     version = _sha256([names, [(stats[name].st_size, stats[name].st_mtime_ns) for name in names]])
     return _source(root, version, names, lambda name: root / name)
@@ -73,11 +93,11 @@ def folder(root: Path, split: str, left_out: collections.Counter[str]) -> tuple[
 def archive(file: Path, split: str, left_out: collections.Counter[str]) -> tuple[Source, list[str]]:
     """Returns (the images of a zip, the folders that hold them), and counts the files that it leaves out."""
     if not file.is_file():  # to open a pipe would wait forever
-        raise UserError(f"config.data.path='{file}' must be a folder, a zip or an idx file")
+        raise UserError(f"config.data.path='{file}' must be a folder, a zip or an idx file, or Parquet")
     try:
         unpacked = zipfile.ZipFile(file)
     except zipfile.BadZipFile:
-        raise UserError(f"config.data.path='{file}' must be a folder, a zip or an idx file") from None
+        raise UserError(f"config.data.path='{file}' must be a folder, a zip or an idx file, or Parquet") from None
     members = {}
     for member in unpacked.infolist():
         name = member.filename.replace("\\", "/")  # programs of Windows write backslashes
@@ -88,6 +108,12 @@ def archive(file: Path, split: str, left_out: collections.Counter[str]) -> tuple
     names = _names_of_split(sorted(members), split, file, left_out)
     version = _sha256([names, [members[name].CRC for name in names]])
     return _source(file, version, names, lambda name: io.BytesIO(_unpack(unpacked, members[name])))
+
+
+def _tables(path, names, split, left_out):
+    """Returns the images of a split of Parquet files; `path` is the file, or the folder that contains the names."""
+    names = _tables_of_split(names, split, path, left_out)
+    return parquet([path / name if path.is_dir() else path for name in names], path)
 
 
 def _source(path, version, names, opened):
@@ -121,7 +147,7 @@ def _source(path, version, names, opened):
 # ---------------------------------------------------------------- which files
 
 
-def _walk(folder, left_out, prefix="", above=frozenset()):
+def _walk(folder, left_out, prefix="", above=frozenset(), suffixes=SUFFIXES):
     """Yields (name, stat) of the images below a folder. Follows links, unless they lead back to a folder above."""
     status = os.stat(folder)
     here = (status.st_dev, status.st_ino)
@@ -134,9 +160,9 @@ def _walk(folder, left_out, prefix="", above=frozenset()):
                 status = entry.stat()
             except OSError:  # a broken link: its decoder will report it
                 status = entry.stat(follow_symlinks=False)
-            is_folder, reason = stat.S_ISDIR(status.st_mode), _reason_against(entry.name)
+            is_folder, reason = stat.S_ISDIR(status.st_mode), _reason_against(entry.name, suffixes)
             if is_folder and reason != "hidden":
-                yield from _walk(entry.path, left_out, f"{prefix}{entry.name}/", above | {here})
+                yield from _walk(entry.path, left_out, f"{prefix}{entry.name}/", above | {here}, suffixes)
             elif reason:
                 left_out[reason] += 1
             elif stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode):
@@ -145,13 +171,13 @@ def _walk(folder, left_out, prefix="", above=frozenset()):
                 left_out["pipes or devices"] += 1
 
 
-def _reason_against(name):
-    """Returns why a file is left out, by the parts of its name; "" for an image."""
+def _reason_against(name, suffixes=SUFFIXES):
+    """Returns why a file is left out, by the parts of its name; "" for one with one of the suffixes."""
     path = PurePosixPath(name)
     if any(part.startswith(".") or part.lower() in _HELPERS for part in path.parts):
         return "hidden"
     suffix = path.suffix.lower()
-    return "" if suffix in SUFFIXES else printable(suffix) or "without a suffix"
+    return "" if suffix in suffixes else printable(suffix) or "without a suffix"
 
 
 def _names_of_split(names, split, path, left_out):
@@ -175,6 +201,38 @@ def _names_of_split(names, split, path, left_out):
     if len(taken) < len(names):
         left_out[f"outside {' and '.join(map(printable, chosen))}"] = len(names) - len(taken)
     return taken
+
+
+def _tables_of_split(names, split, path, left_out):
+    """Returns those names of Parquet files that are of a split; all if the split is "train" and none names a split."""
+    found = {name: split_of_table(name, split) for name in names}
+    present = sorted(set(found.values()) - {""})
+    asked = _SPLITS.get(split.lower(), split)
+    if not present and asked == "train":
+        return names
+    taken = [name for name in names if found[name] == asked]
+    if not taken:
+        has = f"one that it has, {', '.join(present)}" if present else "train, which is everything"
+        raise UserError(f"config.data.split={split!r}: '{path}' has no Parquet files of that name: give {has}")
+    if len(taken) < len(names):
+        left_out[f"outside {printable(split)}"] = len(names) - len(taken)
+    return taken
+
+
+def split_of_table(name: str, split: str = "") -> str:
+    """Returns the split with which the name of a Parquet file, or else of its folder, begins; "" for none.
+
+    Args:
+      name: a path such as "data/train-00000-of-00002.parquet".
+      split: a split of another name than train, test, …, if there is one.
+    """
+    for part in reversed(name.split("/")):
+        word = re.split(r"\W", part, maxsplit=1)[0].lower()
+        if (stem := word.rstrip("_0123456789")) in _SPLITS:  # also train_0
+            return _SPLITS[stem]
+        if split and word == split.lower():
+            return split
+    return ""
 
 
 def _split_of(folder, splits):

@@ -8,6 +8,7 @@ from pathlib import Path
 from diffusion_jax.data.arrays import arrays
 from diffusion_jax.data.digits import digits
 from diffusion_jax.data.folders import files
+from diffusion_jax.data.hub import snapshot
 from diffusion_jax.data.source import Source
 from diffusion_jax.data.tfds import tfds
 from diffusion_jax.errors import UserError
@@ -24,7 +25,7 @@ def open_source(
     """Returns the source that config.data names.
 
     Args:
-      source: "digits", "tfds:<name>", "files" for the files at `path`, or a path.
+      source: "digits", "tfds:<name>", "hf:<owner>/<name>" (see `snapshot`), "files" for the files at `path`, or a path.
       path: the user's files, which take precedence over `source`; see `files`. With "tfds:<name>", an
         empty folder or a folder that contains a folder <name> is TFDS's data_dir instead.
       split: a split of TFDS, or "train", "test", … for `files`. Brackets select a part as in TFDS:
@@ -42,9 +43,12 @@ def open_source(
     split, part = _parse_split(split)
     if source == "digits" and not path:
         return _part(digits(split), part)
+    if source.startswith("hf:") and not path:
+        images = files(snapshot(source), split, only_parquet=True)
+        return _part(dataclasses.replace(images, origin=source), part)  # the name of the folder is that of a commit
     if source == "files" and not path:
         raise UserError(
-            "config.data.path is empty: give a folder, a zip, an idx file or an array, --config.data.path=…, or "
+            "config.data.path is empty: give a folder, a zip, an idx, Parquet or .npy file, --config.data.path=…, or "
             "another config, e.g. --config=own --config.data.path=… or --config=digits"
         )
     file = Path(os.path.realpath(os.path.expanduser(path or source)))  # one name of a folder, one cache
@@ -55,8 +59,11 @@ def open_source(
     if os.path.exists(file):  # False also where Path.exists raises an error
         return _part(files(file, split), part)
     if path:
-        raise UserError(f"config.data.path={path!r} does not exist: give a folder, a zip or an idx file")
-    raise UserError(f"config.data.source={source!r} must be 'digits', 'tfds:<name>', 'files' or an existing path")
+        raise UserError(f"config.data.path={path!r} does not exist: give a folder, a zip, an idx or a Parquet file")
+    raise UserError(
+        f"config.data.source={source!r} must be 'digits', 'tfds:<name>', 'hf:<owner>/<name>', 'files' or an existing "
+        "path"
+    )
 
 
 def _is_array(path):

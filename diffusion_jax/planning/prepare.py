@@ -10,7 +10,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from diffusion_jax import parts
-from diffusion_jax.data import summary
+from diffusion_jax.data import pixels, summary
 from diffusion_jax.data.cache import Cached, OnTheFly
 from diffusion_jax.errors import UserError
 from diffusion_jax.pictures import grids
@@ -46,10 +46,12 @@ def prepare(config: ConfigDict, out: str = "prepared.png") -> None:
     found = summary.summarize(_batches(images, indices))
     counts = {} if found.labels is None else summary.class_counts(found.labels, images.classes)
     print(_text(found, counts, count))
+    if images.dtype != np.uint8:
+        print(f"  0..255 are 256 levels of config.data.range={tuple(config.data.range)}")
     for text in summary.warnings(found, counts if found.num == count else {}):
         print(f"warning: {text}")
     chosen = indices[summary.spread(found.num, found.labels, PICTURES)]
-    grids.save_png(path, images.examples(chosen)["image"])
+    grids.save_png(path, grids.grid(_levels(images.examples(chosen)["image"])))
     print(f"{len(chosen)} of the images: {out}")
 
 
@@ -81,8 +83,14 @@ def _batches(images: Cached | OnTheFly, indices: np.ndarray) -> Iterator[dict[st
     size = max(1, BLOCK // math.prod(images.shape[1:]))
     with tqdm.tqdm(total=len(indices), unit="image", desc="looking", delay=2) as bar:
         for block in np.split(indices, range(size, len(indices), size)):
-            yield images.examples(block)
+            batch = images.examples(block)
+            yield batch | {"image": _levels(batch["image"])}
             bar.update(len(block))
+
+
+def _levels(x):
+    """Returns float32 images of an array as 256 levels, and uint8 as it is."""
+    return x if x.dtype == np.uint8 else pixels.to_uint8(x)
 
 
 def _text(found: summary.Summary, counts: dict[str, int], count: int) -> str:

@@ -345,7 +345,7 @@ def with_absolute_paths(config: ConfigDict) -> ConfigDict:
 
 def _is_name(source):
     """Returns True for a data.source that is no path."""
-    return source in ("digits", "files") or source.startswith("tfds:")
+    return source in ("digits", "files") or source.startswith(("tfds:", "hf:"))
 
 
 def check_key(key: str) -> None:
