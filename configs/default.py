@@ -13,7 +13,9 @@ def get_config() -> ConfigDict:
 
     config.data = data = ConfigDict()
     data.source = "files"  # digits (ships with scikit-learn), tfds:<name>, hf:<owner>/<name>, or files (at data.path)
-    data.path = ""  # own images in place of data.source: a folder, a zip, idx, Parquet, .npy, .npz; or the folder of TFDS
+    data.path = (
+        ""  # own images in place of data.source: a folder, a zip, idx, Parquet, .npy, .npz; or the folder of TFDS
+    )
     data.split = "train"  # a split of TFDS, e.g. train, test, train+test; or the folder of that name within data.path
     data.test_split = ""  # held-out split; --mode=evaluate measures it too; "": none
     data.manual_dir = ""  # folder of files that TFDS cannot download itself

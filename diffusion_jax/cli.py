@@ -1,9 +1,4 @@
-"""The command line: a table of modes, and errors that end a command with one line.
-
-diffusion_jax --config=celeba --workdir=runs/celeba
-diffusion_jax --mode=sample --workdir=runs/celeba --num=64 --out=samples.png
-diffusion_jax --mode=sample --help
-"""
+"""The command line: a table of modes, and errors that end a command with one line."""
 
 import signal
 import sys

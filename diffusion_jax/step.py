@@ -166,10 +166,7 @@ def _mean(gradient, parts):
 
 
 def _mean_in_fixed_order(gradient, parts):
-    """Returns what `_mean` returns, bit for bit the same on any number of devices that divides `parts`.
-
-    Part i has the examples i, i + parts, … of the global batch.
-    """
+    """Returns `_mean`, bit for bit for any number of devices; of `parts`, part i has the examples i, i + parts, …"""
 
     def mean(params, indices, *examples):
         own = parts // lax.psum(1, AXIS)

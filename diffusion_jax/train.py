@@ -35,6 +35,8 @@ def train(
     loss: _Own = None,
     schedule: _Own = None,
     sigma: _Own = None,
+    images: np.ndarray | None = None,
+    labels: np.ndarray | None = None,
     profile: int = 0,
 ) -> TrainState:
     """Trains to config.train.num_steps, from the last checkpoint of `workdir` if it has one.
@@ -43,6 +45,7 @@ def train(
       loss: (eps_bar_fn, s, x_0, t, eps_bar) -> [B], as `losses.simple_loss`.
       schedule: (num_steps) -> Schedule, as `schedule.cosine`; `load` then needs it too.
       sigma: (s) -> [T + 1], as `schedule.sigma_beta`; `load` then needs it, or another one.
+      images, labels: arrays as in a file of `arrays.arrays`, in place of data.source; kept in the workdir.
       profile: the number of steps to trace, see `profile.Trace`.
 
     Returns:
@@ -54,9 +57,13 @@ def train(
       hosts.Stopped: a signal stopped the run after it saved its state.
     """
     began = time.monotonic()
-    config = configs.with_functions(config, loss=loss, schedule=schedule, sigma=sigma)
+    config, folder = (
+        configs.with_functions(config, loss=loss, schedule=schedule, sigma=sigma),
+        workdirs.absolute(workdir),
+    )
+    if images is not None:
+        config = configs.with_path(config, hosts.on_main(lambda: workdirs.keep_images(folder, images, labels)))
     configs.check(config)
-    folder = workdirs.absolute(workdir)
     with contextlib.ExitStack() as stack:
         config, images, lock = _begin(config, folder, stack)
         parts.loss(config)  # raises for a function that only Python can give

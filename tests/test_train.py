@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import assert_same, lines, run, tiny_config, without_speed, write_random_run
+from etils import epath
 from tensorboardX.proto import event_pb2
 
 from diffusion_jax import losses, parts, process, sample, sampling, step, train
@@ -444,6 +445,22 @@ def test_the_sampler_of_the_grids_is_foreseen(uninterrupted, monkeypatch):
 
 
 # ---------------------------------------------------------------- from a notebook
+
+
+def test_training_takes_arrays_and_keeps_them(tmp_path, small_network):
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), np.uint8)
+    labels = np.array(["cat", "dog"])[np.arange(40) % 2]
+    config = tiny_config(model__num_classes="auto", data__cache_dir=str(tmp_path / "cache"))
+    state = train.train(config, tmp_path / "run", images=images, labels=labels)
+    kept = workdirs.read_config(tmp_path / "run")
+    assert kept.data.path == str(tmp_path / "run/images.npz") and list(kept.data.classes) == ["cat", "dog"]
+    np.testing.assert_array_equal(parts.images(kept)[:], images)
+    assert_same(train.train(config, tmp_path / "run", images=images, labels=labels), state)  # nothing is left to do
+    assert_same(train.train(kept, tmp_path / "run"), state)
+    with pytest.raises(UserError, match=r"images\.npz holds other images or labels: give those that it holds, or"):
+        train.train(config, tmp_path / "run", images=images)
+    with pytest.raises(UserError, match=r"images are kept in the workdir, and gs://bucket/run is not on a disk"):
+        workdirs.keep_images(epath.Path("gs://bucket/run"), images)
 
 
 def test_load(uninterrupted):

@@ -110,6 +110,13 @@ def with_functions(config: ConfigDict, **functions: Callable | None) -> ConfigDi
     return config
 
 
+def with_path(config: ConfigDict, path: str) -> ConfigDict:
+    """Returns a copy of the config whose images are at a path, data.path."""
+    config = config.copy_and_resolve_references()
+    config.data.source, config.data.path = "files", path
+    return config
+
+
 def _named(value):
     """Returns the name of a function, and any other value unchanged."""
     return _PYTHON + value.__name__ if callable(value) else value

@@ -1,12 +1,13 @@
 """The workdir of a run: its path and its config.
 
 config.json · checkpoints/<step>/ · metrics.jsonl · samples/<step>.png · TensorBoard events; evaluation adds
-evaluation/<step>/ and report.html.
+evaluation/<step>/ and report.html, and a training on arrays images.npz.
 """
 
 import json
 import os
 
+import numpy as np
 from etils import epath
 from ml_collections import ConfigDict  # noqa: TID251 (the type of a config)
 
@@ -48,6 +49,27 @@ def write_config(workdir: epath.PathLike, config: ConfigDict) -> None:
         files.write_text(absolute(workdir) / "config.json", text)
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be written ({error}): give another folder") from None
+
+
+def keep_images(folder: epath.Path, images: np.ndarray, labels: np.ndarray | None = None) -> str:
+    """Writes arrays as images.npz in a workdir, unless it holds them already, and returns the path of the file.
+
+    Raises:
+      UserError: it holds others, or the workdir is in a bucket, where arrays cannot be read.
+    """
+    file, given = folder / "images.npz", {"images": np.asarray(images)}
+    given |= {} if labels is None else {"labels": np.asarray(labels)}
+    if "://" in str(folder):
+        raise UserError(f"images are kept in the workdir, and {folder} is not on a disk: give a file, config.data.path")
+    if not file.exists():
+        with files.replacing(file) as opened:
+            np.savez(opened, **given)
+        return str(file)
+    with np.load(file) as kept:
+        is_same = set(kept.files) == given.keys() and all(np.array_equal(kept[name], given[name]) for name in given)
+    if not is_same:
+        raise UserError(f"{file} holds other images or labels: give those that it holds, or another workdir")
+    return str(file)
 
 
 def holds_run(workdir: epath.PathLike) -> bool:
