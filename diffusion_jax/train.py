@@ -57,12 +57,11 @@ def train(
       hosts.Stopped: a signal stopped the run after it saved its state.
     """
     began = time.monotonic()
-    config, folder = (
-        configs.with_functions(config, loss=loss, schedule=schedule, sigma=sigma),
-        workdirs.absolute(workdir),
-    )
+    config = configs.with_functions(config, loss=loss, schedule=schedule, sigma=sigma)
+    folder = workdirs.absolute(workdir)
     if images is not None:
-        config = configs.with_path(config, hosts.on_main(lambda: workdirs.keep_images(folder, images, labels)))
+        kept = hosts.on_main(functools.partial(workdirs.keep_images, folder, images, labels))
+        config = configs.with_path(config, kept)
     configs.check(config)
     with contextlib.ExitStack() as stack:
         config, images, lock = _begin(config, folder, stack)

@@ -6,6 +6,7 @@ evaluation/<step>/ and report.html, and a training on arrays images.npz.
 
 import json
 import os
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -57,7 +58,8 @@ def keep_images(folder: epath.Path, images: np.ndarray, labels: np.ndarray | Non
     Raises:
       UserError: it holds others, or the workdir is in a bucket, where arrays cannot be read.
     """
-    file, given = folder / "images.npz", {"images": np.asarray(images)}
+    file = folder / "images.npz"
+    given: dict[str, Any] = {"images": np.asarray(images)}
     given |= {} if labels is None else {"labels": np.asarray(labels)}
     if "://" in str(folder):
         raise UserError(f"images are kept in the workdir, and {folder} is not on a disk: give a file, config.data.path")
