@@ -189,6 +189,9 @@ def test_what_a_short_run_is_warned_of():
     (text,) = warned(num_steps=300, ema_decay=0.98, warmup_steps=5000)
     assert "warmup_steps=5000 exceeds config.train.num_steps=300" in text and "6.0% of" in text
     assert warned(num_steps=300, ema_decay=0.98, warmup_steps=300) == []
+    for channels, shown in ((2, "the first of"), (4, "the first three of")):
+        (text,) = configs.warnings(tiny_config(data__channels=channels, train__num_steps=3000), 0.0)
+        assert f"grids of images show {shown} config.data.channels={channels}" in text
     assert configs.warnings(config_of("digits"), 0.0065) == configs.warnings(config_of("cifar10"), 0.0065) == []
 
 
