@@ -231,7 +231,9 @@ def _extractor(path, image_shape):
 
 def _describe(config, images, extractor, origin):
     """Returns the protocol of features of images of the run's size."""
-    resize = f"bicubic, antialiased, centre crop {config.data.crop or 'of the largest square'}"
+    height, width, _ = images.shape[1:]
+    largest = "of the largest square" if height == width else f"of the largest {height}:{width}"
+    resize = f"bicubic, antialiased, centre crop {config.data.crop or largest}"
     return quality.protocol(images, extractor.name, extractor.checksum, resize, origin)
 
 

@@ -17,14 +17,15 @@ TIGHT = 0.9  # share of a device's memory above which the step gets a warning
 def foresee(config: ConfigDict, program: jax.stages.Wrapped, args: tuple, num_steps: int) -> float | None:
     """Compiles the step, and prints its memory and the least time of the remaining steps if the device has a limit.
 
-    Returns the least seconds of a step, its FLOPs by the peak of the device; None if they are not known.
-
     Only a program that does not fit stops the run: an estimate that fails for another reason is skipped.
 
     Args:
       program: the pmapped step.
       args: the arguments of its first call.
       num_steps: number of remaining steps.
+
+    Returns:
+      The least seconds of a step, its FLOPs by the peak of the device; None if they are not known.
 
     Raises:
       UserError: the program does not fit into a device.
