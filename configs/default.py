@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     data.test_split = ""  # held-out split; --mode=evaluate measures it too; "": none
     data.manual_dir = ""  # folder of files that TFDS cannot download itself
     data.image_size = FieldReference(32, field_type=object)  # height and width in pixels, or (height, width)
-    data.channels = 3  # 1 (grey), 3 (RGB), or as many as an array has
+    data.channels = 3  # 1 (grey), 3 (RGB), 4 (RGBA, with alpha), or as many as an array has
     data.range = ()  # (lo, hi): the numbers of an array that become -1 and 1, as float32; (): uint8
     data.crop = 0  # height of the centre crop in pixels of the file, in the shape of image_size; 0: the largest
     data.flip = True  # flip images left to right with probability 1/2
@@ -29,6 +29,7 @@ def get_config() -> ConfigDict:
     data.cache_limit_gb = 64.0  # largest cache in GB (1e9 bytes); more images are decoded on the fly
 
     data.classes = ()  # names of the classes; training fills them in from the data
+    data.dtype = ""  # type of an array's numbers, which samples.npz gets; "" for pictures; training fills it in
     data.on_device = False  # keep the data set in each device's memory: the same batches, no transfers from the host
 
     config.schedule = schedule = ConfigDict()

@@ -281,8 +281,8 @@ def with_classes(config: ConfigDict) -> ConfigDict:
 
 def source(config: ConfigDict) -> sources.Source:
     """Opens the source of the images, data.source and data.path."""
-    data = config.data
-    options = {"split": data.split, "manual_dir": data.manual_dir, "bounds": tuple(data.range) or None}
+    data, bounds = config.data, tuple(config.data.range) or None
+    options = {"split": data.split, "manual_dir": data.manual_dir, "bounds": bounds, "channels": data.channels}
     return sources.open_source(data.source, data.path, **options)
 
 

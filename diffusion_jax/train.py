@@ -164,7 +164,7 @@ def _begin(config, folder, stack):
     old = workdirs.read_config(folder) if hosts.on_main(lambda: workdirs.holds_run(folder)) else config
     configs.check_same_run(old, config, folder)
     images = parts.images(config)
-    config = configs.with_classes(config, images.classes)
+    config = configs.with_classes(configs.with_dtype(config, images.array_dtype), images.classes)
     configs.check_same_run(old, config, folder)
     locks = locks or [stack.enter_context(Lock(folder))]
     hosts.check_shared(folder)
@@ -215,9 +215,9 @@ def _draw_grid(config, sampler, state, folder) -> epath.Path:
     """Draws the grid of samples of this step unless it exists and can be read; returns its path."""
     path = folder / "samples" / f"{int(state.step)}.png"
     if not hosts.on_main(lambda: grids.is_readable(path)):
-        x = sampler(jax.device_get(state.ema_params), jax.random.key(config.seed))
+        x = pixels.to_uint8(sampler(jax.device_get(state.ema_params), jax.random.key(config.seed)))
         if jax.process_index() == 0:
-            grids.save_png(path, grids.by_class(pixels.to_uint8(x), config.data.classes))
+            grids.save_png(path, grids.by_class(x, config.data.classes, has_alpha=not config.data.dtype))
     return path
 
 

@@ -7,6 +7,7 @@ import shutil
 import struct
 import zipfile
 
+import numpy as np
 from PIL import Image
 
 
@@ -65,6 +66,33 @@ def _config_cases(config, new, files):
             r"data\.range=\(1,\) must be \(\) or two numbers \(lo, hi\)",
         ),
         "range of nothing": (config("data.range", "(2, 2)"), r"data\.range=\(2, 2\) must be .* with lo < hi"),
+        "three numbers as range": (
+            config("data.range", "(0, 1, 2)"),
+            r"data\.range=\(0, 1, 2\) must be \(\) or two numbers",
+        ),
+        "range from high to low": (config("data.range", "(7, -3)"), r"data\.range=\(7, -3\) must be .* with lo < hi"),
+        "endless range": (config("data.range", "(0, 1e999)"), r"data\.range=\(0, inf\) must be \(\) or two numbers"),
+        "range of words": (config("data.range", "('a', 'b')"), r"data\.range=\('a', 'b'\) must be"),
+        "a range that is no tuple": (config("data.range", "7"), r"data\.range"),
+        "unknown type": (config("data.dtype", "complex64"), r"data\.dtype='complex64' must be one of "),
+        "two channels of digits": (
+            config("data.channels", 2),
+            r"data\.channels=2 goes with arrays, .*: give 1 \(grey\)",
+        ),
+        "a height of nothing": (config("data.image_size", "(0, 8)"), r"data\.image_size=\(0, 8\) must be a number of"),
+        "a word as size": (config("data.image_size", "abc"), r"data\.image_size='?abc'? must be a number of pixels"),
+        "a size in text": (config("data.image_size", "16x8"), r"data\.image_size='?16x8'? must be a number of pixels"),
+        "a size of fractions": (config("data.image_size", "(8.5, 8)"), r"data\.image_size=\(8\.5, 8\) must be"),
+        "a size of four": (config("data.image_size", "(8, 8, 8, 8)"), r"data\.image_size=\(8, 8, 8, 8\) must be"),
+        "a narrow size": (
+            config("data.image_size", "(16, 5)"),
+            r"image_size=\(16, 5\) does not fit config\.model\.mul",
+        ),
+        "hub without an owner": (config("data.source", "hf:mnist"), r"source='hf:mnist' must be 'hf:<owner>/<name>'"),
+        "hub's address": (
+            config("data.source", "hf:https://huggingface.co/datasets/ylecun/mnist"),
+            r"source='hf:https://.*' must be 'hf:<owner>/<name>'",
+        ),
         "range of digits": (config("data.range", "(0, 1)"), r"data\.range=\(0, 1\) goes with arrays, \.npy or \.npz"),
         "importance without the bound": (
             config("train.t_sampling", "importance"),
@@ -222,6 +250,30 @@ def _data_cases(config, data, files):
             config("data.source", "tfds:imdb_reviews"),
             r"'tfds:imdb_reviews' has no images, only text, label",
         ),
+        "five channels of pictures": (
+            data("small", "--config.data.channels=5"),
+            r"data\.channels=5 goes with arrays, .*: give 1 \(grey\), 3 \(RGB\) or 4 \(RGBA\)",
+        ),
+        "floats without a range": (data("floats.npy"), r"floats\.npy holds float64 \[4, 8, 8\] from 0 to 1: give the"),
+        "channels first": (data("first.npy"), r"first\.npy holds .* looks like \[N, C, H, W\]: give array\.transpose"),
+        "another number of channels": (
+            data("floats.npy", "--config.data.range=(0,1)", "--config.data.channels=2"),
+            r"floats\.npy holds .*, 1 channels, but config\.data\.channels=2: give 1",
+        ),
+        "values beyond the range": (
+            data("floats.npy", "--config.data.range=(0,.5)"),
+            r"image floats\.npy\[0\]: values from 0 to 1 are outside config\.data\.range=\(0, 0\.5\)",
+        ),
+        "a split of an array": (
+            data("floats.npy", "--config.data.range=(0,1)", "--config.data.split=test"),
+            r"data\.split='test': an array has only 'train'",
+        ),
+        "cut array": (data("cut.npy"), r"cut\.npy cannot be read \(.*\): write it again"),
+        "an npz of other names": (
+            data("names.npz"),
+            r"names\.npz cannot be read \(it has x, but neither images nor arr",
+        ),
+        "no Parquet": (data("text.parquet"), r"text\.parquet cannot be read \(.*\): download it again"),
         "no cache folder": (
             data("small", f"--config.data.cache_dir={files / 'text.txt'}"),
             r"cache_dir: .*cannot be written",
@@ -316,6 +368,11 @@ def _write_files(files, run):
     Image.new("1", (8000, 8000)).save(files / "bomb" / "bomb.png")
     with zipfile.ZipFile(files / "cut.zip", "w") as archive:
         archive.write(files / "small" / "small.png", "small.png")
+    np.save(files / "floats.npy", np.linspace([0] * 4, 1, 64).T.reshape(4, 8, 8))
+    np.save(files / "first.npy", np.zeros((2, 3, 8, 8), np.uint8))
+    (files / "cut.npy").write_bytes((files / "floats.npy").read_bytes()[:-8])
+    np.savez(files / "names.npz", x=np.zeros((2, 8, 8), np.uint8))
+    shutil.copy(files / "text.txt", files / "text.parquet")
     (files / "cut.zip").write_bytes((files / "cut.zip").read_bytes()[:-30])
     (files / "labels-idx1-ubyte").write_bytes(struct.pack(">4Bi", 0, 0, 8, 1, 1) + bytes(1))
     whole = gzip.compress(struct.pack(">4B3i", 0, 0, 8, 3, 9, 28, 28) + bytes(9 * 28 * 28))

@@ -11,6 +11,7 @@ from conftest import tiny_config
 from diffusion_jax import losses, parts, schedule, unet
 from diffusion_jax.configs import default
 from diffusion_jax.errors import UserError
+from diffusion_jax.pictures import grids
 from diffusion_jax.running import config as configs
 from diffusion_jax.running import workdir as workdirs
 
@@ -189,9 +190,11 @@ def test_what_a_short_run_is_warned_of():
     (text,) = warned(num_steps=300, ema_decay=0.98, warmup_steps=5000)
     assert "warmup_steps=5000 exceeds config.train.num_steps=300" in text and "6.0% of" in text
     assert warned(num_steps=300, ema_decay=0.98, warmup_steps=300) == []
-    for channels, shown in ((2, "the first of"), (4, "the first three of")):
-        (text,) = configs.warnings(tiny_config(data__channels=channels, train__num_steps=3000), 0.0)
-        assert f"grids of images show {shown} config.data.channels={channels}" in text
+    for channels, dtype in ((2, "uint8"), (4, "float32")):
+        config = tiny_config(data__channels=channels, data__dtype=dtype, train__num_steps=3000)
+        (text,) = configs.warnings(config, 0.0)
+        assert f"for each of config.data.channels={channels} channels, and for {grids.MOST_CHANNELS} at most" in text
+    assert configs.warnings(tiny_config(data__channels=4, train__num_steps=3000), 0.0) == []  # RGBA
     assert configs.warnings(config_of("digits"), 0.0065) == configs.warnings(config_of("cifar10"), 0.0065) == []
 
 

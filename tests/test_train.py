@@ -455,6 +455,7 @@ def test_training_takes_arrays_and_keeps_them(tmp_path, small_network):
     kept = workdirs.read_config(tmp_path / "run")
     assert kept.data.path == str(tmp_path / "run/images.npz") and list(kept.data.classes) == ["cat", "dog"]
     np.testing.assert_array_equal(parts.images(kept)[:], images)
+    assert kept.data.dtype == "uint8"
     assert_same(train.train(config, tmp_path / "run", images=images, labels=labels), state)  # nothing is left to do
     assert_same(train.train(kept, tmp_path / "run"), state)
     with pytest.raises(UserError, match=r"images\.npz holds other images or labels: give those that it holds, or"):

@@ -1,6 +1,7 @@
 """Arrays of images in NumPy's files."""
 
 import hashlib
+import math
 import os
 import weakref
 import zipfile
@@ -18,7 +19,7 @@ _IMAGES, _LABELS = ("images", "arr_0"), "labels"  # names in an .npz
 _Rows = tuple[tuple[int, ...], np.dtype, Callable[[int], np.ndarray]]  # shape, dtype, i -> row i
 
 
-def arrays(file: Path, bounds: tuple[float, float] | None = None) -> Source:
+def arrays(file: Path, bounds: tuple[float, float] | None = None, channels: int | None = None) -> Source:
     """Returns the images of a .npy or .npz file, [N, H, W, C] or [N, H, W], of any number of channels.
 
     An .npz has them as "images" or "arr_0". It may have "labels" [N]: integers, which are the classes, or names. A
@@ -26,6 +27,7 @@ def arrays(file: Path, bounds: tuple[float, float] | None = None) -> Source:
 
     Args:
       bounds: (lo, hi), which become −1 and 1: the images are then float32. None takes uint8, whose levels stay.
+      channels: the channels that the images must have; grey and RGB in uint8 go with each other. None takes any.
 
     Raises:
       UserError: the file cannot be read, or holds something else.
@@ -35,7 +37,7 @@ def arrays(file: Path, bounds: tuple[float, float] | None = None) -> Source:
         status = file.stat()
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"config.data.path: {file} cannot be read ({one_line(error)}): write it again") from None
-    _check(file, shape, dtype, row, bounds)
+    _check(file, shape, dtype, row, bounds, channels)
     classes, numbers = (), None
     if labels is not None:
         classes, numbers = _classes(file, labels, shape[0])
@@ -54,6 +56,7 @@ def arrays(file: Path, bounds: tuple[float, float] | None = None) -> Source:
         None if numbers is None else (lambda i: int(numbers[i])),
         classes,
         dtype="uint8" if bounds is None else "float32",
+        array_dtype=dtype.name if dtype.kind in "ui" else "float32",
     )
 
 
@@ -96,7 +99,7 @@ def _rows(file, start) -> _Rows:
         first, size = raw.tell(), int(np.prod(shape[1:])) * dtype.itemsize
     if dtype.hasobject or is_fortran:
         raise ValueError("it holds Python objects" if dtype.hasobject else "it is in Fortran's order")
-    if first + shape[:1][0] * size > file.stat().st_size:
+    if first + math.prod(shape[:1]) * size > file.stat().st_size:
         raise ValueError("it is shorter than its header says")
     descriptor = os.open(file, os.O_RDONLY)
 
@@ -107,8 +110,8 @@ def _rows(file, start) -> _Rows:
     return shape, dtype, row
 
 
-def _check(file, shape, dtype, row, bounds):
-    """Raises UserError unless these are images that `bounds` fits."""
+def _check(file, shape, dtype, row, bounds, channels):
+    """Raises UserError unless these are images that `bounds` and `channels` fit."""
     name = f"config.data.path: {file} holds {dtype} {list(shape)}"
     if len(shape) not in (3, 4) or 0 in shape or dtype.kind not in "uif":
         raise UserError(f"{name}, not images: give numbers [N, H, W, C] or [N, H, W]")
@@ -118,6 +121,9 @@ def _check(file, shape, dtype, row, bounds):
         seen = [row(i) for i in range(min(_SEEN, shape[0]))]
         low, high = min(map(np.min, seen)), max(map(np.max, seen))
         raise UserError(f"{name} from {low:g} to {high:g}: give the numbers that become -1 and 1, config.data.range")
+    own = shape[3] if len(shape) == 4 else 1
+    if channels not in (None, own) and not ({own, channels} <= {1, 3} and bounds is None):
+        raise UserError(f"{name}, {own} channels, but config.data.channels={channels}: give {own}")
 
 
 def _mapped(image, low, high):

@@ -48,8 +48,8 @@ class Cached:
 
     num_threads = 1  # threads that read ahead; reads are so short that two threads contend
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, array_dtype: str = ""):
+        self.folder, self.array_dtype = folder, array_dtype
         with (folder / "images.npy").open("rb") as file:
             np.lib.format.read_magic(file)
             self.shape, _, self.dtype = np.lib.format.read_array_header_1_0(file)
@@ -91,7 +91,7 @@ class OnTheFly:
 
     def __init__(self, source: Source, image_size: tuple[int, int], channels: int, crop: int, skip_corrupt: bool):
         self.shape = (len(source), *image_size, channels)
-        self.dtype = np.dtype(source.dtype)
+        self.dtype, self.array_dtype = np.dtype(source.dtype), source.array_dtype
         self.classes = tuple(source.classes)
         self._source = source
         self._form = (image_size, channels, crop)
@@ -141,7 +141,7 @@ def open_images(
     Args:
       source: the images.
       image_size: the height and width of the result, or (height, width), by a bicubic, antialiased resize.
-      channels: 1 (grey), 3 (RGB), or as many as an array has.
+      channels: 1 (grey), 3 (RGB), 4 (RGBA), or as many as an array has.
       crop: height of the centre crop, in pixels of the source; 0 means the largest. Its shape is that of image_size.
       skip_corrupt: True skips images that cannot be read, and prints their number.
       cache_dir: the folder of the caches; "" is ~/.cache/diffusion_jax. A bucket, "gs://…", stores
@@ -181,7 +181,7 @@ def open_images(
         _make_cache(source, folder, identity, form, skip_corrupt, num_bytes)
     if remote and not (valid and (remote / "manifest.json").exists()):
         _copy(folder, remote)
-    return Cached(folder)
+    return Cached(folder, source.array_dtype)
 
 
 # ---------------------------------------------------------------- the cache
@@ -391,16 +391,14 @@ def _decoded(source, form):
 def _decode(source, i, form):
     """Returns image i, or the exception of its decoder, which may be of any type."""
     try:
-        return _fit(source[i], *form)
+        return _fit(source[i], *form, is_picture=not source.array_dtype)
     except Exception as error:
         return error
 
 
-def _fit(image, image_size, channels, crop):
-    """Crops the centre of [H, W, C], converts it to grey or RGB if need be, and resizes it to [*image_size, C]."""
+def _fit(image, image_size, channels, crop, is_picture):
+    """Crops the centre of [H, W, C], converts it to grey, RGB or RGBA, and resizes it to [*image_size, channels]."""
     height, width, own = image.shape
-    if own != channels and not ({own, channels} <= {1, 3} and image.dtype == np.uint8):
-        raise ValueError(f"it has {own} channels, not config.data.channels={channels}")
     crop_height, crop_width = _crop_size(height, width, image_size, crop)
     if crop_height > height or crop_width > width:
         raise ValueError(
@@ -409,13 +407,13 @@ def _fit(image, image_size, channels, crop):
     left, top = (width - crop_width) // 2, (height - crop_height) // 2
     # Crops first: with the `box` of resize, pixels outside of it would bleed into the edges.
     centre = image[top : top + crop_height, left : left + crop_width]
-    if image.dtype != np.uint8 or own not in (1, 3):  # Pillow would weight four channels by the last, as alpha
+    if image.dtype != np.uint8 or (own not in (1, 3) and not is_picture):  # no channel of an array is alpha
         planes = [Image.fromarray(np.ascontiguousarray(centre[..., k])) for k in range(own)]
         return np.stack([plane.resize(image_size[::-1], Image.Resampling.BICUBIC) for plane in planes], axis=-1)
     picture = Image.fromarray(centre[..., 0] if own == 1 else centre)
-    mode = "L" if channels == 1 else "RGB"
+    mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
     picture = picture if picture.mode == mode else picture.convert(mode)
-    picture = picture.resize(image_size[::-1], Image.Resampling.BICUBIC)
+    picture = picture.resize(image_size[::-1], Image.Resampling.BICUBIC)  # weights the colours of RGBA by alpha
     return np.asarray(picture).reshape(*image_size, channels)
 
 

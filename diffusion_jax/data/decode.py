@@ -17,8 +17,11 @@ MAX_PIXELS = 50_000_000  # pixels of the largest image: a PNG of 200 kB can unpa
 _SAVE_ANEW = "save it with 8 or 16 bits"
 
 
-def decode(file: Path | BinaryIO) -> tuple[np.ndarray, bool]:
+def decode(file: Path | BinaryIO, alpha: bool = False) -> tuple[np.ndarray, bool]:
     """Returns (the `pixels` of the first frame or page of a file, True if the file has more of them).
+
+    Args:
+      alpha: see `pixels`.
 
     Raises:
       ValueError: the file has another format than FORMATS, or see `pixels`.
@@ -29,18 +32,21 @@ def decode(file: Path | BinaryIO) -> tuple[np.ndarray, bool]:
     except UnidentifiedImageError:
         raise ValueError(f"neither {', '.join(FORMATS[:-1])} nor {FORMATS[-1]} of a kind that Pillow reads") from None
     with image:
-        first = pixels(image)
+        first = pixels(image, alpha)
         try:
             return first, getattr(image, "is_animated", False)
         except Exception:  # the first frame is whole, and nothing else is needed
             return first, False
 
 
-def pixels(image: Image.Image) -> np.ndarray:
+def pixels(image: Image.Image, alpha: bool = False) -> np.ndarray:
     """Returns the pixels that a viewer shows, uint8 [H, W, 1] if the image is grey, else [H, W, 3].
 
     Applies the orientation of the EXIF data, the palette and the ICC profile, lays transparent parts on white, and
     scales deeper pixels to 8 bits. White is 65535 for 16 bits, and 1 for floats.
+
+    Args:
+      alpha: True returns [H, W, 4], red, green, blue and alpha, if the image has transparent parts.
 
     Raises:
       ValueError: the image has more than MAX_PIXELS, or its pixels have no fixed white.
@@ -52,19 +58,22 @@ def pixels(image: Image.Image) -> np.ndarray:
     image.load()
     with contextlib.suppress(Exception):  # broken EXIF data does not spoil the pixels
         ImageOps.exif_transpose(image, in_place=True)
-    image, profile, alpha = _eight_bits(image), image.info.get("icc_profile"), None
+    image, profile, opacity = _eight_bits(image), image.info.get("icc_profile"), None
     grey = image.mode in ("1", "L", "LA", "La")
     if image.has_transparency_data:
         image = image.convert("LA" if grey else "RGBA")
-        alpha = image.getchannel("A")
+        opacity = image.getchannel("A")
     mode = "L" if grey else "CMYK" if image.mode == "CMYK" else "RGB"
     image = image if image.mode == mode else image.convert(mode)
     if profile and (transform := _to_srgb(profile, mode)):
         image = transform.apply(image)
     mode = "L" if grey else "RGB"
     image = image if image.mode == mode else image.convert(mode)
-    if alpha:
-        image = Image.composite(image, Image.new(image.mode, image.size, "white"), alpha)
+    if opacity and alpha:
+        image = image.convert("RGB")
+        image.putalpha(opacity)
+    elif opacity:
+        image = Image.composite(image, Image.new(image.mode, image.size, "white"), opacity)
     return np.asarray(image).reshape(image.height, image.width, -1)
 
 

@@ -27,7 +27,7 @@ _SPLITS = {
 _SPLIT_WORD = re.compile(rf"(?:^|[^A-Za-z])((?i:{'|'.join(_SPLITS)}))(?![a-z])")  # also that of trainA
 
 
-def files(file: Path, split: str = "train", *, only_parquet: bool = False) -> Source:
+def files(file: Path, split: str = "train", *, only_parquet: bool = False, alpha: bool = False) -> Source:
     """Returns the images of a folder, a zip, an idx file, a folder with MNIST's idx files, or Parquet files.
 
     Folders and zips are searched recursively, through links, and their images sorted by name. Hidden files, and the
@@ -43,6 +43,7 @@ def files(file: Path, split: str = "train", *, only_parquet: bool = False) -> So
       file: the file or the folder.
       split: "train", "test", … or another name that the folders or the Parquet files have.
       only_parquet: True leaves out the images in a folder, which illustrate a data set of the hub.
+      alpha: True keeps the alpha of pictures, see `decode.pixels`.
 
     Raises:
       UserError: there is no image or no folder of that split, or a file or folder cannot be read.
@@ -53,11 +54,11 @@ def files(file: Path, split: str = "train", *, only_parquet: bool = False) -> So
         if path := idx_file(file, split):
             source = idx(path)
         elif is_parquet(file):
-            source = _tables(file, [file.name], split, left_out)
+            source = _tables(file, [file.name], split, left_out, alpha)
         elif file.is_dir():
-            source, folders = folder(file, split, left_out, only_parquet)
+            source, folders = folder(file, split, left_out, only_parquet, alpha)
         else:
-            source, folders = archive(file, split, left_out)
+            source, folders = archive(file, split, left_out, alpha)
     except OSError as error:
         raise UserError(f"config.data.path='{file}' cannot be read ({error}): check its permissions") from None
     others = ", ".join(f"{count} {reason}" for reason, count in left_out.most_common(12))
@@ -77,20 +78,22 @@ def files(file: Path, split: str = "train", *, only_parquet: bool = False) -> So
 
 
 def folder(
-    root: Path, split: str, left_out: collections.Counter[str], only_parquet: bool = False
+    root: Path, split: str, left_out: collections.Counter[str], only_parquet: bool = False, alpha: bool = False
 ) -> tuple[Source, list[str]]:
     """Returns (the images of a folder, the folders that hold them), and counts the files that it leaves out."""
     stats = {} if only_parquet else dict(_walk(root, left_out))
     if only_parquet or (not stats and left_out[".parquet"]):
         left_out.clear()
         tables = sorted(name for name, _ in _walk(root, left_out, suffixes={".parquet"}))
-        return _tables(root, tables, split, left_out), []
+        return _tables(root, tables, split, left_out, alpha), []
     names = _names_of_split(sorted(stats), split, root, left_out)
     version = _sha256([names, [(stats[name].st_size, stats[name].st_mtime_ns) for name in names]])
-    return _source(root, version, names, lambda name: root / name)
+    return _source(root, version, names, lambda name: root / name, alpha)
 
 
-def archive(file: Path, split: str, left_out: collections.Counter[str]) -> tuple[Source, list[str]]:
+def archive(
+    file: Path, split: str, left_out: collections.Counter[str], alpha: bool = False
+) -> tuple[Source, list[str]]:
     """Returns (the images of a zip, the folders that hold them), and counts the files that it leaves out."""
     if not file.is_file():  # to open a pipe would wait forever
         raise UserError(f"config.data.path='{file}' must be a folder, a zip or an idx file, or Parquet")
@@ -107,21 +110,21 @@ def archive(file: Path, split: str, left_out: collections.Counter[str]) -> tuple
             members[name] = member
     names = _names_of_split(sorted(members), split, file, left_out)
     version = _sha256([names, [members[name].CRC for name in names]])
-    return _source(file, version, names, lambda name: io.BytesIO(_unpack(unpacked, members[name])))
+    return _source(file, version, names, lambda name: io.BytesIO(_unpack(unpacked, members[name])), alpha)
 
 
-def _tables(path, names, split, left_out):
+def _tables(path, names, split, left_out, alpha):
     """Returns the images of a split of Parquet files; `path` is the file, or the folder that contains the names."""
     names = _tables_of_split(names, split, path, left_out)
-    return parquet([path / name if path.is_dir() else path for name in names], path)
+    return parquet([path / name if path.is_dir() else path for name in names], path, alpha)
 
 
-def _source(path, version, names, opened):
+def _source(path, version, names, opened, alpha):
     """Returns (a source, its folders), where opened(name) is a path or a file."""
     several = set()  # images of which only the first frame is read
 
     def read(i):
-        image, has_more = decode(opened(names[i]))
+        image, has_more = decode(opened(names[i]), alpha)
         if has_more:
             several.add(i)
         return image

@@ -51,7 +51,7 @@ def is_parquet(file: Path) -> bool:
         return raw.read(4) == b"PAR1"
 
 
-def parquet(files: Sequence[Path], root: Path) -> Source:
+def parquet(files: Sequence[Path], root: Path, alpha: bool = False) -> Source:
     """Returns the images of Parquet files, in the order of the files.
 
     The images are the feature Image of the hub's metadata, or else the one column of structs {bytes, path}, or else the
@@ -64,6 +64,7 @@ def parquet(files: Sequence[Path], root: Path) -> Source:
     Args:
       files: one file or more, with the same columns.
       root: the file itself, or a folder that contains the files, for names and messages.
+      alpha: True keeps the alpha of pictures, see `decode.pixels`.
 
     Raises:
       UserError: pyarrow is missing, a file is damaged, there are no images, or there are several columns of them.
@@ -87,7 +88,7 @@ def parquet(files: Sequence[Path], root: Path) -> Source:
 
     def read(i):
         k, row = locate(i)
-        image, has_more = decode(io.BytesIO(_bytes(images(k)[row].as_py())))
+        image, has_more = decode(io.BytesIO(_bytes(images(k)[row].as_py())), alpha)
         if has_more:
             several.add(i)
         return image

@@ -10,9 +10,9 @@ import numpy as np
 class Source:
     """A sequence of images: source[i] is uint8 or float32 [H, W, C] of any H and W, i < len(source).
 
-    Pixels of pictures are those that a viewer shows: uint8, upright, grey or RGB, on white. Arrays may have any number
-    of channels, and float32 in [−1, 1]. A damaged image raises the error of its decoder, and an image beyond the
-    limits of `decode` and `folders` raises ValueError.
+    Pixels of pictures are those that a viewer shows: uint8, upright, grey or RGB, on white; or RGBA. Arrays may have
+    any number of channels, and float32 in [−1, 1]. A damaged image raises the error of its decoder, and an image beyond
+    the limits of `decode` and `folders` raises ValueError.
     """
 
     origin: str  # the file or the data set, for messages
@@ -24,6 +24,7 @@ class Source:
     classes: Sequence[str] = ()  # the names of the classes; () without classes
     several: Callable[[], int] = lambda: 0  # images read so far that have more frames or pages than the first
     dtype: str = "uint8"  # or float32
+    array_dtype: str = ""  # the type of an array's own numbers, that of the integers or "float32"; "" for pictures
 
     def __len__(self) -> int:
         return self.num

@@ -21,6 +21,7 @@ def open_source(
     split: str = "train",
     manual_dir: str = "",
     bounds: tuple[float, float] | None = None,
+    channels: int = 3,
 ) -> Source:
     """Returns the source that config.data names.
 
@@ -32,19 +33,25 @@ def open_source(
         "train[:1500]", "train[90%:]".
       manual_dir: see `tfds`.
       bounds: see `arrays`.
+      channels: 1 or 3 for grey or RGB pictures, 4 for RGBA pictures, or the number of an array.
 
     Raises:
-      UserError: the source does not exist, or has no images.
+      UserError: the source does not exist, has no images, or cannot have so many channels.
     """
     if bounds and not _is_array(path or source):
         raise UserError(f"config.data.range={bounds} goes with arrays, .npy or .npz: leave it out")
+    alpha = channels == 4
+    if channels not in (1, 3, 4) and not _is_array(path or source):
+        raise UserError(
+            f"config.data.channels={channels} goes with arrays, .npy or .npz: give 1 (grey), 3 (RGB) or 4 (RGBA)"
+        )
     if source.startswith("tfds:") and name_of(source, path) == source:
-        return tfds(source.removeprefix("tfds:"), data_dir=path, manual_dir=manual_dir, split=split)
+        return tfds(source.removeprefix("tfds:"), data_dir=path, manual_dir=manual_dir, split=split, alpha=alpha)
     split, part = _parse_split(split)
     if source == "digits" and not path:
         return _part(digits(split), part)
     if source.startswith("hf:") and not path:
-        images = files(snapshot(source), split, only_parquet=True)
+        images = files(snapshot(source), split, only_parquet=True, alpha=alpha)
         return _part(dataclasses.replace(images, origin=source), part)  # the name of the folder is that of a commit
     if source == "files" and not path:
         raise UserError(
@@ -55,9 +62,9 @@ def open_source(
     if os.path.exists(file) and _is_array(file.name):
         if split != "train":
             raise UserError(f"config.data.split={split!r}: an array has only 'train': give 'train', or a part of it")
-        return _part(arrays(file, bounds), part)
+        return _part(arrays(file, bounds, channels), part)
     if os.path.exists(file):  # False also where Path.exists raises an error
-        return _part(files(file, split), part)
+        return _part(files(file, split, alpha=alpha), part)
     if path:
         raise UserError(f"config.data.path={path!r} does not exist: give a folder, a zip, an idx or a Parquet file")
     raise UserError(

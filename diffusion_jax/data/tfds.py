@@ -12,7 +12,7 @@ from diffusion_jax.data.source import Source
 from diffusion_jax.errors import UserError, one_line
 
 
-def tfds(name: str, *, data_dir: str = "", manual_dir: str = "", split: str = "train") -> Source:
+def tfds(name: str, *, data_dir: str = "", manual_dir: str = "", split: str = "train", alpha: bool = False) -> Source:
     """Returns a TFDS data set, stored as array_record.
 
     Reading a prepared data set does not need TensorFlow. An unprepared one is prepared here, which does.
@@ -22,6 +22,7 @@ def tfds(name: str, *, data_dir: str = "", manual_dir: str = "", split: str = "t
       data_dir: the folder of TFDS's data sets; "" is ~/tensorflow_datasets.
       manual_dir: a folder of files that TFDS uses instead of downloading them, under the names that it expects.
       split: in the notation of TFDS, e.g. "train", "test", "train+validation" or "train[:90%]".
+      alpha: True keeps the alpha of pictures, see `decode.pixels`.
 
     Raises:
       UserError: the data set or the split does not exist, has no images, or cannot be prepared.
@@ -51,17 +52,17 @@ def tfds(name: str, *, data_dir: str = "", manual_dir: str = "", split: str = "t
         f"{builder.info.full_name}/{split}/{len(examples)}",
         len(examples),
         lambda i: f"tfds:{name}/{split}[{i}]",
-        lambda i: _from_array(element(i)[image_keys[0]]),
+        lambda i: _from_array(element(i)[image_keys[0]], alpha),
         (lambda i: int(element(i)["label"])) if has_classes else None,
         features["label"].names if has_classes else (),
     )
 
 
-def _from_array(image):
+def _from_array(image, alpha):
     """Returns uint8 [H, W, 1 or 3] unchanged, and converts any other image by `pixels`."""
     if image.dtype == np.uint8 and image.shape[-1] in (1, 3):
         return image
-    return pixels(Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image))
+    return pixels(Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image), alpha)
 
 
 def _examples(builder, name, split, manual_dir):

@@ -305,7 +305,8 @@ def _nearest(generated, datasets, folder):
         result["median_of_held_out"] = float(np.median(metrics.nearest(quality.pixels(held_out), _Pixels(train))[0]))
         settings["held_out_images"] = len(held_out)
     if jax.process_index() == 0:
-        grids.save_png(folder / "nearest.png", monitor.nearest_pairs(generated, train, index, distance))
+        pairs = monitor.nearest_pairs(generated, train, index, distance, not train.array_dtype)
+        grids.save_png(folder / "nearest.png", pairs)
     return result, settings
 
 

@@ -49,7 +49,7 @@ class Monitor:
             self._labels = held_out.examples(_spread(held_out))["label"]
         self._key, self._num_steps = jax.random.key(run.seed), run.schedule.num_steps
         self._per_call = run.num_samples
-        self._train = _some(train_images)
+        self._train, self._has_alpha = _some(train_images), not train_images.array_dtype
         self._held_out = None if held_out is None else _some(held_out)
         self._loss = _loss_fn(run.network, run.schedule)
         ts = sampling.grid_log_snr(run.schedule, min(STEPS, self._num_steps))
@@ -84,7 +84,7 @@ class Monitor:
         values["nearest_training_image"] = float(np.median(distance))
         if jax.process_index() == 0:
             path = workdir / "samples" / f"nearest-{step}.png"
-            grids.save_png(path, nearest_pairs(generated, self._train, index, distance))
+            grids.save_png(path, nearest_pairs(generated, self._train, index, distance, self._has_alpha))
         return values
 
     def _generated(self, params):
@@ -117,18 +117,21 @@ def build(config: ConfigDict, run: Parts, images: Cached | OnTheFly) -> Monitor:
     return Monitor(run, images, parts.images(config, config.data.test_split) if config.data.test_split else None)
 
 
-def nearest_pairs(generated: np.ndarray, train: np.ndarray, index: np.ndarray, distance: np.ndarray) -> np.ndarray:
+def nearest_pairs(
+    generated: np.ndarray, train: np.ndarray, index: np.ndarray, distance: np.ndarray, has_alpha: bool = True
+) -> np.ndarray:
     """Draws the samples that are closest to a training image, each above that image.
 
     Args:
       generated: uint8 [n, H, W, C].
-      train: the training images.
+      train: the training images, uint8, or float32 in [−1, 1].
       index: int [n], index of the training image nearest to each sample.
       distance: [n], distance to that image.
+      has_alpha: see `grids.grid`.
     """
     closest = np.argsort(distance)[:SHOWN]
-    pairs = np.concatenate([generated[closest], train[index[closest]]])
-    return grids.labelled(pairs, ["sample", "nearest"], [f"{distance[i]:.2f}" for i in closest])
+    pairs = np.concatenate([generated[closest], pixels.to_uint8(train[index[closest]])])
+    return grids.labelled(pairs, ["sample", "nearest"], [f"{distance[i]:.2f}" for i in closest], has_alpha)
 
 
 def _some(dataset):

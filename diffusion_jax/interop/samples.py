@@ -36,7 +36,7 @@ def write_samples(
 ) -> None:
     """Writes `num` images: a grid if `out` ends in .png, an array [num, H, W, C] if in .npz, shards if in "/".
 
-    The array is uint8, or float32 in data.range where the run has one.
+    The array is uint8, or in data.range where the run has one: data.dtype, the type of the array that was trained on.
 
     An .npz stores the images as "arr_0", the name that evaluation suites read, and their settings as JSON in
     "about". Shards are such files of SHARD images, named by their first and last index, with samples.json
@@ -66,7 +66,8 @@ def write_samples(
     params = jax.device_put(params)
     finish = pixels.to_uint8
     if config.data.range and not out.endswith(".png"):
-        finish = functools.partial(pixels.to_range, low=config.data.range[0], high=config.data.range[1])
+        low, high = config.data.range
+        finish = functools.partial(pixels.to_range, low=low, high=high, dtype=config.data.dtype or "float32")
     one_call = num <= per_call * jax.process_count()  # which has a bar of its own
     with tqdm.tqdm(total=num, unit="image", desc="sampling", disable=one_call or jax.process_index() != 0) as bar:
 
@@ -77,7 +78,8 @@ def write_samples(
             _write_shards(path, num, make, bar, about)
         elif out.endswith(".png"):
             samples = make(0, num)
-            picture = grids.by_class(samples, config.data.classes, _labels(chosen, 0, num))
+            has_alpha = not config.data.dtype
+            picture = grids.by_class(samples, config.data.classes, _labels(chosen, 0, num), has_alpha)
             hosts.on_main(lambda: grids.save_png(path, picture))
         else:
             _save_npz(path, make(0, num), 0, about)
@@ -123,6 +125,7 @@ def _about(config, workdir, step, params, seed, chosen):
         "clip": config.sampling.clip,
         "dtype": config.model.dtype,
         **({"range": list(config.data.range)} if config.data.range else {}),
+        **({"data_dtype": config.data.dtype} if config.data.range and "int" in config.data.dtype else {}),
         **({} if chosen is None else of_classes),
     }
 

@@ -87,6 +87,7 @@ class _Run:
         chosen = choose(self._config, labels)
         self._labels = jnp.array(chosen) if labels else None
         self._parts = parts.build(self._config)
+        self.has_alpha = not self._config.data.dtype  # of pictures with four channels
         self.step, self._params = sample.ema_params(self._parts, workdir, step)
         self.s, self.shape = self._parts.schedule, self._parts.image_shape
         self._seed, self._key = seed, jax.random.key(seed)
@@ -143,7 +144,7 @@ def interpolation(run: _Run, out: str, num: int = 6) -> None:
     real, keys = run.images(2 * pairs).reshape(pairs, 2, *run.shape), run.keys(pairs)
     rows = [[x, *mix(x, y, key=key), y] for (x, y), key in zip(real, keys, strict=True) for mix in mixes]
     labels = [f"t = {t}" for t in steps] * pairs
-    _save(out, rows[:num], labels[:num], ["image", *(f"{weight:.1f}" for weight in weights), "image"])
+    _save(run, out, rows[:num], labels[:num], ["image", *(f"{weight:.1f}" for weight in weights), "image"])
 
 
 def progressive(run: _Run, out: str, num: int = 8) -> None:
@@ -151,7 +152,7 @@ def progressive(run: _Run, out: str, num: int = 8) -> None:
     at = [*_evenly(run.s.num_steps, 10), 0]
     keys = run.keys(num)
     predictions = run.compiled(figures.progressive, at=at)(run.latents(keys), keys)
-    _save(out, np.swapaxes(predictions, 0, 1), [""] * num, [f"t = {t}" for t in at])
+    _save(run, out, np.swapaxes(predictions, 0, 1), [""] * num, [f"t = {t}" for t in at])
 
 
 def variations(run: _Run, out: str, num: int = 8) -> None:
@@ -167,14 +168,14 @@ def variations(run: _Run, out: str, num: int = 8) -> None:
     for start, t in zip([num_steps, *steps], steps, strict=False):
         x = run.compiled(sampling.reverse_chain, start=start, stop=t)(x, first)
         rows.append([x[0], *run.compiled(figures.variations, t=t)(x[0], keys=keys)])
-    _save(out, rows, [f"t = {t}" for t in steps], ["x_t", *map(str, range(1, num + 1))])
+    _save(run, out, rows, [f"t = {t}" for t in steps], ["x_t", *map(str, range(1, num + 1))])
 
 
 def _save_edits(run, out, steps, keys):
     """Draws up to two images and the variations of each by `edits.sdedit`, one image and t per row."""
     images, edit = run.images(2, or_fewer=True), [run.compiled(edits.sdedit, t=t) for t in steps]
     rows = [[x, *at_t(np.broadcast_to(x, (len(keys), *x.shape)), keys)] for x in images for at_t in edit]
-    _save(out, rows, [f"t = {t}" for t in steps] * len(images), ["image", *map(str, range(1, len(keys) + 1))])
+    _save(run, out, rows, [f"t = {t}" for t in steps] * len(images), ["image", *map(str, range(1, len(keys) + 1))])
 
 
 def inpainting(run: _Run, out: str, num: int = 6) -> None:
@@ -198,7 +199,7 @@ def inpainting(run: _Run, out: str, num: int = 6) -> None:
         columns |= {f"{name} {i}": x for i, x in enumerate(np.split(filled, streams), 1)}
         errors[name] = edits.boundary_error(filled, masks).reshape(streams, num).mean(axis=0)
     rows = np.stack([real, np.where(known, real, 0), *columns.values()], axis=1)
-    _save(out, rows, [["lower half", "centre"][i % 2] for i in range(num)], ["image", "known", *columns])
+    _save(run, out, rows, [["lower half", "centre"][i % 2] for i in range(num)], ["image", "known", *columns])
     _print("boundary error", errors)
 
 
@@ -219,7 +220,7 @@ def reconstruction(run: _Run, out: str, num: int = 6) -> None:
         latent, back = run.compiled(formula)(real)
         columns |= {f"latent {steps}": latent, f"{steps} steps": back}
         errors[f"{steps} steps"] = np.sqrt(np.mean((back - real) ** 2, axis=(1, 2, 3)))
-    _save(out, np.stack(list(columns.values()), axis=1), [""] * num, list(columns))
+    _save(run, out, np.stack(list(columns.values()), axis=1), [""] * num, list(columns))
     _print("reconstruction error", errors)
 
 
@@ -238,7 +239,7 @@ def animation(run: _Run, out: str, num: int = 16) -> None:
     frames.sort(key=lambda frame: -frame[0])  # callbacks may arrive in any order
     states = [np.asarray(noise), *(x for t, x in frames if t > 0), last]
     if jax.process_index() == 0:
-        grids.save_animation(out, [grids.grid(pixels.to_uint8(x)) for x in states])
+        grids.save_animation(out, [grids.grid(pixels.to_uint8(x), has_alpha=run.has_alpha) for x in states])
 
 
 SHOWS = {
@@ -251,10 +252,10 @@ def _evenly(num_steps, num):
     return sorted({max(1, round(num_steps * i / num)) for i in range(1, num + 1)}, reverse=True)
 
 
-def _save(out, rows, row_labels, column_labels):
+def _save(run, out, rows, row_labels, column_labels):
     if jax.process_index() == 0:
         tiles = pixels.to_uint8(rows).reshape(-1, *np.shape(rows)[2:])
-        grids.save_png(out, grids.labelled(tiles, row_labels, column_labels))
+        grids.save_png(out, grids.labelled(tiles, row_labels, column_labels, run.has_alpha))
 
 
 def _print(title, errors):

@@ -51,7 +51,8 @@ def prepare(config: ConfigDict, out: str = "prepared.png") -> None:
     for text in summary.warnings(found, counts if found.num == count else {}):
         print(f"warning: {text}")
     chosen = indices[summary.spread(found.num, found.labels, PICTURES)]
-    grids.save_png(path, grids.grid(_levels(images.examples(chosen)["image"])))
+    x = pixels.to_uint8(images.examples(chosen)["image"])
+    grids.save_png(path, grids.grid(x, has_alpha=not images.array_dtype))
     print(f"{len(chosen)} of the images: {out}")
 
 
@@ -84,13 +85,8 @@ def _batches(images: Cached | OnTheFly, indices: np.ndarray) -> Iterator[dict[st
     with tqdm.tqdm(total=len(indices), unit="image", desc="looking", delay=2) as bar:
         for block in np.split(indices, range(size, len(indices), size)):
             batch = images.examples(block)
-            yield batch | {"image": _levels(batch["image"])}
+            yield batch | {"image": pixels.to_uint8(batch["image"])}
             bar.update(len(block))
-
-
-def _levels(x):
-    """Returns float32 images of an array as 256 levels, and uint8 as it is."""
-    return x if x.dtype == np.uint8 else pixels.to_uint8(x)
 
 
 def _text(found: summary.Summary, counts: dict[str, int], count: int) -> str:

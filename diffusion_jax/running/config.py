@@ -30,6 +30,7 @@ CHOICES = {
     "train.t_sampling": ("uniform", "importance"),
     "sampling.sampler": ("ancestral", "ddim", "dpmpp_2m"),
     "sampling.sigma": ("zero", "beta", "posterior"),
+    "data.dtype": ("", *(f"{sign}int{bits}" for bits in (8, 16, 32, 64) for sign in ("u", "")), "float32"),
 }
 _INT32 = 2**31 - 1
 RANGES = {  # the smallest and the largest integer; configs also come with the weights and samplers of others
@@ -114,6 +115,13 @@ def with_path(config: ConfigDict, path: str) -> ConfigDict:
     """Returns a copy of the config whose images are at a path, data.path."""
     config = config.copy_and_resolve_references()
     config.data.source, config.data.path = "files", path
+    return config
+
+
+def with_dtype(config: ConfigDict, dtype: str) -> ConfigDict:
+    """Returns a copy of the config with the type of an array's numbers, data.dtype; "" for pictures."""
+    config = config.copy_and_resolve_references()
+    config.data.dtype = dtype
     return config
 
 
@@ -333,9 +341,9 @@ def warnings(config: ConfigDict, alpha_bar: float) -> list[str]:
             f"the learning rate only reaches {train.num_steps / train.warmup_steps:.1%} of config.train.learning_rate="
             f"{train.learning_rate}; lower warmup_steps"
         )
-    if config.data.channels not in (1, 3):
-        shown = "the first three" if config.data.channels > 3 else "the first"
-        texts.append(f"grids of images show {shown} of config.data.channels={config.data.channels}")
+    if config.data.channels not in (1, 3) and config.data.dtype:
+        shown = f"config.data.channels={config.data.channels}"
+        texts.append(f"grids of images have a grey row for each of {shown} channels, and for 8 at most")
     return texts
 
 

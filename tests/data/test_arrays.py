@@ -5,7 +5,7 @@ import pytest
 from conftest import tiny_config
 
 from diffusion_jax import parts
-from diffusion_jax.data import sources
+from diffusion_jax.data import pixels, sources
 from diffusion_jax.data.arrays import arrays
 from diffusion_jax.errors import UserError
 
@@ -109,6 +109,15 @@ BAD = {
     "booleans": (np.ones((2, 4, 4), bool), (0, 1), r"holds bool .* not images"),
     "channels first": (np.ones((2, 3, 8, 8), np.uint8), None, r"looks like \[N, C, H, W\]: give array\.transpose"),
     "Fortran": (np.asfortranarray(np.ones((2, 8, 8), np.uint8)), None, r"in Fortran's order\): write it again"),
+    "a list of images": (np.array([[0, 1], [2]], object), None, r"holds Python objects\): write it again"),
+    "text": (np.array([[["a"]]]), (0, 1), r"holds <U1 \[1, 1, 1\], not images: give numbers"),
+    "times": (np.zeros((1, 2, 2), "M8[s]"), (0, 1), r"holds datetime64\[s\] .* not images"),
+    "a record": (np.zeros((2, 4, 4), [("r", "u1"), ("g", "u1")]), None, r"holds .* \[2, 4, 4\], not images"),
+    "a number": (np.uint8(3), None, r"holds uint8 \[\], not images"),
+    "one image": (np.ones((8, 8), np.uint8), None, r"holds uint8 \[8, 8\], not images"),
+    "images without a width": (np.ones((3, 4, 0, 1), np.uint8), None, r"holds uint8 \[3, 4, 0, 1\], not images"),
+    "integers without a range": (np.full((2, 4, 4), 999, np.uint16), None, r"uint16 .* from 999 to 999: give the"),
+    "nothing but NaN": (np.full((2, 4, 4), np.nan), None, r"float64 \[2, 4, 4\] from nan to nan: give the"),
     "objects": (np.array([[[None]]]), None, r"holds Python objects\): write it again"),
 }
 
@@ -126,6 +135,9 @@ def test_what_is_no_array_of_images_is_refused(tmp_path, name):
         (np.arange(5), r"labels int64 \[5\] for 12 images: give a number >= 0 or a name for each"),
         (np.arange(12) - 1, r"labels int64 \[12\] for 12 images"),
         (np.linspace(0, 1, 12), r"labels float64 \[12\] for 12 images"),
+        (np.zeros((12, 1), int), r"labels int64 \[12, 1\] for 12 images"),
+        (np.zeros(12, bool), r"labels bool \[12\] for 12 images"),
+        (np.int64(3), r"labels int64 \[\] for 12 images"),
     ],
 )
 def test_labels_that_do_not_fit_are_refused(tmp_path, labels, message):
@@ -145,6 +157,20 @@ def test_damaged_files_are_refused(tmp_path):
         (tmp_path / name).write_bytes(some)
         with pytest.raises(UserError, match=message):
             arrays(tmp_path / name)
+    np.savez(tmp_path / "objects.npz", images=IMAGES, labels=np.array([None] * 12))
+    with pytest.raises(UserError, match=r"objects\.npz cannot be read \(Object arrays cannot be loaded"):
+        arrays(tmp_path / "objects.npz")
+    np.savez(tmp_path / "nothing.npz")
+    with pytest.raises(UserError, match=r"it has nothing, but neither images nor arr_0\): write it again"):
+        arrays(tmp_path / "nothing.npz")
+    saved(tmp_path, IMAGES, "compressed.npz")
+    whole = (tmp_path / "compressed.npz").read_bytes()
+    (tmp_path / "compressed.npz").write_bytes(whole[:300] + bytes(200) + whole[500:])
+    with pytest.raises(UserError, match=r"compressed\.npz cannot be read \("):
+        arrays(tmp_path / "compressed.npz")
+    (tmp_path / "folder.npy").mkdir()
+    with pytest.raises(UserError, match=r"folder\.npy cannot be read \(.*directory"):
+        arrays(tmp_path / "folder.npy")
     np.savez(tmp_path / "other.npz", pictures=IMAGES)
     with pytest.raises(UserError, match=r"it has pictures, but neither images nor arr_0"):
         arrays(tmp_path / "other.npz")
@@ -156,5 +182,34 @@ def test_what_does_not_go_with_an_array_is_refused(tmp_path):
         sources.open_source("files", str(path), split="test")
     with pytest.raises(UserError, match=r"config\.data\.range=\(0, 1\) goes with arrays, \.npy or \.npz: leave it out"):
         sources.open_source("digits", "", bounds=(0, 1))
-    with pytest.raises(UserError, match=r"images\.npy\[0\]: it has 4 channels, not config\.data\.channels=3"):
-        parts.images(config_of(path, data__channels=3))
+
+
+@pytest.mark.parametrize(
+    "own, channels, bounds, fits",
+    [
+        *((4, 4, None, True), (1, 3, None, True), (3, 1, None, True), (5, 5, (0, 255), True)),
+        *((4, 3, None, False), (3, 4, None, False), (1, 2, None, False), (1, 3, (0, 255), False)),
+    ],
+)
+def test_channels_agree(tmp_path, own, channels, bounds, fits):
+    """Grey and RGB go with each other in uint8, as pictures do. No alpha is made up."""
+    path = saved(tmp_path, IMAGES[..., [0]] if own == 1 else np.concatenate([IMAGES, IMAGES], -1)[..., :own])
+    config = config_of(path, data__channels=channels, data__range=bounds or ())
+    if fits:
+        assert parts.images(config).shape == (12, 10, 6, channels)
+    else:
+        message = rf"images\.npy holds uint8 .*, {own} channels, but config\.data\.channels={channels}: give {own}$"
+        with pytest.raises(UserError, match=message):
+            parts.images(config)
+
+
+@pytest.mark.parametrize("limit", [64.0, 0.0])
+@pytest.mark.parametrize("kind", ["uint8", ">u2", "int8", "float16", "float64"])
+def test_the_type_of_the_numbers_is_kept(tmp_path, limit, kind):
+    path = saved(tmp_path, (IMAGES // 4).astype(kind))
+    images = parts.images(config_of(path, data__range=(0, 64), data__cache_limit_gb=limit))
+    expected = {"uint8": "uint8", ">u2": "uint16", "int8": "int8"}.get(kind, "float32")
+    assert images.array_dtype == expected
+    if expected != "float32":
+        np.testing.assert_array_equal(pixels.to_range(images[:], 0, 64, expected), IMAGES // 4)
+    assert parts.images(tiny_config(data__cache_dir=str(tmp_path))).array_dtype == ""

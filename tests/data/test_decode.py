@@ -57,6 +57,23 @@ def test_modes_and_orientations():
     assert black.shape == (4, 4, 3) and black.max() < 10
 
 
+def test_alpha_is_kept_where_it_is_asked_for():
+    """With the colours that are below it; pictures without alpha are as ever."""
+    half = Image.new("RGBA", (4, 4), (255, 10, 0, 102))
+    palette = half.convert("P", palette=Image.Palette.ADAPTIVE)
+    for file, expected in (
+        (saved(half, "PNG"), [255, 10, 0, 102]),
+        (saved(Image.new("RGBA", (4, 4), (255, 10, 0, 0)), "PNG"), [255, 10, 0, 0]),
+        (saved(Image.new("LA", (4, 4), (7, 102)), "PNG"), [7, 7, 7, 102]),
+        (saved(palette, "PNG", transparency=palette.getpixel((0, 0))), [255, 10, 0, 0]),
+        (png(4, 8, 0, bytes([9] * 4), b"\0\x09"), [9, 9, 9, 0]),
+        (saved(RED, "PNG"), [200, 60, 60]),
+        (saved(Image.new("L", (4, 4), 7), "PNG"), [7]),
+    ):
+        x = decode.decode(file, alpha=True)[0]
+        np.testing.assert_array_equal(x, np.broadcast_to(np.uint8(expected), (*x.shape[:2], len(expected))))
+
+
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM", "JPEG2000"])
 def test_16_bits_round_to_the_nearest_level(kind):
     deep = np.uint16([[0, 128, 129, 257 * 77 + 128, 257 * 77 + 129, 32767, 32768, 65535]] * 2)

@@ -1,8 +1,12 @@
+import zipfile
+
 import numpy as np
+import pyarrow
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
-from diffusion_jax.data import sources
+from diffusion_jax.data import cache, sources
 from diffusion_jax.errors import UserError
 
 
@@ -69,6 +73,53 @@ def test_part_of_a_split():
         sources.open_source("digits", "", split="train[5]")
     with pytest.raises(UserError, match="split='test': the digits"):
         sources.open_source("digits", "", split="test")
+
+
+def opened(source, path, size, cache_dir):
+    """Returns all images of 4 channels in one size."""
+    images = sources.open_source(source, str(path), channels=4)
+    return cache.open_images(images, image_size=size, channels=4, cache_dir=str(cache_dir))[:]
+
+
+def test_pictures_have_alpha_as_fourth_channel(tmp_path):
+    """From files, zips, Parquet and sources without alpha, whose pictures are opaque."""
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 4), np.uint8)
+    opaque, encoded = Image.fromarray(pictures[2, ..., :3]), []
+    (tmp_path / "set").mkdir()
+    for i, image in enumerate([*map(Image.fromarray, pictures[:2]), opaque]):
+        image.save(tmp_path / "set" / f"{i}.png")
+        encoded.append((tmp_path / "set" / f"{i}.png").read_bytes())
+    pictures[2, ..., 3] = 255
+    parquet.write_table(pyarrow.table({"image": encoded}), tmp_path / "set.parquet")
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for i, content in enumerate(encoded):
+            archive.writestr(f"{i}.png", content)
+    for name in ("set", "set.zip", "set.parquet"):
+        np.testing.assert_array_equal(opened("files", tmp_path / name, 8, tmp_path / "cache"), pictures)
+    digits = opened("digits", "", 8, tmp_path / "cache")
+    grey = cache.open_images(sources.open_source("digits", ""), image_size=8, channels=1, cache_dir=str(tmp_path))[:]
+    np.testing.assert_array_equal(digits[..., :3], np.repeat(grey, 3, axis=-1))
+    assert (digits[..., 3] == 255).all()
+
+
+def test_a_resize_weights_colours_by_alpha(tmp_path):
+    """The colour of transparent parts does not show at their edges. As ever, without alpha they are white."""
+    red = np.zeros((16, 16, 4), np.uint8)
+    red[:, :] = (0, 255, 0, 0)
+    red[4:12, 4:12] = (200, 0, 0, 255)
+    Image.fromarray(red).save(tmp_path / "red.png")
+    (small,) = opened("files", tmp_path, 8, tmp_path / "cache")
+    shown = small[small[..., 3] > 20]
+    assert len(shown) >= 16 and (small[..., 3] < 255).any()
+    np.testing.assert_allclose(shown[:, :3], np.broadcast_to([200, 0, 0], (len(shown), 3)), atol=12)
+    assert sources.open_source("files", str(tmp_path))[0][0, 0].tolist() == [255, 255, 255]
+
+
+def test_pictures_have_no_other_number_of_channels():
+    for channels in (2, 5, 1024):
+        for source in ("digits", "tfds:mnist", "hf:someone/birds", "files"):
+            with pytest.raises(UserError, match=rf"channels={channels} goes with arrays, .*: give 1 \("):
+                sources.open_source(source, "", channels=channels)
 
 
 def test_errors_name_the_key(tmp_path):

@@ -20,6 +20,14 @@ def test_tfds_without_tensorflow(tmp_path):
             assert all(0 <= source.label(i) < classes for i in range(5 if classes else 0))
 
 
+def test_alpha_of_tfds():
+    """Alpha is kept or laid on white; images without it stay."""
+    image = np.full((2, 2, 4), [10, 20, 30, 0], np.uint8)
+    np.testing.assert_array_equal(tfds._from_array(image, alpha=True), image)
+    np.testing.assert_array_equal(tfds._from_array(image, alpha=False), np.full((2, 2, 3), 255))
+    np.testing.assert_array_equal(tfds._from_array(image[..., :3], alpha=True), image[..., :3])
+
+
 def test_tfds_errors(tmp_path, monkeypatch):
     monkeypatch.setattr(tfds.importlib.util, "find_spec", lambda name: None)  # no TensorFlow
     with pytest.raises(UserError, match=r"not prepared in .*requirements-prepare\.txt.*folder or a zip") as error:

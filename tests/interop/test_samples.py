@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import write_random_run
+from PIL import Image
 
 from diffusion_jax import sample
 from diffusion_jax.errors import UserError
@@ -178,6 +179,34 @@ def test_samples_state_their_origin(workdir, tmp_path):
     write_samples(workdir, 2, 1, f"{tmp_path}/shards/")
     of_shards = json.loads((tmp_path / "shards" / "samples.json").read_text())
     assert of_shards["checksum"] == checksum and of_shards["sigma"] == "beta" and of_shards["steps"] == 20
+
+
+def test_samples_of_an_array_are_in_its_range_and_type(tmp_path):
+    """As the array was; earlier versions kept no type and wrote float32. A grid has a row for each channel."""
+    shape = {"data__channels": 2, "data__range": (-3, 7)}
+    write_random_run(tmp_path / "run", **shape)
+    options = {"sampler": "ddim", "steps": 2}
+    made = {}
+    for dtype in ("", "float32", "int8", "uint16"):
+        set_keys(tmp_path / "run", data__dtype=dtype)
+        write_samples(tmp_path / "run", 3, 1, str(tmp_path / "x.npz"), **options)
+        with np.load(tmp_path / "x.npz") as file:
+            made[dtype] = file["arr_0"]
+            assert json.loads(str(file["about"])).get("data_dtype") == (dtype if "int" in dtype else None)
+    assert [x.dtype for x in made.values()] == ["float32", "float32", "int8", "uint16"]
+    np.testing.assert_array_equal(made[""], made["float32"])
+    np.testing.assert_array_equal(made["int8"], np.clip(np.rint(made[""]), -3, 7))
+    np.testing.assert_array_equal(made["uint16"], np.clip(np.rint(made[""]), 0, 7))
+    write_samples(tmp_path / "run", 3, 1, str(tmp_path / "x.png"), **options)
+    with Image.open(tmp_path / "x.png") as grid:
+        assert grid.mode == "L" and grid.height < grid.width  # two rows of three
+
+
+def test_a_grid_of_pictures_with_alpha_is_rgba(tmp_path):
+    write_random_run(tmp_path / "run", data__channels=4)
+    write_samples(tmp_path / "run", 2, 1, str(tmp_path / "x.png"), sampler="ddim", steps=2)
+    with Image.open(tmp_path / "x.png") as grid:
+        assert grid.mode == "RGBA"
 
 
 @pytest.mark.parametrize(
