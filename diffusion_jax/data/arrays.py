@@ -131,7 +131,9 @@ def _mapped(image, low, high):
     image = image.astype(np.float64)
     least, most, tolerance = image.min(), image.max(), 1e-6 * (high - low)
     if not (low - tolerance <= least and most <= high + tolerance):  # also refuses NaN
-        raise ValueError(f"values from {least:g} to {most:g} are outside config.data.range=({low:g}, {high:g})")
+        raise ValueError(
+            f"values from {least:g} to {most:g} are outside config.data.range=({low:g}, {high:g}), which may be wider"
+        )
     return np.clip(2 * (image - low) / (high - low) - 1, -1, 1).astype(np.float32)
 
 

@@ -66,7 +66,7 @@ def open_source(
     if os.path.exists(file):  # False also where Path.exists raises an error
         return _part(files(file, split, alpha=alpha), part)
     if path:
-        raise UserError(f"config.data.path={path!r} does not exist: give a folder, a zip, an idx or a Parquet file")
+        raise UserError(f"config.data.path={path!r} does not exist: give a folder, a zip, an idx, Parquet or .npy file")
     raise UserError(
         f"config.data.source={source!r} must be 'digits', 'tfds:<name>', 'hf:<owner>/<name>', 'files' or an existing "
         "path"

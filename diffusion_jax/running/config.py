@@ -233,7 +233,7 @@ def check(config: ConfigDict) -> None:
             config,
             key,
             lambda value, names=names, own=own: own or value in names,
-            f"one of {', '.join(map(str, names))}",
+            f"one of {', '.join(name or repr(name) for name in names)}",
         )
     flat = flatten(config)
     _check_image_size(config)
