@@ -23,7 +23,20 @@ def test_a_single_image_is_refused():
         monitor.Monitor(run, one)
 
 
+def test_nearest_pairs_of_an_array():
+    """Each sample lies above its image, with a row for each channel; the images are float32 in [−1, 1]."""
+    generated = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 2), np.uint8)
+    train = pixels.from_uint8(np.flip(generated, 0))
+    picture = monitor.nearest_pairs(generated, train, np.array([2, 1, 0]), np.arange(3.0), has_alpha=False)
+    for row in (0, 1):
+        sheet = picture[-2 * 2 * 68 + row * 68 :, -3 * 68 :][:64, :64, 0]
+        np.testing.assert_array_equal(sheet, generated[0, ..., row])
+        below = picture[-2 * 68 + row * 68 :, -3 * 68 :][:64, :64, 0]
+        np.testing.assert_array_equal(below, generated[0, ..., row])
+
+
 class WithLabels(Examples):
+    array_dtype = ""
     classes = ("a", "b", "c")
     shape = (20, 8, 8, 1)
 

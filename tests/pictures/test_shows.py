@@ -48,7 +48,7 @@ def test_pictures_have_labelled_rows_and_depend_on_the_seed(run, tmp_path, capsy
 
 def test_progressive_ends_with_the_samples(run, tmp_path, monkeypatch):
     saved = []
-    monkeypatch.setattr(shows, "_save", lambda out, rows, *labels: saved.append((rows, *labels)))
+    monkeypatch.setattr(shows, "_save", lambda _, out, rows, *labels: saved.append((rows, *labels)))
     shows.show(run, "progressive", seed=0, out=str(tmp_path / "x.png"), num=4)
     (rows, _, columns), parts = saved[0], shows._Run(run, 0, "")
     assert columns[0] == "t = 20" and columns[-1] == "t = 0"
@@ -85,7 +85,7 @@ def test_images_of_another_folder_have_the_size_of_the_runs(run, tmp_path):
 
 def test_inpainting_prints_the_boundary_errors_of_its_columns(run, tmp_path, monkeypatch, capsys):
     saved = []
-    monkeypatch.setattr(shows, "_save", lambda out, rows, *labels: saved.append((rows, *labels)))
+    monkeypatch.setattr(shows, "_save", lambda _, out, rows, *labels: saved.append((rows, *labels)))
     shows.show(run, "inpainting", seed=0, out=str(tmp_path / "x.png"), num=2)
     (rows, _, columns), inside = saved[0], np.zeros((2, 8, 8, 1), bool)
     assert columns == ["image", "known", "chain 1", "chain 2", "RePaint 1", "RePaint 2", "RePaint 3"]
@@ -104,7 +104,7 @@ def test_inpainting_prints_the_boundary_errors_of_its_columns(run, tmp_path, mon
 def test_variations_of_pictures_are_sdedit(run, tmp_path, monkeypatch):
     """Rows start with a picture of the folder; there is one for each picture and t."""
     saved = []
-    monkeypatch.setattr(shows, "_save", lambda out, rows, *labels: saved.append((rows, *labels)))
+    monkeypatch.setattr(shows, "_save", lambda _, out, rows, *labels: saved.append((rows, *labels)))
     monkeypatch.setattr(
         shows._Run,
         "images",
@@ -131,7 +131,7 @@ def test_a_folder_of_one_picture_is_enough_for_variations(run, tmp_path):
 def test_reconstruction_prints_the_errors_of_its_columns(run, tmp_path, monkeypatch, capsys):
     """The network of one step predicts about 0: DDIM divides a latent by ᾱ_T. These latents are wrong by 1/n."""
     saved = []
-    monkeypatch.setattr(shows, "_save", lambda out, rows, *labels: saved.append((rows, *labels)))
+    monkeypatch.setattr(shows, "_save", lambda _, out, rows, *labels: saved.append((rows, *labels)))
     monkeypatch.setattr(shows.edits, "invert", lambda _, s, ts, x: s.alpha_bar[-1] * (x + 1 / (len(ts) - 1)))
     shows.show(run, "reconstruction", seed=0, out=str(tmp_path / "x.png"), num=3)
     rows, _, columns = saved[0]
