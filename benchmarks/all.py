@@ -37,6 +37,7 @@ COMMANDS = (
     "benchmarks.sampling --config=configs/digits.py",
     "benchmarks.levers --config=configs/digits.py",
     "benchmarks.pipeline --config=configs/digits.py",
+    "benchmarks.sources --large=100",
     "benchmarks.dispatch",
 )
 

@@ -18,7 +18,7 @@ from diffusion_jax.data.decode import decode
 from diffusion_jax.data.source import Source, printable
 from diffusion_jax.errors import UserError, one_line
 
-MAX_BYTES = 500_000_000  # bytes of the row groups in memory; two are kept even if they take more
+MAX_BYTES = 100_000_000  # bytes of the row groups in memory; two are kept even if they take more
 MAX_CLASSES = 100_000  # a larger number in a column of labels is no class
 _BYTES = ("binary", "large_binary", "binary_view")
 _TEXT = ("string", "large_string", "string_view", "dictionary<values=string", "dictionary<values=large_string")
