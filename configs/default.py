@@ -19,11 +19,12 @@ def get_config() -> ConfigDict:
     data.split = "train"  # a split of TFDS, e.g. train, test, train+test; or the folder of that name within data.path
     data.test_split = ""  # held-out split; --mode=evaluate measures it too; "": none
     data.manual_dir = ""  # folder of files that TFDS cannot download itself
-    data.image_size = FieldReference(32, field_type=object)  # height and width in pixels, or (height, width)
+    # height and width in pixels, or (height, width); of arrays also (length,): signals, (depth, height, width): volumes
+    data.image_size = FieldReference(32, field_type=object)
     data.channels = 3  # 1 (grey), 3 (RGB), 4 (RGBA, with alpha), or as many as an array has
     data.range = ()  # (lo, hi): the numbers of an array that become -1 and 1, as float32; (): uint8
     data.crop = 0  # height of the centre crop in pixels of the file, in the shape of image_size; 0: the largest
-    data.flip = True  # flip images left to right with probability 1/2
+    data.flip = True  # flip images left to right, along their last axis, with probability 1/2; False for signals
     data.skip_corrupt = False  # True: skip images that cannot be read; False: stop and name the first
     data.cache_dir = ""  # folder of the decoded images; "": ~/.cache/diffusion_jax
     data.cache_limit_gb = 64.0  # largest cache in GB (1e9 bytes); more images are decoded on the fly
@@ -40,7 +41,7 @@ def get_config() -> ConfigDict:
     model.channels = 128  # channels at full resolution, even
     model.multipliers = (1, 2, 2, 2)  # channels of each level, in units of model.channels; each level halves the size
     model.num_res_blocks = 2  # residual blocks per level on the way down; one more on the way up
-    model.attention_resolutions = (16,)  # heights of the levels with self-attention, for any width
+    model.attention_resolutions = (16,)  # heights of the levels with self-attention, for any width; or lengths, depths
     model.dropout = 0.1  # rate
     model.num_groups = 32  # groups of GroupNorm, or the largest common divisor with the channels
     model.prediction = "eps_bar"  # output of the network: eps_bar (Ho et al.), x_0 or velocity

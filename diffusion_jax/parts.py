@@ -44,7 +44,7 @@ class Parts:
       seed: seed of initial weights, order of the data, t, noise and dropout.
       schedule: α_t, β_t, ᾱ_t, β̄_t.
       sigma: [T + 1] standard deviations of the reverse steps.
-      image_shape: (H, W, C).
+      image_shape: (H, W, C), (L, C) of signals or (D, H, W, C) of volumes.
       model: the Flax network, which predicts model.prediction.
       num_classes: classes of the images, 0 without.
       network: apply_fn({"params": params}, x, t, labels=None) -> ε̄, for every model.prediction; labels int [B] in
@@ -62,7 +62,7 @@ class Parts:
     seed: int
     schedule: schedules.Schedule
     sigma: jax.Array
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
     model: unet.UNet
     num_classes: int
     network: Callable
@@ -128,8 +128,8 @@ def sigma(config: ConfigDict) -> jax.Array:
     return configs.resolve(config, "sigma", _SIGMAS)(schedule(config))
 
 
-def image_shape(config: ConfigDict) -> tuple[int, int, int]:
-    """Returns (H, W, C) of the images."""
+def image_shape(config: ConfigDict) -> tuple[int, ...]:
+    """Returns (H, W, C) of the images, (L, C) of signals or (D, H, W, C) of volumes."""
     return *configs.image_size(config), config.data.channels
 
 
@@ -281,9 +281,9 @@ def with_classes(config: ConfigDict) -> ConfigDict:
 
 def source(config: ConfigDict) -> sources.Source:
     """Opens the source of the images, data.source and data.path."""
-    data, bounds = config.data, tuple(config.data.range) or None
+    data, bounds, size = config.data, tuple(config.data.range) or None, configs.image_size(config)
     options = {"split": data.split, "manual_dir": data.manual_dir, "bounds": bounds, "channels": data.channels}
-    return sources.open_source(data.source, data.path, **options)
+    return sources.open_source(data.source, data.path, size=None if len(size) == 2 else size, **options)
 
 
 def images(config: ConfigDict, split: str | None = None) -> cache.Cached | cache.OnTheFly:

@@ -34,7 +34,7 @@ class TrainState(NamedTuple):
 
 
 def init_state(
-    model: UNet, optimizer: optax.GradientTransformation, image_shape: tuple[int, int, int], seed: int
+    model: UNet, optimizer: optax.GradientTransformation, image_shape: tuple[int, ...], seed: int
 ) -> TrainState:
     """Returns the state before the first step as NumPy arrays; it depends on the seed alone."""
     # On the CPU LLVM's later passes take three quarters of the compile time, for a program that runs once.
@@ -45,9 +45,7 @@ def init_state(
     return TrainState(np.zeros((), np.int32), params, jax.tree.map(np.copy, params), opt_state)
 
 
-def abstract_state(
-    model: UNet, optimizer: optax.GradientTransformation, image_shape: tuple[int, int, int]
-) -> TrainState:
+def abstract_state(model: UNet, optimizer: optax.GradientTransformation, image_shape: tuple[int, ...]) -> TrainState:
     """Returns the shapes and dtypes of `init_state` without its arrays."""
     params, opt_state = jax.eval_shape(lambda: _init(model, optimizer, image_shape, 0))
     return TrainState(jax.ShapeDtypeStruct((), np.int32), params, params, opt_state)
@@ -85,7 +83,7 @@ def make_step(
       loss_fn: (output_fn, s, x_0, t, keys [B]) -> [B], where output_fn(x, t) is the network's output.
       t_probabilities: [T + 1] probability of each t; losses are weighted by 1 / (T p_t), which preserves
         their mean. None means uniform in 1..T.
-      flip: True mirrors each image left to right with probability 1/2.
+      flip: True mirrors each image left to right, along its last axis before the channels, with probability 1/2.
       accumulate: number of parts of the device's batch. Their gradients are summed one after another, which
         saves memory and changes the step by rounding alone.
       deterministic: True cuts the global batch into `accumulate` parts, a power of two that the number of devices
@@ -200,7 +198,7 @@ def _sum(tree):
 
 def _flipped(image, keys):
     coins = jax.vmap(jax.random.bernoulli, (0, None))(keys, np.float32(0.5))
-    return jnp.where(coins[:, None, None, None], image[:, :, ::-1], image)
+    return jnp.where(jnp.expand_dims(coins, tuple(range(1, image.ndim))), image[..., ::-1, :], image)
 
 
 def _dropped(labels, keys, num_classes, rate):

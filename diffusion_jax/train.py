@@ -76,7 +76,7 @@ def train(
         checkpoint.wait(manager)  # a signal may end the drawing
         grid = _draw_grid(config, sampler, state, folder)
     if jax.process_index() == 0:
-        print(f"trained to step {state.step}; samples: {grid}")
+        print(f"trained to step {state.step}; samples{grids.drawn_as(len(run.image_shape) - 1)}: {grid}")
     return state
 
 

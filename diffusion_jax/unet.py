@@ -1,12 +1,12 @@
-"""The UNet of Ho et al. (2020), appendix B, weight for weight.
+"""The UNet of Ho et al. (2020), appendix B, weight for weight: for images, and for signals and volumes too.
 
-Layouts are NHWC. Modules have the names of the variable scopes in Ho's code, with "_" for "/".
+Modules have the names of the variable scopes in Ho's code, with "_" for "/".
 """
 
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -28,17 +28,17 @@ def _init(scale=1.0):
 def conv(
     features: int,
     dtype: DTypeLike,
-    kernel_size: int = 3,
+    axes: int = 2,
     strides: int = 1,
     init_scale: float = 1.0,
     name: str | None = None,
 ) -> nn.Conv:
-    """Returns a convolution, 3×3 by default, with padding "SAME": strided ones pad at the bottom and right."""
-    return nn.Conv(features, (kernel_size, kernel_size), strides, dtype=dtype, kernel_init=_init(init_scale), name=name)
+    """Returns a convolution, 3×3 for two axes, with padding "SAME": strided ones pad at the end of each axis."""
+    return nn.Conv(features, (3,) * axes, strides, dtype=dtype, kernel_init=_init(init_scale), name=name)
 
 
 def dense(features: int, dtype: DTypeLike, init_scale: float = 1.0, name: str | None = None) -> nn.Dense:
-    """Returns a dense layer. On NHWC images it is a 1×1 convolution, Ho's `nin`."""
+    """Returns a dense layer. On images it is a 1×1 convolution, Ho's `nin`."""
     return nn.Dense(features, dtype=dtype, kernel_init=_init(init_scale), name=name)
 
 
@@ -60,8 +60,8 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalises x [B, H, W, C]."""
-        channels = x.shape[-1]
+        """Normalises x [B, …, C]."""
+        channels, axes = x.shape[-1], tuple(range(1, x.ndim - 1))
         groups = math.gcd(self.num_groups, channels)
 
         def group_mean(per_channel):  # [B, C] -> [B, C]
@@ -69,15 +69,19 @@ class GroupNorm(nn.Module):
             return jnp.repeat(means, channels // groups, axis=-1)
 
         # The slice precedes the cast: XLA would write all of the cast x to memory in order to slice it.
-        pixel = lax.stop_gradient(x[:, x.shape[1] // 2, x.shape[2] // 2])
-        shift = group_mean(pixel.astype(jnp.float32))[:, None, None]
-        shifted = x.astype(jnp.float32) - shift
-        mean = group_mean(shifted.mean(axis=(1, 2)))
-        variance = group_mean((shifted**2).mean(axis=(1, 2))) - mean**2
+        pixel = lax.stop_gradient(x[:, *(size // 2 for size in x.shape[1:-1])])
+        shifted = x.astype(jnp.float32) - _everywhere(group_mean(pixel.astype(jnp.float32)), x)
+        mean = group_mean(shifted.mean(axis=axes))
+        variance = group_mean((shifted**2).mean(axis=axes)) - mean**2
         scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
         factor = lax.rsqrt(variance + _EPSILON) * scale[None]
-        return ((shifted - mean[:, None, None]) * factor[:, None, None] + bias[None, None, None]).astype(self.dtype)
+        return ((shifted - _everywhere(mean, x)) * _everywhere(factor, x) + _everywhere(bias, x)).astype(self.dtype)
+
+
+def _everywhere(per_channel, x):
+    """Returns [B, C] or [C] with axes of size 1 before the last, as many as x [B, …, C] has."""
+    return jnp.expand_dims(per_channel, tuple(range(per_channel.ndim - 1, x.ndim - 1)))
 
 
 def time_embedding(t: jax.Array, features: int) -> jax.Array:
@@ -114,15 +118,15 @@ class ResnetBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, temb: jax.Array, dropout_keys: jax.Array | None = None) -> jax.Array:
-        """Applies the block to x [B, H, W, C] and temb [B, E]; keys [B] turn dropout on. -> [B, H, W, features]"""
-        norm = functools.partial(GroupNorm, self.num_groups, self.dtype)
+        """Applies the block to x [B, …, C] and temb [B, E]; keys [B] turn dropout on. -> [B, …, features]"""
+        norm, axes = functools.partial(GroupNorm, self.num_groups, self.dtype), x.ndim - 2
         h = nn.silu(norm(name="norm1")(x))
-        h = conv(self.features, self.dtype, name="conv1")(h)
-        h += dense(self.features, self.dtype, name="temb_proj")(nn.silu(temb))[:, None, None, :]
+        h = conv(self.features, self.dtype, axes, name="conv1")(h)
+        h += _everywhere(dense(self.features, self.dtype, name="temb_proj")(nn.silu(temb)), x)
         h = nn.silu(norm(name="norm2")(h))
         if dropout_keys is not None:
             h = drop(h, self.dropout, dropout_keys)
-        h = conv(self.features, self.dtype, init_scale=_NEARLY_ZERO, name="conv2")(h)
+        h = conv(self.features, self.dtype, axes, init_scale=_NEARLY_ZERO, name="conv2")(h)
         if x.shape[-1] != self.features:
             x = dense(self.features, self.dtype, name="nin_shortcut")(x)
         return x + h
@@ -143,10 +147,9 @@ class AttentionBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Applies the block: [B, H, W, C] -> [B, H, W, C]."""
-        batch, height, width, channels = x.shape
-        h = GroupNorm(self.num_groups, self.dtype, name="norm")(x)
-        h = h.reshape(batch, height * width, 1, channels)
+        """Applies the block: [B, …, C] -> [B, …, C]."""
+        batch, *sizes, channels = x.shape
+        h = GroupNorm(self.num_groups, self.dtype, name="norm")(x).reshape(batch, math.prod(sizes), 1, channels)
         q, k, v = (dense(channels, self.dtype, name=name)(h) for name in "qkv")
         h = self.attention(q, k, v).reshape(x.shape)
         return x + dense(channels, self.dtype, init_scale=_NEARLY_ZERO, name="proj_out")(h)
@@ -155,15 +158,16 @@ class AttentionBlock(nn.Module):
 class UNet(nn.Module):
     """The noise predictor: (x [B, H, W, C], t [B] in 1..T) -> ε̄ float32 [B, H, W, C].
 
-    The defaults are Ho's network for CIFAR-10, with 35,746,307 parameters at C = 3. Multipliers
-    (1, 1, 2, 2, 4, 4) give the network for 256×256, with 113,673,219 parameters.
+    x may also be signals [B, L, C] or volumes [B, D, H, W, C], whose kernels have a size of 3 along each axis. The
+    defaults are Ho's network for CIFAR-10, with 35,746,307 parameters at C = 3. Multipliers (1, 1, 2, 2, 4, 4) give the
+    network for 256×256, with 113,673,219 parameters.
 
     Attributes:
       channels: channels at full resolution.
       multipliers: one per level. Level i has multipliers[i] · channels channels and half the
         resolution of level i − 1.
       num_res_blocks: residual blocks per level on the way down; the way up has one more per level.
-      attention_resolutions: heights of the levels with self-attention after every block.
+      attention_resolutions: heights (lengths, depths) of the levels with self-attention after every block.
       dropout: dropout rate inside the residual blocks when train=True.
       num_groups: see `GroupNorm`.
       dtype: dtype of the computation, float32 or bfloat16. Parameters, the statistics of
@@ -196,23 +200,22 @@ class UNet(nn.Module):
         """Predicts ε̄.
 
         Args:
-          x: [B, H, W, C].
+          x: [B, H, W, C], [B, L, C] or [B, D, H, W, C].
           t: int [B] in 1..T.
           train: True switches dropout on.
           dropout_keys: [B] PRNG keys, one per example; None takes them from rngs={"dropout": key}.
           labels: int [B] in 0..num_classes, where num_classes is ∅; None is ∅ for all.
 
         Returns:
-          float32 [B, H, W, C].
+          float32 of the shape of x.
 
         Raises:
-          ValueError: H or W is not a multiple of 2^(levels − 1), or a network without classes gets labels.
+          ValueError: a size, H or W, is not a multiple of 2^(levels − 1), or a network without classes gets labels.
         """
         if labels is not None and not self.num_classes:
             raise ValueError("labels need a network with classes: num_classes is 0")
-        levels = len(self.multipliers)
-        check_image_size(x.shape[1], x.shape[2], levels)
-        image_channels = x.shape[-1]
+        levels, image_channels, axes = len(self.multipliers), x.shape[-1], x.ndim - 2
+        check_image_size(x.shape[1:-1], levels)
         with_dropout = train and self.dropout > 0
         if with_dropout and dropout_keys is None:
             dropout_keys = jax.random.split(self.make_rng("dropout"), len(x))
@@ -242,14 +245,14 @@ class UNet(nn.Module):
             labels = jnp.full(len(x), self.num_classes) if labels is None else labels
             temb += nn.Embed(self.num_classes + 1, 4 * self.channels, dtype=self.dtype, name="class_embedding")(labels)
 
-        h = conv(self.channels, self.dtype, name="conv_in")(x)
+        h = conv(self.channels, self.dtype, axes, name="conv_in")(x)
         skips = [h]
         for i in range(levels):
             for j in range(self.num_res_blocks):
                 h = block(h, i, f"down_{i}_block_{j}")
                 skips.append(h)
             if i < levels - 1:
-                h = conv(h.shape[-1], self.dtype, strides=2, name=f"down_{i}_downsample")(h)
+                h = conv(h.shape[-1], self.dtype, axes, strides=2, name=f"down_{i}_downsample")(h)
                 skips.append(h)
 
         h = residual(h, h.shape[-1], "mid_block_1")
@@ -260,25 +263,24 @@ class UNet(nn.Module):
             for j in range(self.num_res_blocks + 1):
                 h = block(jnp.concatenate([h, skips.pop()], axis=-1), i, f"up_{i}_block_{j}")
             if i > 0:
-                h = conv(h.shape[-1], self.dtype, name=f"up_{i}_upsample")(_double(h))
+                h = conv(h.shape[-1], self.dtype, axes, name=f"up_{i}_upsample")(_double(h))
 
         h = nn.silu(GroupNorm(self.num_groups, self.dtype, name="norm_out")(h))
-        h = conv(image_channels, self.dtype, init_scale=_NEARLY_ZERO, name="conv_out")(h)
+        h = conv(image_channels, self.dtype, axes, init_scale=_NEARLY_ZERO, name="conv_out")(h)
         return h.astype(jnp.float32)
 
 
-def check_image_size(height: int, width: int, levels: int) -> None:
-    """Raises ValueError unless height and width are multiples of 2^(levels − 1)."""
+def check_image_size(sizes: Sequence[int], levels: int) -> None:
+    """Raises ValueError unless the sizes, e.g. (height, width), are multiples of 2^(levels − 1)."""
     multiple = 2 ** (levels - 1)
-    if height % multiple or width % multiple:
-        raise ValueError(
-            f"an image of {height}x{width} cannot be halved {levels - 1} times by a UNet of {levels} levels: "
-            f"height and width must be multiples of {multiple}"
-        )
+    if any(size % multiple for size in sizes):
+        size = "x".join(map(str, sizes))
+        raise ValueError(f"{size} cannot be halved {levels - 1} times by {levels} levels: give multiples of {multiple}")
 
 
 def _double(x):
-    """Upsamples [B, H, W, C] by 2, nearest neighbour."""
-    batch, height, width, channels = x.shape
-    x = jnp.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
-    return x.reshape(batch, 2 * height, 2 * width, channels)
+    """Upsamples [B, …, C] by 2 along each axis in between, nearest neighbour."""
+    batch, *sizes, channels = x.shape
+    pairs = jnp.expand_dims(x, tuple(range(2, 2 * x.ndim - 2, 2)))  # [B, H, 1, W, 1, C]
+    doubled = jnp.broadcast_to(pairs, (batch, *(n for size in sizes for n in (size, 2)), channels))
+    return doubled.reshape(batch, *(2 * size for size in sizes), channels)

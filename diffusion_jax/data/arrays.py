@@ -16,18 +16,27 @@ from diffusion_jax.errors import UserError, one_line
 
 _SEEN = 1000  # images whose range an error message tells
 _IMAGES, _LABELS = ("images", "arr_0"), "labels"  # names in an .npz
+_AXES = {1: "L", 2: "H, W", 3: "D, H, W"}  # of signals, images and volumes
 _Rows = tuple[tuple[int, ...], np.dtype, Callable[[int], np.ndarray]]  # shape, dtype, i -> row i
 
 
-def arrays(file: Path, bounds: tuple[float, float] | None = None, channels: int | None = None) -> Source:
+def arrays(
+    file: Path,
+    bounds: tuple[float, float] | None = None,
+    channels: int | None = None,
+    size: tuple[int, ...] | None = None,
+) -> Source:
     """Returns the images of a .npy or .npz file, [N, H, W, C] or [N, H, W], of any number of channels.
+
+    They may also be signals, [N, L, C] or [N, L], or volumes, [N, D, H, W, C] or [N, D, H, W].
 
     An .npz has them as "images" or "arr_0". It may have "labels" [N]: integers, which are the classes, or names. A
     .npy, and an .npz that is not compressed, are read image by image. A compressed .npz is read into memory.
 
     Args:
       bounds: (lo, hi), which become −1 and 1: the images are then float32. None takes uint8, whose levels stay.
-      channels: the channels that the images must have; grey and RGB in uint8 go with each other. None takes any.
+      channels: the channels that the images must have; grey and RGB images in uint8 go with each other. None takes any.
+      size: (L,) of signals or (D, H, W) of volumes, which must be that of the array. None takes images of any size.
 
     Raises:
       UserError: the file cannot be read, or holds something else.
@@ -37,14 +46,14 @@ def arrays(file: Path, bounds: tuple[float, float] | None = None, channels: int 
         status = file.stat()
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"config.data.path: {file} cannot be read ({one_line(error)}): write it again") from None
-    _check(file, shape, dtype, row, bounds, channels)
+    _check(file, shape, dtype, row, bounds, channels, size)
     classes, numbers = (), None
     if labels is not None:
         classes, numbers = _classes(file, labels, shape[0])
     about = (file.name, status.st_size, status.st_mtime_ns, bounds)
 
     def read(i):
-        image = row(i).reshape(*shape[1:], *([1] if len(shape) == 3 else []))
+        image = row(i).reshape(*(size or shape[1:3]), -1)
         return image if bounds is None else _mapped(image, *bounds)
 
     return Source(
@@ -110,19 +119,28 @@ def _rows(file, start) -> _Rows:
     return shape, dtype, row
 
 
-def _check(file, shape, dtype, row, bounds, channels):
-    """Raises UserError unless these are images that `bounds` and `channels` fit."""
+def _check(file, shape, dtype, row, bounds, channels, size):
+    """Raises UserError unless these are images, signals or volumes that `bounds`, `channels` and `size` fit."""
+    axes = 2 if size is None else len(size)
     name = f"config.data.path: {file} holds {dtype} {list(shape)}"
-    if len(shape) not in (3, 4) or 0 in shape or dtype.kind not in "uif":
-        raise UserError(f"{name}, not images: give numbers [N, H, W, C] or [N, H, W]")
-    if len(shape) == 4 and shape[1] in (1, 3, 4) and shape[3] > 4:
+    if len(shape) not in (1 + axes, 2 + axes) or 0 in shape or dtype.kind not in "uif":
+        wanted = f"give numbers [N, {_AXES[axes]}, C] or [N, {_AXES[axes]}]"
+        others = ", or (L,) as config.data.image_size for signals [N, L, C], (D, H, W) for volumes [N, D, H, W, C]"
+        kind = {1: "signals", 2: "images", 3: "volumes"}[axes]
+        raise UserError(f"{name}, not {kind}: {wanted}{others if axes == 2 else ''}")
+    if axes == 2 and len(shape) == 4 and shape[1] in (1, 3, 4) and shape[3] > 4:
         raise UserError(f"{name}, which looks like [N, C, H, W]: give array.transpose(0, 2, 3, 1)")
     if dtype != np.uint8 and bounds is None:
         seen = [row(i) for i in range(min(_SEEN, shape[0]))]
         low, high = min(map(np.min, seen)), max(map(np.max, seen))
         raise UserError(f"{name} from {low:g} to {high:g}: give the numbers that become -1 and 1, config.data.range")
-    own = shape[3] if len(shape) == 4 else 1
-    if channels not in (None, own) and not ({own, channels} <= {1, 3} and bounds is None):
+    own_size, own = shape[1 : 1 + axes], shape[-1] if len(shape) == 2 + axes else 1
+    if size not in (None, own_size):
+        raise UserError(
+            f"config.data.path: {file} holds the size {own_size}, not config.data.image_size={size}: give that of the "
+            "array, because signals and volumes are not resized"
+        )
+    if channels not in (None, own) and not ({own, channels} <= {1, 3} and bounds is None and axes == 2):
         raise UserError(f"{name}, {own} channels, but config.data.channels={channels}: give {own}")
 
 

@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import secrets
@@ -89,7 +90,7 @@ class OnTheFly:
 
     num_threads = os.cpu_count() or 4
 
-    def __init__(self, source: Source, image_size: tuple[int, int], channels: int, crop: int, skip_corrupt: bool):
+    def __init__(self, source: Source, image_size: tuple[int, ...], channels: int, crop: int, skip_corrupt: bool):
         self.shape = (len(source), *image_size, channels)
         self.dtype, self.array_dtype = np.dtype(source.dtype), source.array_dtype
         self.classes = tuple(source.classes)
@@ -129,7 +130,7 @@ class OnTheFly:
 def open_images(
     source: Source,
     *,
-    image_size: int | tuple[int, int],
+    image_size: int | tuple[int, ...],
     channels: int,
     crop: int = 0,
     skip_corrupt: bool = False,
@@ -140,7 +141,8 @@ def open_images(
 
     Args:
       source: the images.
-      image_size: the height and width of the result, or (height, width), by a bicubic, antialiased resize.
+      image_size: the height and width of the result, or (height, width), by a bicubic, antialiased resize. (length,)
+        or (depth, height, width) are those of the source's signals or volumes, which stay as they are.
       channels: 1 (grey), 3 (RGB), 4 (RGBA), or as many as an array has.
       crop: height of the centre crop, in pixels of the source; 0 means the largest. Its shape is that of image_size.
       skip_corrupt: True skips images that cannot be read, and prints their number.
@@ -151,9 +153,9 @@ def open_images(
     Raises:
       UserError: an image cannot be read, or the disk has no room for the cache.
     """
-    height, width = np.broadcast_to(image_size, 2).tolist()
-    form = ((height, width), channels, crop)
-    num_bytes = len(source) * height * width * channels * np.dtype(source.dtype).itemsize
+    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    form = (size, channels, crop)
+    num_bytes = len(source) * math.prod(size) * channels * np.dtype(source.dtype).itemsize
     if num_bytes > cache_limit:
         print(
             f"{source.origin} is decoded on the fly: the cache would take {num_bytes / 1e9:.1f} GB "
@@ -163,14 +165,14 @@ def open_images(
     identity = {
         "format": _FORMAT,
         "version": source.version,
-        "image_size": height if height == width else [height, width],
+        "image_size": size[0] if size == (size[0],) * 2 else list(size),
         "channels": channels,
         "crop": crop,
         "skip_corrupt": skip_corrupt,
     }
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     stem = re.sub(r"\W+", "-", source.origin)[-40:].strip("-")
-    name = f"{stem}-{height}x{width}x{channels}-{digest}"
+    name = f"{stem}-{'x'.join(map(str, size))}x{channels}-{digest}"
     remote = epath.Path(cache_dir) / name if "://" in cache_dir else None
     folder = Path(os.path.expanduser(_LOCAL if remote or not cache_dir else cache_dir)) / name
     if remote and not folder.exists() and (remote / "manifest.json").exists():
@@ -397,7 +399,12 @@ def _decode(source, i, form):
 
 
 def _fit(image, image_size, channels, crop, is_picture):
-    """Crops the centre of [H, W, C], converts it to grey, RGB or RGBA, and resizes it to [*image_size, channels]."""
+    """Crops the centre of [H, W, C], converts it to grey, RGB or RGBA, and resizes it to [*image_size, channels].
+
+    Signals and volumes stay as they are.
+    """
+    if len(image_size) != 2:
+        return np.ascontiguousarray(image)
     height, width, own = image.shape
     crop_height, crop_width = _crop_size(height, width, image_size, crop)
     if crop_height > height or crop_width > width:

@@ -22,6 +22,7 @@ def open_source(
     manual_dir: str = "",
     bounds: tuple[float, float] | None = None,
     channels: int = 3,
+    size: tuple[int, ...] | None = None,
 ) -> Source:
     """Returns the source that config.data names.
 
@@ -32,7 +33,7 @@ def open_source(
       split: a split of TFDS, or "train", "test", … for `files`. Brackets select a part as in TFDS:
         "train[:1500]", "train[90%:]".
       manual_dir: see `tfds`.
-      bounds: see `arrays`.
+      bounds, size: see `arrays`.
       channels: 1 or 3 for grey or RGB pictures, 4 for RGBA pictures, or the number of an array.
 
     Raises:
@@ -40,6 +41,11 @@ def open_source(
     """
     if bounds and not _is_array(path or source):
         raise UserError(f"config.data.range={bounds} goes with arrays, .npy or .npz: leave it out")
+    if size and not _is_array(path or source):
+        raise UserError(
+            f"config.data.image_size={size} makes signals or volumes, which come from arrays alone, .npy or .npz: give "
+            "one, config.data.path, or (height, width)"
+        )
     alpha = channels == 4
     if channels not in (1, 3, 4) and not _is_array(path or source):
         raise UserError(
@@ -62,7 +68,7 @@ def open_source(
     if os.path.exists(file) and _is_array(file.name):
         if split != "train":
             raise UserError(f"config.data.split={split!r}: an array has only 'train': give 'train', or a part of it")
-        return _part(arrays(file, bounds, channels), part)
+        return _part(arrays(file, bounds, channels, size), part)
     if os.path.exists(file):  # False also where Path.exists raises an error
         return _part(files(file, split, alpha=alpha), part)
     if path:

@@ -66,6 +66,7 @@ def summarize(batches: Iterable[dict[str, np.ndarray]]) -> Summary:
 
 def _block(x):
     # Reduces one axis at a time: with the short axis of the channels innermost NumPy takes several times as long.
+    x = x.reshape(len(x), -1, *x.shape[-2:])  # signals and volumes as images
     low, high = x.min(1).min(1), x.max(1).max(1)
     sums = x.sum(0, dtype=np.uint64).sum((0, 1))
     return _Block(

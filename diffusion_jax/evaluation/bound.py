@@ -142,7 +142,7 @@ def _terms_fn(run: Parts, sigma: jax.Array, text: str) -> Callable:
         x_0, keys = pixels.from_uint8(batch["image"]), sampling.image_keys(rng, indices)
         labels = {"labels": batch["label"]} if "label" in batch else {}
         eps_bar_fn = functools.partial(run.network, {"params": params}, **labels)
-        prior = likelihood.prior_kl(run.schedule, x_0).mean(axis=(1, 2, 3)) / math.log(2)
+        prior = likelihood.prior_kl(run.schedule, x_0).mean(axis=tuple(range(1, x_0.ndim))) / math.log(2)
         by_step = likelihood.vlb_by_step(eps_bar_fn, run.schedule, sigma, x_0, keys, clip=run.clip, ts=ts.T)
         return prior, *(x.T for x in by_step)
 
@@ -226,14 +226,14 @@ def histogram_bits(images: np.ndarray) -> float:
 def png_bits(images: np.ndarray) -> float:
     """Returns bits/dim of uint8 [n, H, W, C] as PNG. Up to 1,000 images share a file, so the header costs little.
 
-    Channels other than grey or RGB lie beside each other in a grey file.
+    Channels other than grey or RGB lie beside each other in a grey file. Signals are rows, and volumes their slices.
     """
     num_bytes = 0
     if images.shape[-1] not in (1, 3):
-        images = np.concatenate(np.split(images, images.shape[-1], axis=-1), axis=2)
+        images = np.concatenate(np.split(images, images.shape[-1], axis=-1), axis=-2)
     for first in range(0, len(images), 1000):
         some = images[first : first + 1000]
         file = io.BytesIO()
-        grids.to_pillow(some.reshape(-1, *some.shape[2:])).save(file, format="PNG", optimize=True)
+        grids.to_pillow(some.reshape(-1, *some.shape[-2:])).save(file, format="PNG", optimize=True)
         num_bytes += file.tell()
     return 8 * num_bytes / images.size

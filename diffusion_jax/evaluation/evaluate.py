@@ -225,15 +225,17 @@ def _extractor(path, image_shape):
     """Returns the features of Inception v3 at `path`, or pixels if it is ""."""
     if not path:
         return _Extractor("pixels", "", math.prod(image_shape), quality.pixels)
+    if len(image_shape) != 3:
+        raise UserError(f"--inception={path} looks at images, but the run's have {image_shape}: leave it out")
     features, checksum = inception.load_features(path)
     return _Extractor("inception-2015-12-05", checksum, 2048, features)
 
 
 def _describe(config, images, extractor, origin):
     """Returns the protocol of features of images of the run's size."""
-    height, width, _ = images.shape[1:]
-    largest = "of the largest square" if height == width else f"of the largest {height}:{width}"
-    resize = f"bicubic, antialiased, centre crop {config.data.crop or largest}"
+    size = images.shape[1:-1]
+    largest = "of the largest square" if len({*size}) == 1 else f"of the largest {':'.join(map(str, size))}"
+    resize = f"bicubic, antialiased, centre crop {config.data.crop or largest}" if len(size) == 2 else "none"
     return quality.protocol(images, extractor.name, extractor.checksum, resize, origin)
 
 

@@ -49,8 +49,8 @@ def protocol(images: Any, name: str, checksum: str, resize: str, origin: str) ->
       resize: the method that resized the images.
       origin: the file or the data set.
     """
-    n, height, width, channels = images.shape
-    size = height if height == width else [height, width]
+    n, *size, channels = images.shape
+    size = size[0] if size == [size[0]] * 2 else size
     settings = {"features": name, "checksum": checksum, "image_size": size, "channels": channels, "resize": resize}
     return settings | {"origin": origin, "n": n}
 
@@ -313,7 +313,12 @@ def _read_shards(path):
             reason = f"it is a picture, {file.suffix}" if file.suffix in PICTURES else one_line(error, 200)
             raise UserError(f"--samples={file} holds no samples ({reason}): {remedy}, e.g. --out=samples.npz") from None
     for array, _ in arrays or [(np.zeros(0), None)]:
-        if array.ndim != 4 or array.dtype != np.uint8 or not len(array) or array.shape[1:] != arrays[0][0].shape[1:]:
+        if (
+            array.ndim not in (3, 4, 5)
+            or array.dtype != np.uint8
+            or not len(array)
+            or array.shape[1:] != arrays[0][0].shape[1:]
+        ):
             raise UserError(
                 f"--samples={path} holds {array.dtype} {array.shape}, not images uint8 [n, H, W, C]: {remedy}"
             )

@@ -214,7 +214,8 @@ def _by_group(flat):
 def _facts(workdir, flat, step, checkpoints, num_parameters, curves):
     """Returns the rows of the first table; a row without data is left out."""
     source = name_of(flat["data.source"], flat["data.path"])
-    shape = map(str, (*np.broadcast_to(flat["data.image_size"], 2), flat["data.channels"]))
+    size = flat["data.image_size"]
+    shape = map(str, (*((size, size) if isinstance(size, int) else size), flat["data.channels"]))
     loss, speed = (_finite(curves, name)[1] for name in ("loss", "images_per_second"))
     rows = {
         "step": f"{_cell(step)} of {_cell(flat['train.num_steps'])}",

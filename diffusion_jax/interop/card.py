@@ -38,7 +38,9 @@ def model_card(config: ConfigDict, workdir: epath.PathLike, step: int, out: str,
     """
     config = config.copy_and_resolve_references()
     config.model.attention = "xla"  # cuDNN may be missing here
-    (height, width, channels), train = parts.image_shape(config), config.train
+    (*size, channels), train = parts.image_shape(config), config.train
+    data = {1: "signals of {} values", 2: "images of {} pixels", 3: "volumes of {} voxels"}[len(size)]
+    data = data.format("×".join(map(str, size)))
     source = epath.Path(name_of(config.data.source, config.data.path)).name  # without the folders of this machine
     classes = f", {config.model.num_classes} classes" if config.model.num_classes else ""
     use = _USE[library].format(out=epath.Path(out).name, num_steps=config.schedule.num_steps)
@@ -50,7 +52,7 @@ tags: [ddpm, diffusion, image-generation]
 
 # {absolute(workdir).name}
 
-A denoising diffusion model (DDPM) of images of {height}×{width} pixels with {channels} channel(s){classes}, made by
+A denoising diffusion model (DDPM) of {data} with {channels} channel(s){classes}, made by
 diffusion_jax.
 
 - **Data**: {source}, split {config.data.split}; describe the images, their origin and their rights here.

@@ -530,7 +530,10 @@ def _write_json(file, content):
 
 def _unet_config(config):
     """Returns the config.json of the UNet2DModel that equals the run's network."""
-    (height, width), model = configs.image_size(config), config.model
+    size, model = configs.image_size(config), config.model
+    if len(size) != 2:
+        raise UserError(f"config.data.image_size={size} is not of images, and diffusers' UNet2DModel takes no other")
+    height, width = size
     if model.multipliers[0] != 1:
         raise UserError(f"config.model.multipliers={model.multipliers} must begin with 1 to be a network of diffusers")
     has_attention = [height >> level in model.attention_resolutions for level in range(len(model.multipliers))]

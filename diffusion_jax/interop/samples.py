@@ -36,6 +36,8 @@ def write_samples(
 ) -> None:
     """Writes `num` images: a grid if `out` ends in .png, an array [num, H, W, C] if in .npz, shards if in "/".
 
+    Signals and volumes have other axes, and a grid shows them as `grids.tiles` says.
+
     The array is uint8, or in data.range where the run has one: data.dtype, the type of the array that was trained on.
 
     An .npz stores the images as "arr_0", the name that evaluation suites read, and their settings as JSON in
@@ -84,7 +86,8 @@ def write_samples(
         else:
             _save_npz(path, make(0, num), 0, about)
     if jax.process_index() == 0:
-        print(f"{num} samples: {out}{', in place of the file that was there' * replaces}")
+        shown = grids.drawn_as(len(run.image_shape) - 1) if out.endswith(".png") else ""
+        print(f"{num} samples{shown}: {out}{', in place of the file that was there' * replaces}")
 
 
 def _check(num, seed, out, path):

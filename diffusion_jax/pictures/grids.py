@@ -12,6 +12,8 @@ from diffusion_jax.data import pixels
 from diffusion_jax.running import files
 
 MIN_TILE = 64  # pixels: a grid enlarges smaller images to about this size
+CURVE = (128, 64)  # pixels: width and height of the picture of a signal
+_COLOURS = ("black", "red", "royalblue", "orange", "green", "purple")  # of a signal's channels, in turn
 LABEL = 14  # pixels: font size of the labels
 MOST_CHANNELS = 8  # rows of one channel each that a grid shows
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels: Pillow's mode, which a PNG can hold
@@ -23,8 +25,8 @@ def grid(x: np.ndarray, columns: int | None = None, width: float = 0, has_alpha:
     Images smaller than MIN_TILE, or narrower than `width`, are enlarged by an integer factor, bicubic.
 
     Args:
-      x: uint8 [N, H, W, C]. 1, 3 and 4 channels are grey, RGB and RGBA. Of another number each channel is a grey
-        image, up to MOST_CHANNELS: each row of images becomes a row for each channel.
+      x: uint8 [N, H, W, C], signals or volumes, see `tiles`. 1, 3 and 4 channels are grey, RGB and RGBA. Of another
+        number each channel is a grey image, up to MOST_CHANNELS: each row of images becomes a row for each channel.
       columns: images in a row; None makes the sheet about square.
       width: the least width of an image in pixels.
       has_alpha: False shows the four channels of an array, none of which is alpha, in rows.
@@ -32,6 +34,7 @@ def grid(x: np.ndarray, columns: int | None = None, width: float = 0, has_alpha:
     Returns:
       uint8 [height, width, 1, 3 or 4].
     """
+    x = tiles(x)
     in_rows = not _is_colour(x, has_alpha)
     shown = min(x.shape[-1], MOST_CHANNELS) if in_rows else 1  # images for each image
     columns = columns or min(len(x), math.ceil(math.sqrt(len(x) * shown)))
@@ -45,6 +48,34 @@ def grid(x: np.ndarray, columns: int | None = None, width: float = 0, has_alpha:
         top, left = (i // columns) * (rows + gap) + gap, (i % columns) * (cols + gap) + gap
         sheet[top : top + rows, left : left + cols] = np.asarray(large).reshape(rows, cols, channels)
     return sheet
+
+
+def tiles(x: np.ndarray) -> np.ndarray:
+    """Returns images [N, H, W, C] as they are, and signals and volumes as the images that a grid shows of them.
+
+    Args:
+      x: uint8 [N, H, W, C]; signals [N, L, C], drawn as curves from 0 at the bottom to 255 at the top, a colour for
+        each channel; or volumes [N, D, H, W, C], of which the middle slice is shown.
+    """
+    if x.ndim == 3:
+        return np.stack([_curves(signal) for signal in x])
+    return x[:, x.shape[1] // 2] if x.ndim == 5 else x
+
+
+def _curves(signal):
+    """Returns the picture of a signal uint8 [L, C], drawn four times as large to be smooth."""
+    width, height = (4 * size for size in CURVE)
+    picture = Image.new("RGB", (width, height), "white")
+    draw, across = ImageDraw.Draw(picture), np.linspace(0, width - 1, len(signal))
+    for k, channel in enumerate(signal.T):
+        points = np.stack([across, (1 - channel / 255) * (height - 1)], axis=1)
+        draw.line(points.ravel().tolist(), fill=_COLOURS[k % len(_COLOURS)], width=6, joint="curve")
+    return np.asarray(picture.reduce(4))
+
+
+def drawn_as(axes: int) -> str:
+    """Returns how a grid shows images of so many axes, to follow their name: "" for images."""
+    return {1: ", as curves", 2: "", 3: ", the middle slice of each"}[axes]
 
 
 def _is_colour(x, has_alpha):
@@ -73,7 +104,7 @@ def labelled(
     """Returns `grid` of the images with a label to the left of each row and above each column.
 
     Args:
-      x: uint8 [rows · columns, H, W, C].
+      x: uint8 [rows · columns, H, W, C], or see `tiles`.
       row_labels: one for each row.
       column_labels: one for each column.
       has_alpha: see `grid`.
@@ -102,14 +133,14 @@ def by_class(
     """Returns `grid` of the images without classes, else a row for each class that occurs, with its name.
 
     Args:
-      x: uint8 [N, H, W, C].
+      x: uint8 [N, H, W, C], or see `tiles`.
       classes: the names of the classes; () for none.
       labels: int [N]; None: image i has class i mod len(classes). A label of len(classes) means no class.
       has_alpha: see `grid`.
     """
     if not classes:
         return grid(x, has_alpha=has_alpha)
-    labels = np.arange(len(x)) % len(classes) if labels is None else labels
+    x, labels = tiles(x), np.arange(len(x)) % len(classes) if labels is None else labels
     rows = [x[labels == label] for label in np.unique(labels)]
     columns = max(map(len, rows))
     filled = [np.concatenate([row, _grey((columns - len(row), *x.shape[1:]), has_alpha)]) for row in rows]
@@ -153,6 +184,8 @@ def to_pillow(x: np.ndarray) -> Image.Image:
 def save_png(path: epath.PathLike, x: ArrayLike) -> None:
     """Writes an image [H, W, 1, 3 or 4], or a `grid` of images [N, H, W, C], as a PNG file; creates its folder.
 
+    Signals need `grid` first, because [N, L, C] looks like an image. Of volumes [N, D, H, W, C] it draws a grid.
+
     Args:
       x: uint8, or floats in [−1, 1], as samplers return them.
 
@@ -160,9 +193,9 @@ def save_png(path: epath.PathLike, x: ArrayLike) -> None:
       ValueError: `x` has another shape.
     """
     x = pixels.to_uint8(np.asarray(x))
-    if x.ndim not in (3, 4) or (x.ndim == 3 and x.shape[-1] not in MODES) or not x.size:
+    if x.ndim not in (3, 4, 5) or (x.ndim == 3 and x.shape[-1] not in MODES) or not x.size:
         raise ValueError(f"x has shape {x.shape}: give an image [H, W, 1, 3 or 4], or several, [N, H, W, C]")
-    x = grid(x) if x.ndim == 4 else x
+    x = grid(x) if x.ndim > 3 else x
     with files.replacing(epath.Path(path).expanduser()) as file:
         to_pillow(x).save(file, format="PNG")
 

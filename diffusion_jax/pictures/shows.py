@@ -183,6 +183,10 @@ def inpainting(run: _Run, out: str, num: int = 6) -> None:
 
     Prints the mean absolute difference across the edge of the mask for each, and for the images themselves.
     """
+    if len(run.shape) != 3:
+        raise UserError(
+            f"--show=inpainting masks halves of images, but the run's have {run.shape}: draw another figure"
+        )
     height, width, _ = run.shape
     row, column = np.ogrid[:height, :width]
     lower = row >= height // 2
@@ -219,7 +223,7 @@ def reconstruction(run: _Run, out: str, num: int = 6) -> None:
 
         latent, back = run.compiled(formula)(real)
         columns |= {f"latent {steps}": latent, f"{steps} steps": back}
-        errors[f"{steps} steps"] = np.sqrt(np.mean((back - real) ** 2, axis=(1, 2, 3)))
+        errors[f"{steps} steps"] = np.sqrt(np.mean((back - real) ** 2, axis=tuple(range(1, real.ndim))))
     _save(run, out, np.stack(list(columns.values()), axis=1), [""] * num, list(columns))
     _print("reconstruction error", errors)
 

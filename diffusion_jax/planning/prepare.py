@@ -39,8 +39,8 @@ def prepare(config: ConfigDict, out: str = "prepared.png") -> None:
     _check(out, path)
     start = time.monotonic()
     images = parts.images(config)
-    count, height, width, channels = images.shape
-    print(f"{count:,} images, {height}x{width}x{channels}, ready in {time.monotonic() - start:.1f} s")
+    count, *shape = images.shape
+    print(f"{count:,} images, {'x'.join(map(str, shape))}, ready in {time.monotonic() - start:.1f} s")
     print(_storage(images))
     indices = _looked_at(images)
     found = summary.summarize(_batches(images, indices))
@@ -53,7 +53,7 @@ def prepare(config: ConfigDict, out: str = "prepared.png") -> None:
     chosen = indices[summary.spread(found.num, found.labels, PICTURES)]
     x = pixels.to_uint8(images.examples(chosen)["image"])
     grids.save_png(path, grids.grid(x, has_alpha=not images.array_dtype))
-    print(f"{len(chosen)} of the images: {out}")
+    print(f"{len(chosen)} of the images{grids.drawn_as(len(shape) - 1)}: {out}")
 
 
 def _check(out, path):

@@ -55,6 +55,7 @@ RANGES = {  # the smallest and the largest integer; configs also come with the w
     "train.sample_every": (0, _INT32),
     "sampling.num": (1, _INT32),
 }
+LONGEST = 2**20  # the largest length of a signal; a minute of audio has about as many numbers
 # These may also be a function of the user, see `with_functions`. A workdir holds its name, as "python:min_snr".
 FUNCTIONS = {"loss": "train.loss", "schedule": "schedule.name", "sigma": "sampling.sigma"}
 _PYTHON = "python:"
@@ -303,10 +304,13 @@ def choose(config: ConfigDict, labels: Sequence[str | int]) -> tuple[int, ...] |
     return tuple(map(int, numbers)) or tuple(range(num_classes))
 
 
-def image_size(config: ConfigDict) -> tuple[int, int]:
-    """Returns (height, width) of the images, data.image_size."""
-    height, width = np.broadcast_to(config.data.image_size, 2).tolist()
-    return height, width
+def image_size(config: ConfigDict) -> tuple[int, ...]:
+    """Returns (height, width) of the images, data.image_size; (length,) of signals, (depth, height, width) of volumes.
+
+    The number of sizes is that of the axes of the data.
+    """
+    size = config.data.image_size
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def check_integer(name: str, value: object, low: int, high: int) -> None:
@@ -341,7 +345,7 @@ def warnings(config: ConfigDict, alpha_bar: float) -> list[str]:
             f"the learning rate only reaches {train.num_steps / train.warmup_steps:.1%} of config.train.learning_rate="
             f"{train.learning_rate}; lower warmup_steps"
         )
-    if config.data.channels not in (1, 3) and config.data.dtype:
+    if config.data.channels not in (1, 3) and config.data.dtype and len(image_size(config)) > 1:
         shown = f"config.data.channels={config.data.channels}"
         texts.append(f"grids of images have a grey row for each of {shown} channels, and for 8 at most")
     return texts
@@ -512,9 +516,16 @@ def _check_image_size(config):
 
     def is_size(value):
         sizes = value if isinstance(value, tuple | list) else [value, value]
-        return len(sizes) == 2 and all(type(size) is int and low <= size <= high for size in sizes)
+        most = LONGEST if len(sizes) == 1 else high
+        return len(sizes) in (1, 2, 3) and all(type(size) is int and low <= size <= most for size in sizes)
 
-    _need(config, "data.image_size", is_size, f"a number of pixels in {low}..{high:,}, or (height, width)")
+    others = f"(height, width); (length,) up to {LONGEST:,} for signals; (depth, height, width) for volumes"
+    _need(config, "data.image_size", is_size, f"a number of pixels in {low}..{high:,}, or {others}")
+    axes = len(image_size(config))
+    if axes != 2:
+        _need(config, "data.crop", lambda value: value == 0, "0 for signals and volumes, which are not cropped")
+    if axes == 1:
+        _need(config, "data.flip", lambda value: not value, "False for signals, which a flip would play backwards")
 
 
 def _check_range(config):
@@ -527,7 +538,7 @@ def _check_range(config):
 
 def _check_levels(config):
     try:
-        check_image_size(*image_size(config), len(config.model.multipliers))
+        check_image_size(image_size(config), len(config.model.multipliers))
     except ValueError as error:
         raise UserError(
             f"config.data.image_size={config.data.image_size} does not fit config.model.multipliers="

@@ -255,12 +255,12 @@ class Sampler:
 
         Args:
           make: (window=window) -> sample_fn, see `sampling.make_sample_fn`.
-          shape: (N, H, W, C).
+          shape: (N, H, W, C), or that of signals or volumes.
           num_steps: evaluations of the network for an image.
           params: the network's parameters or their shapes.
           flags: the beginning of the flags that choose a faster sampler.
         """
-        num, height, width, _ = shape
+        num, *sizes, _ = shape
         num_parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
         self._text = f"drawing {num:,} images, {num_steps:,} steps"
         self._shorter: str | None = ""
@@ -268,7 +268,7 @@ class Sampler:
             self._shorter = f"--{flags}sampler=dpmpp_2m --{flags}steps={FEW} take {FEW / num_steps:.0%} of it"
         self._done, self._share, self._is_compiled = 0.0, None, False
         # A convolution uses each parameter at each pixel of its level, about a third of all pixels on average.
-        flops = 2 / 3 * num_parameters * height * width * num * num_steps / jax.device_count()
+        flops = 2 / 3 * num_parameters * math.prod(sizes) * num * num_steps / jax.device_count()
         window = None
         if flops > WITH_BAR * _SPEED.get(jax.default_backend(), 5e13):
             window, self._share = _counting_window(num_steps, num, self._report), lambda: self._done
