@@ -83,7 +83,6 @@ def _config_cases(config, new, files):
         "a word as size": (config("data.image_size", "abc"), r"data\.image_size='?abc'? must be a number of pixels"),
         "a size in text": (config("data.image_size", "16x8"), r"data\.image_size='?16x8'? must be a number of pixels"),
         "a size of fractions": (config("data.image_size", "(8.5, 8)"), r"data\.image_size=\(8\.5, 8\) must be"),
-        "a size of four": (config("data.image_size", "(8, 8, 8, 8)"), r"data\.image_size=\(8, 8, 8, 8\) must be"),
         "a narrow size": (
             config("data.image_size", "(16, 5)"),
             r"image_size=\(16, 5\) does not fit config\.model\.mul",
@@ -104,6 +103,26 @@ def _config_cases(config, new, files):
             r"batch_size=6 does not divide among 4 devices.*multiple of 4",
         ),
         "image size": (config("data.image_size", 9), r"image_size=9 does not fit config\.model\.multipliers=\(1, 2\)"),
+        "signals of digits": (
+            config("data.image_size", "(8,)"),
+            r"image_size=\(8,\) makes signals or volumes, which come from arrays alone, \.npy or \.npz: give one",
+        ),
+        "too many sizes": (
+            config("data.image_size", "(8,8,8,8)"),
+            r"image_size=\(8, 8, 8, 8\) must be .*; \(depth, height, width\) for volumes",
+        ),
+        "a volume that cannot be halved": (
+            config("data.image_size", "(8,8,7)"),
+            r"image_size=\(8, 8, 7\) does not fit .*: 8x8x7 cannot be halved 1 times",
+        ),
+        "a signal turned round": (
+            [*config("data.image_size", "(8,)"), "--config.data.flip=True"],
+            r"data\.flip=True must be False for signals",
+        ),
+        "a crop of signals": (
+            [*config("data.image_size", "(8,)"), "--config.data.crop=4"],
+            r"data\.crop=4 must be 0 for signals and volumes",
+        ),
         "endless chain": (config("schedule.num_steps", 10**9), r"num_steps=1000000000 must be an integer in 1\.\."),
         "no image size": (config("data.image_size", 0), r"data\.image_size=0 must be"),
         "no learning rate": (config("train.learning_rate", 0.0), r"learning_rate=0\.0 must be a number > 0"),

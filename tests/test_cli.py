@@ -18,6 +18,7 @@ from PIL import Image
 
 import diffusion_jax
 from diffusion_jax import cli
+from diffusion_jax.data.pixels import to_uint8
 from diffusion_jax.running import flags
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -308,6 +309,52 @@ def test_prepare_makes_the_cache_that_training_uses(done, tmp_path):
     before = (folder / "manifest.json").stat().st_mtime_ns
     assert "1,797 images" in done("--mode=prepare", "--config=digits", cache, out)
     assert (folder / "manifest.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape, how", [((16,), "as curves"), ((4, 8, 2), "the middle slice of each")])
+def test_signals_and_volumes_from_the_array_to_samples(done, command, tmp_path, shape, how):
+    """Each mode takes them, or says in one line that it does not. A resumed run draws the samples of one in one go."""
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 256, (64, *shape, 2), np.uint8))
+    data = f"--config.data.path={tmp_path / 'x.npy'}", f"--config.data.cache_dir={tmp_path / 'cache'}"
+    size = "--config.data.image_size=(" + "".join(f"{n}," for n in shape) + ")", "--config.data.channels=2"
+    config = ["--config=tiny", *data, *size, "--config.model.multipliers=(1,2)", "--config.train.evaluate_every=6"]
+    printed = done("--mode=prepare", *config, f"--out={tmp_path / 'prepared.png'}")
+    assert f"64 images, {'x'.join(map(str, shape))}x2, ready" in printed and f"16 of the images, {how}: " in printed
+    assert f"samples, {how}: " in done(*config, f"--workdir={tmp_path / 'a'}")
+    done(*config, f"--workdir={tmp_path / 'b'}", "--config.train.num_steps=3")
+    done(*config, f"--workdir={tmp_path / 'b'}")
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    run, again = (f"--workdir={tmp_path / name}" for name in "ab")
+    done("--mode=sample", run, "--num=5", f"--out={tmp_path / 'a.npz'}")
+    done("--mode=sample", again, "--num=5", f"--out={tmp_path / 'b.npz'}")
+    x = np.load(tmp_path / "a.npz")["arr_0"]
+    assert x.shape == (5, *shape, 2) and x.dtype == np.uint8
+    np.testing.assert_array_equal(x, np.load(tmp_path / "b.npz")["arr_0"])
+    assert f"5 samples, {how}: " in done("--mode=sample", run, "--num=5", f"--out={tmp_path / 'a.png'}")
+    done("--mode=sample", run, "--num=200", f"--out={tmp_path / 'many.npz'}")
+    printed = done("--mode=evaluate", run, "--num=8", "--quick", f"--samples={tmp_path / 'many.npz'}")
+    assert "bits_per_dim" in printed and "resize: none" in printed
+    for name in ("interpolation", "progressive", "variations", "reconstruction", "animation"):
+        out = tmp_path / f"show.{'gif' if name == 'animation' else 'png'}"
+        done("--mode=sample", run, f"--show={name}", "--num=2", f"--out={out}")
+    for mistake, message in (
+        (["--mode=sample", "--show=inpainting"], r"--show=inpainting masks halves of images, but the run's have \("),
+        (["--mode=export", "--format=diffusers"], r"data\.image_size=\(.*\) is not of images, and diffusers'"),
+        (["--mode=evaluate", "--samples=x.npz", "--inception=y"], r"--inception=y looks at images, but the run's have"),
+    ):
+        code, _, err = command(*mistake, run)
+        assert code == 1 and re.fullmatch(
+            rf"error: [^\n]*{message}[^\n]*\n", err.replace("\r", "\n").splitlines(True)[-1]
+        )
+    done("--mode=export", run, f"--out={tmp_path / 'sampler.npz'}")
+    sample_fn, params = diffusion_jax.load_exported(tmp_path / "sampler.npz")
+    drawn = to_uint8(sample_fn(params, jax.random.key(0), 5))
+    assert abs(drawn.astype(int) - x).max() <= 1  # compiled as another program
+    kind = "signals of 16 values" if len(shape) == 1 else "volumes of 4×8×2 voxels"
+    assert f"of {kind} with 2 channel(s)" in (tmp_path / "sampler-card.md").read_text()
+    assert " × ".join(map(str, (*shape, 2))) in (tmp_path / "a/report.html").read_text()
+    done("--mode=audit", *config)
 
 
 # The network of tests/fixtures/diffusers as a config of its own.

@@ -141,13 +141,34 @@ def test_images_are_square_or_have_a_height_and_a_width():
     for other in (16, (8, 16)):
         with pytest.raises(UserError, match=r"data\.image_size: \(16, 8\) there, "):
             configs.check_same_run(config, tiny_config(data__image_size=other), "runs/tiny")
-    for size in ((16,), (16, 8, 1), (16, 0), (16, 8.0), "16", 2.5, None, (8193, 8)):
+    for size in ((), (16, 8, 8, 8), (16, 0), (2**20 + 1,), (8, 8, 8193), (16, 8.0), "16", 2.5, None, (8193, 8)):
         with pytest.raises(
             UserError, match=r"image_size=.* must be a number of pixels in 1\.\.8,192, or \(height, width"
         ):
             configs.check(tiny_config(data__image_size=size))
-    with pytest.raises(UserError, match=r"an image of 16x7 cannot be halved 1 times"):
+    with pytest.raises(UserError, match=r"16x7 cannot be halved 1 times by 2 levels: give multiples of 2"):
         configs.check(tiny_config(data__image_size=(16, 7), model__multipliers=(1, 2)))
+
+
+def test_signals_have_a_length_and_volumes_three_sizes():
+    signals = {"data__image_size": (64,), "data__flip": False}
+    for change, shape in ((signals, (64, 1)), ({"data__image_size": (4, 8, 6), "data__flip": True}, (4, 8, 6, 1))):
+        config = tiny_config(**change)
+        configs.check(config)
+        assert parts.image_shape(config) == shape and parts.build(config).image_shape == shape
+    with pytest.raises(
+        UserError, match=r"data\.flip=True must be False for signals, which a flip would play backwards"
+    ):
+        configs.check(tiny_config(**signals | {"data__flip": True}))
+    for size in ((64,), (8, 8, 8)):
+        with pytest.raises(UserError, match=r"data\.crop=4 must be 0 for signals and volumes"):
+            configs.check(tiny_config(data__image_size=size, data__crop=4))
+    with pytest.raises(UserError, match=r"does not fit .*: 8x8x7 cannot be halved 1 times"):
+        configs.check(tiny_config(data__image_size=(8, 8, 7), model__multipliers=(1, 2)))
+    several = {"data__channels": 2, "data__dtype": "uint8", "train__ema_warmup": True}
+    assert configs.warnings(tiny_config(**signals | several), 0.0) == []  # as many curves
+    (text,) = configs.warnings(tiny_config(data__image_size=(8, 8, 8), **several), 0.0)
+    assert text.startswith("grids of images have a grey row for each of config.data.channels=2 channels")
 
 
 def test_the_ends_of_a_range_are_valid():

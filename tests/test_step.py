@@ -237,6 +237,9 @@ def test_flips_are_a_coin_per_example_and_step():
     turned = first[:, 0, 0, 0] != 0
     np.testing.assert_array_equal(first[~turned], pixels[0, ~turned] + np.arange(8)[:, None, None])
     np.testing.assert_array_equal(first[turned], pixels[0, turned, :, ::-1] + np.arange(8)[:, None, None])
+    volumes = np.random.default_rng(0).integers(0, 256, (1024, 2, 3, 4, 1), np.uint8)
+    expected = np.where(turned[:, None, None, None, None], volumes[:, :, :, ::-1], volumes)
+    np.testing.assert_array_equal(step._flipped(volumes, keys), expected)
 
 
 # ---------------------------------------------------------------- several steps, parts of a step

@@ -280,3 +280,61 @@ def test_every_block_has_its_own_dropout_keys(small, monkeypatch):
 
     num_blocks = 2 + 2 + 2 * 2  # down, middle, up
     assert len(np.unique(keys(), axis=0)) == 2 * len(block_keys) == 2 * num_blocks  # two examples
+
+
+# ---------------------------------------------------------------- signals and volumes
+
+THIN = unet.UNet(**SMALL | {"num_res_blocks": 0})  # compiles in half the time, and lacks no kind of layer
+
+
+@pytest.mark.parametrize("axes", [1, 3])
+def test_kernels_alone_differ_between_signals_images_and_volumes(axes):
+    model, size = unet.UNet(**SMALL), (1, *[8] * axes, 3)
+    tree = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(size), jnp.ones(1, int))["params"]
+    images = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)), jnp.ones(1, int))["params"]
+    expected = jax.tree.map(lambda x: (*[3] * axes, *x.shape[2:]) if len(x.shape) == 4 else x.shape, images)
+    assert jax.tree.map(lambda x: x.shape, tree) == expected
+
+
+@pytest.mark.parametrize("shape", [(8,), pytest.param((8, 8), marks=pytest.mark.slow)])
+def test_one_more_axis_of_copies_changes_nothing(shape):
+    """Signals are images of equal rows, and images volumes of equal slices, if no kernel looks beyond its own.
+
+    Normalisation, attention, both resamplings and the time embedding are over copies what they are over one.
+    """
+    x = np.random.default_rng(0).standard_normal((2, *shape, 3)).astype(np.float32)
+    params = random_params(THIN, x, T)
+
+    def extended(leaf):
+        return jnp.zeros((3, *leaf.shape)).at[1].set(leaf) if leaf.ndim > 2 else leaf
+
+    one = np.asarray(apply(THIN, params, x, T))
+    copies = apply(THIN, jax.tree.map(extended, params), np.repeat(x[:, None], 8, axis=1), T)
+    assert one.shape == x.shape and one.std() > 0.1
+    np.testing.assert_allclose(copies, np.repeat(one[:, None], 8, axis=1), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_the_axes_of_a_volume_are_alike():
+    """The network of permuted kernels takes the permuted volume to the permuted output."""
+    model = THIN.clone(attention_resolutions=(1, 2, 4))  # of every level, whichever axis is the first
+    x = np.random.default_rng(0).standard_normal((2, 4, 6, 2, 3)).astype(np.float32)
+    params = random_params(model, x, T)
+    turned = jax.tree.map(lambda leaf: leaf.transpose(2, 0, 1, 3, 4) if leaf.ndim == 5 else leaf, params)
+    x_turned = x.transpose(0, 3, 1, 2, 4)
+    out = np.asarray(apply(model, params, x, T))
+    np.testing.assert_allclose(apply(model, turned, x_turned, T), out.transpose(0, 3, 1, 2, 4), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("size, text", [((9,), "9"), ((8, 8, 6), "8x8x6")])
+def test_sizes_that_cannot_be_halved_are_rejected(size, text):
+    model = unet.UNet(channels=8, multipliers=(1, 1, 1))
+    with pytest.raises(ValueError, match=f"^{text} cannot be halved 2 times by 3 levels: give multiples of 4"):
+        model.init(jax.random.key(0), jnp.zeros((1, *size, 1)), jnp.ones(1, int))
+
+
+def test_upsampling_is_nearest_along_every_axis():
+    x = jnp.arange(48.0).reshape(2, 2, 3, 4, 1)
+    expected = x.repeat(2, axis=1).repeat(2, axis=2).repeat(2, axis=3)
+    np.testing.assert_array_equal(unet._double(x), expected)
+    np.testing.assert_array_equal(unet._double(x[:, :, 0, 0]), x[:, :, 0, 0].repeat(2, axis=1))

@@ -11,8 +11,8 @@ class Source:
     """A sequence of images: source[i] is uint8 or float32 [H, W, C] of any H and W, i < len(source).
 
     Pixels of pictures are those that a viewer shows: uint8, upright, grey or RGB, on white; or RGBA. Arrays may have
-    any number of channels, and float32 in [−1, 1]. A damaged image raises the error of its decoder, and an image beyond
-    the limits of `decode` and `folders` raises ValueError.
+    any number of channels, be float32 in [−1, 1], and be signals [L, C] or volumes [D, H, W, C]. A damaged image raises
+    the error of its decoder, and an image beyond the limits of `decode` and `folders` raises ValueError.
     """
 
     origin: str  # the file or the data set, for messages

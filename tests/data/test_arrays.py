@@ -213,3 +213,64 @@ def test_the_type_of_the_numbers_is_kept(tmp_path, limit, kind):
     if expected != "float32":
         np.testing.assert_array_equal(pixels.to_range(images[:], 0, 64, expected), IMAGES // 4)
     assert parts.images(tiny_config(data__cache_dir=str(tmp_path))).array_dtype == ""
+
+
+# ---------------------------------------------------------------- signals and volumes
+
+
+@pytest.mark.parametrize("name", ["a.npy", "stored.npz", "compressed.npz"])
+@pytest.mark.parametrize("size", [(16,), (4, 2, 6)])
+def test_signals_and_volumes_are_those_of_the_array(tmp_path, name, size):
+    values = np.random.default_rng(0).integers(0, 256, (5, *size, 2), np.uint8)
+    np.testing.assert_array_equal(all_of(arrays(saved(tmp_path, values, name), size=size)), values)
+    np.testing.assert_array_equal(all_of(arrays(saved(tmp_path, values[..., 0], name), size=size)), values[..., :1])
+    scaled = all_of(arrays(saved(tmp_path, values * 0.5, name), (0, 127.5), size=size))
+    np.testing.assert_allclose(scaled, values / 127.5 - 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("cache_limit_gb", [64.0, 0.0])
+@pytest.mark.parametrize("size", [(16,), (4, 2, 6)])
+def test_signals_and_volumes_of_a_config(tmp_path, size, cache_limit_gb):
+    """Cached or on the fly they are those of the file, in part too; labels are their classes."""
+    values = np.random.default_rng(0).integers(0, 256, (12, *size, 3), np.uint8)
+    path = saved(tmp_path, values, "a.npz", labels=np.arange(12) % 3)
+    shape = {"data__image_size": size, "data__channels": 3, "data__cache_limit_gb": cache_limit_gb}
+    images = parts.images(config_of(path, **shape))
+    assert images.shape == values.shape and images.classes == ("0", "1", "2")
+    np.testing.assert_array_equal(images[:], values)
+    some = parts.images(config_of(path, data__split="train[3:5]", **shape)).examples(np.arange(2))
+    np.testing.assert_array_equal(some["image"], values[3:5])
+    assert some["label"].tolist() == [0, 1]
+
+
+UNFIT = {
+    "images as signals": ((3, 4, 4, 1), (4,), r"not signals: give numbers \[N, L, C\] or \[N, L\]$"),
+    "images as volumes": ((3, 4, 4), (4, 4, 4), r"not volumes: give numbers \[N, D, H, W, C\] or \[N, D, H, W\]$"),
+    "signals as images": ((3, 4), None, r"not images: .*, or \(L,\) as config\.data\.image_size for signals"),
+    "volumes as images": ((3, 4, 4, 4, 1), None, r"not images: .*\(D, H, W\) for volumes \[N, D, H, W, C\]$"),
+    "another length": (
+        (3, 60),
+        (64,),
+        r"holds the size \(60,\), not config\.data\.image_size=\(64,\): give that of the",
+    ),
+    "another depth": ((3, 2, 4, 4), (4, 4, 4), r"holds the size \(2, 4, 4\), not config\.data\.image_size=\(4, 4, 4\)"),
+    "channels first": ((3, 1, 64), (64,), r"holds the size \(1,\), not config\.data\.image_size=\(64,\)"),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_arrays_of_another_size_than_the_config_are_refused(tmp_path, name):
+    shape, size, message = UNFIT[name]
+    with pytest.raises(UserError, match=message):
+        arrays(saved(tmp_path, np.zeros(shape, np.uint8)), size=size)
+
+
+def test_signals_and_volumes_come_from_arrays_alone(tmp_path):
+    for source, path in (("digits", ""), ("tfds:mnist", ""), ("files", str(tmp_path)), ("hf:a/b", "")):
+        with pytest.raises(
+            UserError, match=r"config\.data\.image_size=\(8,\) makes signals or volumes, which come from ar"
+        ):
+            sources.open_source(source, path, size=(8,))
+    grey = saved(tmp_path, np.zeros((3, 8, 3), np.uint8))
+    with pytest.raises(UserError, match=r"3 channels, but config\.data\.channels=1: give 3$"):  # no conversion to grey
+        parts.images(config_of(grey, data__image_size=(8,), data__channels=1))

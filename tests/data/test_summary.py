@@ -142,3 +142,9 @@ def test_of_more_classes_than_images_each_shows_one():
     shown = labels[summary.spread(1000, labels, 16)]
     assert len(set(shown)) == 16 and shown[0] == 0 and shown[-1] == 99
     assert len(summary.spread(3, np.array([5, 5, 9]), 16)) == 3
+
+
+@pytest.mark.parametrize("shape", [(30, 3), (2, 3, 5, 3)])
+def test_signals_and_volumes_have_the_numbers_of_images_with_their_values(shape):
+    assert_same(summarized(COLOUR.reshape(200, *shape)), summarized(COLOUR))
+    assert warned(GREY.reshape(200, *shape)) == warned(GREY) != []

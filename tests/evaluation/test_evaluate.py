@@ -551,6 +551,8 @@ def test_coders_of_constants_coins_and_noise():
     assert 1 < bound.histogram_bits(coin) < 1.35
     assert 8 < bound.histogram_bits(noise) < 8.3
     assert 8 < bound.png_bits(noise) < 8.6
+    assert 8 < bound.png_bits(noise.reshape(len(noise), -1, noise.shape[-1])) < 8.6  # signals
+    assert 8 < bound.png_bits(noise.reshape(len(noise), 2, -1, *noise.shape[-2:])) < 8.6  # volumes
     one = np.array([3, 3, 5], np.uint8).reshape(3, 1, 1, 1)
     a = 1 / 256
     expected = -math.log2(a / 1 * (1 + a) / 2 * a / 3) / 3

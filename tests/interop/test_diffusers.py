@@ -639,7 +639,13 @@ def test_averaged_parameters_are_exported(untrained, tmp_path):
 
 @pytest.mark.parametrize(
     "key, value",
-    [("sampling.sigma", "zero"), ("model.multipliers", (2, 2)), ("model.num_groups", 6)],
+    [
+        ("sampling.sigma", "zero"),
+        ("model.multipliers", (2, 2)),
+        ("model.num_groups", 6),
+        ("data.image_size", (8,)),
+        ("data.image_size", (8, 8, 8)),
+    ],
 )
 def test_runs_without_a_diffusers_counterpart_are_refused(untrained, tmp_path, key, value):
     shutil.copytree(untrained, tmp_path / "run")

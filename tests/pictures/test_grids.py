@@ -111,3 +111,39 @@ def test_save_png_takes_what_a_sampler_returns(tmp_path):
     for wrong in (x[0, :, :, 0], x[0, :, :, :2]):
         with pytest.raises(ValueError, match=r"x has shape .*: give an image \[H, W, 1, 3 or 4\], or several, \[N, H"):
             grids.save_png(tmp_path / "no.png", wrong)
+
+
+def test_a_signal_is_a_curve_from_0_at_the_bottom_to_255_at_the_top():
+    width, height = grids.CURVE
+    steps = np.repeat(np.uint8([[0], [255], [51]]), [32, 32, 64], axis=0)[None]  # 0, then 1, then a fifth of the height
+    (picture,) = grids.tiles(steps)
+    assert picture.shape == (height, width, 3)
+    rows = picture[..., 0].argmin(axis=0)  # the darkest of each column
+    assert set(rows[2:30]) <= {height - 1, height - 2} and set(rows[34:62]) <= {0, 1}
+    np.testing.assert_allclose(rows[68:], 0.8 * (height - 1), atol=1)
+
+
+def test_each_channel_of_a_signal_has_a_colour():
+    levels = np.broadcast_to(np.uint8([40, 90, 150, 210]), (1, 8, 4))
+    (picture,) = grids.tiles(levels)
+    column = picture[:, 60].astype(int)
+    drawn = [column[round((1 - level / 255) * (grids.CURVE[1] - 1))] for level in (40, 90, 150, 210)]
+    assert len({tuple(colour // 64) for colour in drawn} - {(3, 3, 3)}) == 4
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4])
+def test_of_a_volume_the_middle_slice_is_shown(channels):
+    """Its channels are shown as those of an image."""
+    x = np.random.default_rng(0).integers(0, 256, (3, 5, 8, 6, channels), np.uint8)
+    np.testing.assert_array_equal(grids.tiles(x), x[:, 2])
+    np.testing.assert_array_equal(grids.grid(x, has_alpha=False), grids.grid(x[:, 2], has_alpha=False))
+
+
+@pytest.mark.parametrize("shape", [(16, 1), (4, 8, 8, 1)])
+def test_grids_of_classes_take_signals_and_volumes(shape):
+    """The row of the smaller class ends in a grey field."""
+    x = np.random.default_rng(0).integers(0, 256, (3, *shape), np.uint8)
+    sheet, labels = grids.by_class(x, ["a", "b"], np.array([0, 0, 1])), ["a", "b"]
+    shown = grids.tiles(x)
+    grey = np.full((1, *shown.shape[1:]), 128, np.uint8)
+    np.testing.assert_array_equal(sheet, grids.labelled(np.concatenate([shown, grey]), labels, ["", ""]))
