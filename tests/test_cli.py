@@ -340,7 +340,10 @@ def test_signals_and_volumes_from_the_array_to_samples(done, command, tmp_path, 
         done("--mode=sample", run, f"--show={name}", "--num=2", f"--out={out}")
     for mistake, message in (
         (["--mode=sample", "--show=inpainting"], r"--show=inpainting masks halves of images, but the run's have \("),
-        (["--mode=export", "--format=diffusers"], r"data\.image_size=\(.*\) is not of images, and diffusers'"),
+        (
+            ["--mode=export", "--format=diffusers"],
+            r"data\.image_size=\(.*\) is not of images, as diffusers' are: leave",
+        ),
         (["--mode=evaluate", "--samples=x.npz", "--inception=y"], r"--inception=y looks at images, but the run's have"),
     ):
         code, _, err = command(*mistake, run)

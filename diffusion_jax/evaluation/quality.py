@@ -313,12 +313,8 @@ def _read_shards(path):
             reason = f"it is a picture, {file.suffix}" if file.suffix in PICTURES else one_line(error, 200)
             raise UserError(f"--samples={file} holds no samples ({reason}): {remedy}, e.g. --out=samples.npz") from None
     for array, _ in arrays or [(np.zeros(0), None)]:
-        if (
-            array.ndim not in (3, 4, 5)
-            or array.dtype != np.uint8
-            or not len(array)
-            or array.shape[1:] != arrays[0][0].shape[1:]
-        ):
+        shape = array.shape[1:]
+        if not 2 <= len(shape) <= 4 or array.dtype != np.uint8 or not len(array) or shape != arrays[0][0].shape[1:]:
             raise UserError(
                 f"--samples={path} holds {array.dtype} {array.shape}, not images uint8 [n, H, W, C]: {remedy}"
             )

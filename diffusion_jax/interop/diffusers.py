@@ -532,7 +532,7 @@ def _unet_config(config):
     """Returns the config.json of the UNet2DModel that equals the run's network."""
     size, model = configs.image_size(config), config.model
     if len(size) != 2:
-        raise UserError(f"config.data.image_size={size} is not of images, and diffusers' UNet2DModel takes no other")
+        raise UserError(f"config.data.image_size={size} is not of images, as diffusers' are: leave --format out")
     height, width = size
     if model.multipliers[0] != 1:
         raise UserError(f"config.model.multipliers={model.multipliers} must begin with 1 to be a network of diffusers")
