@@ -34,8 +34,10 @@ def get_config() -> ConfigDict:
     data.on_device = False  # keep the data set in each device's memory: the same batches, no transfers from the host
 
     config.schedule = schedule = ConfigDict()
-    schedule.name = "ho_linear"  # su_linear, ho_linear or cosine
+    schedule.name = "ho_linear"  # su_linear, ho_linear, cosine or sigmoid
     schedule.num_steps = 1000  # T
+    schedule.log_snr_shift = 0.0  # added to log SNR at each t, e.g. 2 log(64/image_size) for larger images
+    schedule.zero_terminal = False  # True: alpha_bar_T = 0; for model.prediction=x_0 or velocity
 
     config.model = model = ConfigDict()
     model.channels = 128  # channels at full resolution, even
@@ -45,13 +47,18 @@ def get_config() -> ConfigDict:
     model.dropout = 0.1  # rate
     model.num_groups = 32  # groups of GroupNorm, or the largest common divisor with the channels
     model.prediction = "eps_bar"  # output of the network: eps_bar (Ho et al.), x_0 or velocity
+    model.learned_sigma = (
+        False  # True: the network has the deviations too; with train.loss=hybrid, sampling.sigma=learned
+    )
     # 0: without classes; auto: as many as the data has, or their number, which must agree
     model.num_classes = FieldReference(0, field_type=object)
     model.attention = "xla"  # or cudnn: flash attention on NVIDIA GPUs, in bfloat16, up to 256 channels
     model.dtype = "float32"  # dtype of the computation, float32 or bfloat16; parameters are float32
 
     config.train = train = ConfigDict()
-    train.loss = "simple"  # simple (15), step (11), weighted_step (9) or vlb (the bound on the likelihood)
+    train.loss = "simple"  # simple (15), step (11), weighted_step (9), vlb (the bound on the likelihood) or hybrid
+    train.weight = "one"  # weight of loss=simple by t: one, min_snr (min(SNR, gamma)/SNR) or p2 ((1 + SNR)^-gamma)
+    train.weight_gamma = 5.0  # gamma of train.weight: 5 for min_snr, 0.5 or 1 for p2
     train.t_sampling = "uniform"  # or importance, for vlb: draws t with large terms more often, and weights them less
     train.num_steps = 800_000  # optimizer steps in total
     train.batch_size = 128  # images per step over all devices
@@ -74,9 +81,10 @@ def get_config() -> ConfigDict:
 
     config.sampling = sampling = ConfigDict()
     sampling.sampler = "ancestral"  # ancestral (sigma, all steps), ddim (eta) or dpmpp_2m
-    sampling.steps = 0  # steps of ddim (uniform in t) or dpmpp_2m (uniform in log-SNR); 0: all
+    sampling.steps = 0  # steps of ddim or dpmpp_2m; 0: all
+    sampling.grid = "default"  # uniform (ddim), quadratic, log_snr (dpmpp_2m) or bound (after --mode=evaluate)
     sampling.eta = 0.0  # scale of ddim's noise, from 0 (none) to 1 (that of the posterior)
-    sampling.sigma = "beta"  # zero (greedy), beta ("fixed large") or posterior ("fixed small")
+    sampling.sigma = "beta"  # zero (greedy), beta ("fixed large"), posterior ("fixed small"), learned or analytic
     sampling.clip = True  # bound the predicted x_0 to [-1, 1] inside the chain
     sampling.guidance = 1.0  # weight of classifier-free guidance: 0 ignores the class, 1 is the plain conditional model
     sampling.guidance_interval = ()  # (low, high): guidance at these steps t only; (): at all

@@ -66,7 +66,7 @@ def _evaluate(args):
     from diffusion_jax.evaluation.evaluate import evaluate
 
     of_samples = {"samples": args.samples, "inception_path": args.inception, "reference": args.reference}
-    asked = {"splits": tuple(args.splits), "labels": tuple(args.labels)}
+    asked = {"splits": tuple(args.splits), "labels": tuple(args.labels), "sigma": args.sigma}
     evaluate(args.workdir, seed=args.seed, num=args.num, step=args.step, quick=args.quick, **asked, **of_samples)
 
 
@@ -102,7 +102,7 @@ class Mode(NamedTuple):
     on_device: bool = True  # False: uses no accelerator and joins no other process
 
 
-_SAMPLER = ("sampler", "steps", "eta", "guidance")
+_SAMPLER = ("sampler", "steps", "eta", "guidance", "sigma", "grid")
 MODES = {
     "train": Mode(
         _train,
@@ -138,7 +138,7 @@ MODES = {
         "Measures bits/dim of the last checkpoint, and the quality of samples.",
         "--mode=evaluate --workdir=runs/digits --samples=samples.npz",
         needs=("workdir",),
-        takes=("num", "seed", "step", "quick", "splits", "labels", "samples", "inception", "reference"),
+        takes=("num", "seed", "step", "quick", "splits", "labels", "samples", "inception", "reference", "sigma"),
     ),
     "report": Mode(
         _report,

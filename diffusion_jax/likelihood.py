@@ -73,9 +73,14 @@ def step_kl(s: Schedule, sigma: jax.Array, x_0: jax.Array, x_0_predicted: jax.Ar
       x_0: [...] data.
       x_0_predicted: [...] prediction of x_0 from x_t.
     """
-    log_ratio = 2 * (jnp.log(s.beta[t] * s.beta_bar[t - 1] / s.beta_bar[t]) - jnp.log(sigma[t]))
+    return _kl(s, sigma[t], x_0, x_0_predicted, t)
+
+
+def _kl(s, deviation, x_0, x_0_predicted, t):
+    """Returns `step_kl` with σ_t = `deviation`, which broadcasts to x_0."""
+    log_ratio = 2 * (jnp.log(s.beta[t] * s.beta_bar[t - 1] / s.beta_bar[t]) - jnp.log(deviation))
     shift = s.alpha_bar[t - 1] * (s.beta[t] / s.beta_bar[t]) ** 2 * (x_0 - x_0_predicted)
-    return 0.5 * (jnp.expm1(log_ratio) - log_ratio) + 0.5 * (shift / sigma[t]) ** 2
+    return 0.5 * (jnp.expm1(log_ratio) - log_ratio) + 0.5 * (shift / deviation) ** 2
 
 
 def default_decoder_std(s: Schedule) -> jax.Array:
@@ -106,7 +111,8 @@ def vlb_term(
     """Returns term t of the bound for each example, at the x_t of (6): [B] bits/dim.
 
     Term 1 is the decoder, −log p(x_0 | x_1), with the standard deviation `decoder_std` in place of
-    σ_1. The other terms are `step_kl`. The bound is the mean of `prior_kl` plus the sum of terms 1..T.
+    σ_1. The other terms are `step_kl`. A network that returns a `process.Prediction` with sigma gives the deviations of
+    all of them. The bound is the mean of `prior_kl` plus the sum of terms 1..T.
 
     Args:
       sigma: [T + 1], > 0 from t = 2 on, see `sampling.reverse_chain`.
@@ -121,22 +127,22 @@ def vlb_term(
 
 
 def _term(eps_bar_fn, s, sigma, x_0, t, eps_bar, clip, decoder_std, exact):
-    """Returns (`vlb_term`, mean squared error of the predicted x_0, `losses.simple_loss`): [B] each."""
+    """Returns (`vlb_term`, mean squared error of the predicted x_0, `losses.simple_loss`, mean of ε̄_θ²): [B] each."""
     decoder_std = default_decoder_std(s) if decoder_std is None else decoder_std
     s, sigma = jax.tree.map(jnp.asarray, (s, sigma))
     x_t = jax.vmap(lambda *args: process.forward(s, *args))(x_0, t, eps_bar)
-    predicted = eps_bar_fn(x_t, t)
 
-    def of_example(x_0, x_t, t, eps_bar, predicted):
-        x_0_predicted = process.predict_x_0(s, x_t, t, predicted)
+    def of_example(x_0, x_t, t, eps_bar, found):
+        x_0_predicted = process.predict_x_0(s, x_t, t, found.eps_bar) if found.x_0 is None else found.x_0
         x_0_predicted = x_0_predicted if clip is None else jnp.clip(x_0_predicted, *clip)
-        decoder = -decoder_log_likelihood(x_0, x_0_predicted, jnp.log(decoder_std), exact)
         kl_step = jnp.maximum(t, 2)  # keeps the KL finite at t = 1, where it is not used
-        nats = jnp.where(t == 1, decoder, step_kl(s, sigma, x_0, x_0_predicted, kl_step))
-        errors = (x_0 - x_0_predicted) ** 2, (eps_bar - predicted) ** 2
-        return jnp.mean(nats) / math.log(2), *map(jnp.mean, errors)
+        of_decoder, of_step = (decoder_std, sigma[kl_step]) if found.sigma is None else (found.sigma, found.sigma)
+        decoder = -decoder_log_likelihood(x_0, x_0_predicted, jnp.log(of_decoder), exact)
+        nats = jnp.where(t == 1, decoder, _kl(s, of_step, x_0, x_0_predicted, kl_step))
+        squares = (x_0 - x_0_predicted) ** 2, (eps_bar - found.eps_bar) ** 2, found.eps_bar**2
+        return jnp.mean(nats) / math.log(2), *map(jnp.mean, squares)
 
-    return jax.vmap(of_example)(x_0, x_t, t, eps_bar, predicted)
+    return jax.vmap(of_example)(x_0, x_t, t, eps_bar, process.prediction(eps_bar_fn(x_t, t)))
 
 
 def vlb_by_step(
@@ -150,7 +156,7 @@ def vlb_by_step(
     decoder_std: ArrayLike | None = None,
     exact: bool = True,
     ts: ArrayLike | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Returns every term of the bound for each example, computed in one `lax.scan` over t.
 
     Args:
@@ -159,9 +165,9 @@ def vlb_by_step(
       sigma, x_0, clip, decoder_std, exact: see `vlb_term`.
 
     Returns:
-      (terms, squared_error, loss), float32 [T, B] each, step t in row t − 1. `terms` are `vlb_term` in bits/dim,
-      `squared_error` is the mean squared error of the predicted x_0 on the scale [−1, 1], `loss` is
-      (15), `losses.simple_loss`.
+      (terms, squared_error, loss, mean_square), float32 [T, B] each, step t in row t − 1. `terms` are `vlb_term` in
+      bits/dim, `squared_error` is the mean squared error of the predicted x_0 on the scale [−1, 1], `loss` is
+      (15), `losses.simple_loss`, `mean_square` is the mean of the predicted ε̄², for `schedule.sigma_analytic`.
     """
 
     def noise(key, t):
@@ -194,7 +200,7 @@ def vlb(
       decoder = terms[0], rate = total − decoder as in Ho et al. "distortion" is the root mean square
       error of the decoder's mean on the scale 0..255.
     """
-    terms, squared_error, _ = vlb_by_step(
+    terms, squared_error, *_ = vlb_by_step(
         eps_bar_fn, s, sigma, x_0, keys, clip=clip, decoder_std=decoder_std, exact=exact
     )
     prior, terms, squared_error = jnp.mean(prior_kl(s, x_0)) / math.log(2), terms.mean(axis=1), squared_error[0].mean()

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from diffusion_jax import likelihood, process
+from diffusion_jax import likelihood, process, schedule
 from diffusion_jax.process import Network
 from diffusion_jax.schedule import Schedule
 
@@ -78,6 +78,20 @@ def vlb_loss(
     return s.num_steps * likelihood.vlb_term(eps_bar_fn, s, sigma, x_0, t, eps_bar)
 
 
+def hybrid_loss(
+    prediction_fn: Network, s: Schedule, x_0: jax.Array, t: jax.Array, eps_bar: jax.Array, share: float = 1e-3
+) -> jax.Array:
+    """`simple_loss` + share · `vlb_loss`, whose gradient reaches σ alone: Nichol & Dhariwal (2021), (16). -> [B]
+
+    Args:
+      prediction_fn: (x, t) -> `process.Prediction` with sigma.
+    """
+    found = prediction_fn(_per_example(process.forward, s)(x_0, t, eps_bar), t)
+    fixed = found._replace(eps_bar=jax.lax.stop_gradient(found.eps_bar))
+    bound = vlb_loss(lambda *_: fixed, s, schedule.sigma_beta(s), x_0, t, eps_bar)
+    return mean_square(eps_bar - found.eps_bar) + share * bound
+
+
 def importance(s: Schedule, sigma: ArrayLike, deviation: float = 0.5) -> np.ndarray:
     """Returns the probabilities of t for importance sampling of `vlb_loss`: float64 [T + 1] with sum 1.
 
@@ -93,6 +107,31 @@ def importance(s: Schedule, sigma: ArrayLike, deviation: float = 0.5) -> np.ndar
     shift = alpha_bar[1:-1] * (beta[2:] / beta_bar[2:]) ** 2 / sigma[2:]
     p[2:] = 0.5 * (np.expm1(log_ratio) - log_ratio) + 0.5 * shift**2 * error[2:]
     return p / p.sum()
+
+
+def min_snr_weight(s: Schedule, gamma: float = 5.0, prediction: str = "eps_bar") -> jax.Array:
+    """min(SNR_t, γ)/SNR_t, Hang et al. (2023): (15) as the error of x_0, whose weight SNR_t is cut at γ.
+
+    Args:
+      gamma: γ > 0.
+      prediction: the loss that the weight is for: "eps_bar" for `simple_loss`, "x_0" for `x_0_loss`, "velocity" for
+        `velocity_loss`. The weighted losses are the same number.
+
+    Returns:
+      float32 [T + 1]; entry 0 is 0.
+    """
+    return _weight_for(prediction, s, jnp.minimum(1.0, gamma / schedule.snr(s)))
+
+
+def p2_weight(s: Schedule, k: float = 1.0, gamma: float = 1.0, prediction: str = "eps_bar") -> jax.Array:
+    """(k + SNR_t)^−γ, Choi et al. (2022), (8). float32 [T + 1]; `prediction` is that of `min_snr_weight`."""
+    return _weight_for(prediction, s, (k + schedule.snr(s)) ** -gamma)
+
+
+def _weight_for(prediction, s, weight):
+    """Converts a weight of (15) to that of the loss of another output, see `x_0_loss` and `velocity_loss`."""
+    factor = {"eps_bar": jnp.ones_like(s.beta), "x_0": schedule.snr(s), "velocity": s.alpha_bar**2}[prediction]
+    return jnp.append(0.0, factor[1:] * weight[1:])
 
 
 def with_noise(loss: Callable[..., jax.Array], num_noises: int) -> Callable[..., jax.Array]:

@@ -12,25 +12,45 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils import epath
 from ml_collections import ConfigDict
 
 from diffusion_jax import losses, process, sampling, step, unet
 from diffusion_jax import schedule as schedules
 from diffusion_jax.data import cache, sources
+from diffusion_jax.errors import UserError
 from diffusion_jax.running import config as configs
+from diffusion_jax.running import measured
+from diffusion_jax.running.measured import Measured
 
 _SCHEDULES: dict[str, Callable[[int], schedules.Schedule]] = {
     "su_linear": schedules.su_linear,
     "ho_linear": schedules.ho_linear,
     "cosine": schedules.cosine,
+    "sigmoid": schedules.sigmoid,
 }
-_SIGMAS = {"zero": schedules.sigma_zero, "beta": schedules.sigma_beta, "posterior": schedules.sigma_posterior}
+_SIGMAS = {
+    "zero": schedules.sigma_zero,
+    "beta": schedules.sigma_beta,
+    "posterior": schedules.sigma_posterior,
+    "learned": schedules.sigma_posterior,  # for those that take an array; the network gives its own to the chain
+}
+_GRIDS = {
+    "uniform": sampling.grid_uniform,
+    "quadratic": sampling.grid_quadratic,
+    "log_snr": sampling.grid_log_snr,
+}
 _STEP_LOSSES = {"step": losses.step_loss, "weighted_step": losses.weighted_step_loss}
-# model.prediction: (the formula (s, x_t, t, output) -> ε̄ for the network's output, (15) for that output).
+
+# model.prediction: (the formulas (s, x_t, t, output) -> ε̄ and -> x_0 for the network's output, (15) for that output).
 _PREDICTIONS = {
-    "eps_bar": (lambda s, x_t, t, output: output, losses.simple_loss),
-    "x_0": (process.predict_eps_bar, losses.x_0_loss),
-    "velocity": (process.predict_eps_bar_from_velocity, losses.velocity_loss),
+    "eps_bar": (lambda s, x_t, t, output: output, process.predict_x_0, losses.simple_loss),
+    "x_0": (process.predict_eps_bar, lambda s, x_t, t, output: output, losses.x_0_loss),
+    "velocity": (
+        process.predict_eps_bar_from_velocity,
+        process.predict_x_0_from_velocity,
+        losses.velocity_loss,
+    ),
 }
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _ATTENTION = {name: functools.partial(jax.nn.dot_product_attention, implementation=name) for name in ("xla", "cudnn")}
@@ -47,8 +67,8 @@ class Parts:
       image_shape: (H, W, C), (L, C) of signals or (D, H, W, C) of volumes.
       model: the Flax network, which predicts model.prediction.
       num_classes: classes of the images, 0 without.
-      network: apply_fn({"params": params}, x, t, labels=None) -> ε̄, for every model.prediction; labels int [B] in
-        0..num_classes, where num_classes is ∅, as is None.
+      network: apply_fn({"params": params}, x, t, labels=None) -> ε̄, for every model.prediction, or a
+        `process.Prediction` (see `network`); labels int [B] in 0..num_classes, where num_classes is ∅, as is None.
       guided: the network as the sampler takes it, with sampling.guidance.
       optimizer: clipping and Adam.
       learning_rate: step -> learning rate.
@@ -97,12 +117,21 @@ class Parts:
         return step.abstract_state(self.model, self.optimizer, self.image_shape)
 
 
-def build(config: ConfigDict) -> Parts:
-    """Builds everything that a checked config describes, except the data set (see `images`)."""
+def build(config: ConfigDict, of_each_t: Measured | None = None) -> Parts:
+    """Builds everything that a checked config describes, except the data set (see `images`).
+
+    Raises:
+      UserError: sampling.sigma=analytic or sampling.grid=bound without `of_each_t`.
+    """
+    if of_each_t is None and (key := _needs_measured(config)):
+        raise UserError(
+            f"config.sampling.{key} needs what --mode=evaluate measures of a trained network: train with another, then "
+            f"give --{key} to --mode=sample"
+        )
     return Parts(
         seed=config.seed,
         schedule=schedule(config),
-        sigma=sigma(config),
+        sigma=sigma(config, of_each_t),
         image_shape=image_shape(config),
         model=model(config),
         num_classes=config.model.num_classes,
@@ -112,19 +141,47 @@ def build(config: ConfigDict) -> Parts:
         learning_rate=learning_rate(config),
         train_step=train_step(config),
         clip=clip(config),
-        chain=chain(config),
+        chain=chain(config, of_each_t),
         num_samples=config.sampling.num,
         num_sampling_steps=num_sampling_steps(config),
     )
 
 
+def read_measured(config: ConfigDict, workdir: epath.PathLike, step: int | None = None) -> Measured | None:
+    """Reads what --mode=evaluate has measured at a step, or the last, if the sampler needs it; else returns None.
+
+    Raises:
+      UserError: it needs it, and there is none.
+    """
+    key = _needs_measured(config)
+    return measured.read(workdir, config.data.split, step, f"--{key}") if key else None
+
+
+def _needs_measured(config):
+    """Returns the setting of the sampler that needs a `Measured`, as text, or ""."""
+    if config.sampling.grid == "bound":
+        return "grid=bound"
+    return "sigma=analytic" if config.sampling.sigma == "analytic" and config.sampling.sampler != "dpmpp_2m" else ""
+
+
 def schedule(config: ConfigDict) -> schedules.Schedule:
-    """Builds the noise schedule, schedule.*."""
-    return configs.resolve(config, "schedule", _SCHEDULES)(config.schedule.num_steps)
+    """Builds the noise schedule, schedule.*.
+
+    Raises:
+      UserError: a schedule of the user has ᾱ_T = 0 for a network that predicts ε̄.
+    """
+    s = configs.resolve(config, "schedule", _SCHEDULES)(config.schedule.num_steps)
+    s = schedules.shifted(s, config.schedule.log_snr_shift) if config.schedule.log_snr_shift else s
+    s = schedules.zero_terminal(s) if config.schedule.zero_terminal else s
+    if config.model.prediction == "eps_bar" and not np.asarray(s.alpha_bar)[-1]:
+        raise UserError("alpha_bar_T is 0, where eps_bar tells nothing of x_0: give config.model.prediction=velocity")
+    return s
 
 
-def sigma(config: ConfigDict) -> jax.Array:
+def sigma(config: ConfigDict, of_each_t: Measured | None = None) -> jax.Array:
     """Builds the standard deviations of the reverse steps, float32 [T + 1], sampling.sigma."""
+    if config.sampling.sigma == "analytic":
+        return schedules.sigma_analytic(schedule(config), of_each_t.mean_square)  # type: ignore[union-attr]
     return configs.resolve(config, "sigma", _SIGMAS)(schedule(config))
 
 
@@ -146,15 +203,22 @@ def model(config: ConfigDict) -> unet.UNet:
         attention=_ATTENTION[config.model.attention],
         remat=config.train.remat,
         num_classes=with_classes(config).model.num_classes,
+        learned_sigma=config.model.learned_sigma,
     )
 
 
 def network(config: ConfigDict) -> Callable:
-    """Builds apply_fn({"params": params}, x, t, labels=None) -> ε̄, for every model.prediction; labels None is ∅."""
+    """Builds apply_fn({"params": params}, x, t, labels=None) -> ε̄, for every model.prediction; labels None is ∅.
+
+    It returns a `process.Prediction` with x_0 if ᾱ_T is 0, and with sigma for sampling.sigma=learned.
+    """
     apply, s = model(config).apply, schedule(config)
+    with_sigma = config.sampling.sigma == "learned"
 
     def apply_fn(variables, x, t, labels=None):
-        return _eps_bar_fn(config, lambda x, t: apply(variables, x, t, labels=labels), s)(x, t)
+        found = _prediction_fn(config, lambda x, t: apply(variables, x, t, labels=labels), s)(x, t)
+        found = found if with_sigma else found._replace(sigma=None)
+        return found.eps_bar if found[1:] == (None, None) else found
 
     return apply_fn
 
@@ -173,16 +237,26 @@ def guided(config: ConfigDict, weight: float | jax.Array) -> Callable:
             return apply_fn(variables, x, t)
         both = jnp.concatenate([labels, jnp.full_like(labels, num_classes)])
         of_both = apply_fn(variables, jnp.concatenate([x, x]), jnp.concatenate([t, t]), both)
-        conditional, unconditional = jnp.split(of_both, 2)
+        conditional, unconditional = (jax.tree.map(lambda x: jnp.split(x, 2)[i], of_both) for i in (0, 1))  # noqa: B023
         return sampling.guided(lambda x, t: conditional, lambda x, t: unconditional, weight, interval or None)(x, t)
 
     return guided_fn
 
 
-def _eps_bar_fn(config, output_fn, s):
-    """Returns (x, t) -> ε̄ for `output_fn`, whose output is model.prediction."""
-    to_eps_bar, _ = _PREDICTIONS[config.model.prediction]
-    return lambda x, t: jax.vmap(lambda x, t, output: to_eps_bar(s, x, t, output))(x, t, output_fn(x, t))
+def _prediction_fn(config, output_fn, s):
+    """Returns (x, t) -> Prediction for `output_fn`, the network with its own output."""
+    to_eps_bar, to_x_0, _ = _PREDICTIONS[config.model.prediction]
+    is_terminal = not np.asarray(s.alpha_bar)[-1]
+
+    def of_example(x, t, output):
+        sigma = None
+        if config.model.learned_sigma:
+            output, v = jnp.split(output, 2, axis=-1)
+            sigma = process.interpolated_sigma(s, t, v)
+        x_0 = to_x_0(s, x, t, output) if is_terminal else None
+        return process.Prediction(to_eps_bar(s, x, t, output), x_0, sigma)
+
+    return lambda x, t: jax.vmap(of_example)(x, t, output_fn(x, t))
 
 
 def loss(config: ConfigDict) -> Callable:
@@ -190,15 +264,28 @@ def loss(config: ConfigDict) -> Callable:
 
     `output_fn(x, t)` is the raw output of the network, model.prediction.
     """
-    _, simple = _PREDICTIONS[config.model.prediction]
     if config.train.loss == "simple":
-        return losses.with_noise(simple, 1)
+        return losses.with_noise(_PREDICTIONS[config.model.prediction][-1], 1)
     if config.train.loss in _STEP_LOSSES:
-        of_eps_bar = losses.with_noise(_STEP_LOSSES[config.train.loss], 2)
+        of_network = losses.with_noise(_STEP_LOSSES[config.train.loss], 2)
     else:
-        vlb = {"vlb": lambda fn, s, *args: losses.vlb_loss(fn, s, sigma(config), *args)}
-        of_eps_bar = losses.with_noise(configs.resolve(config, "loss", vlb), 1)
-    return lambda output_fn, s, *args: of_eps_bar(_eps_bar_fn(config, output_fn, s), s, *args)
+        of_bound = {"vlb": lambda fn, s, *args: losses.vlb_loss(fn, s, sigma(config), *args)}
+        of_network = losses.with_noise(configs.resolve(config, "loss", of_bound | {"hybrid": losses.hybrid_loss}), 1)
+    is_bound = config.train.loss in ("vlb", "hybrid")
+
+    def of_output(output_fn, s, *args):
+        predict = _prediction_fn(config, output_fn, s)
+        return of_network(predict if is_bound else lambda x, t: predict(x, t).eps_bar, s, *args)
+
+    return of_output
+
+
+def weight(config: ConfigDict) -> jax.Array | None:
+    """Builds the weight of the training loss by t, float32 [T + 1], train.weight; None is 1."""
+    s, of = schedule(config), {"gamma": config.train.weight_gamma, "prediction": config.model.prediction}
+    if config.train.weight == "min_snr":
+        return losses.min_snr_weight(s, **of)
+    return losses.p2_weight(s, **of) if config.train.weight == "p2" else None
 
 
 def t_probabilities(config: ConfigDict) -> np.ndarray | None:
@@ -237,6 +324,7 @@ def train_step(config: ConfigDict) -> Callable:
         learning_rate=learning_rate(config),
         num_classes=config.model.num_classes,
         label_dropout=config.train.label_dropout,
+        weight=weight(config),
     )
 
 
@@ -260,17 +348,22 @@ def num_sampling_steps(config: ConfigDict) -> int:
     return config.sampling.steps or config.schedule.num_steps
 
 
-def chain(config: ConfigDict) -> Callable:
-    """Builds the chain of `sampling.make_sample_fn` from sampling.sampler, steps and eta."""
-    s, num_steps = schedule(config), num_sampling_steps(config)
+def chain(config: ConfigDict, of_each_t: Measured | None = None) -> Callable:
+    """Builds the chain of `sampling.make_sample_fn` from sampling.sampler, steps, grid, eta and sigma=analytic."""
     if config.sampling.sampler == "ancestral":
         return sampling.reverse_chain
-    if config.sampling.sampler == "ddim":
-        ts, eta = sampling.grid_uniform(s, num_steps), config.sampling.eta
+    s, num_steps, name = schedule(config), num_sampling_steps(config), config.sampling.grid
+    is_ddim = config.sampling.sampler == "ddim"
+    if name == "bound":
+        ts = sampling.grid_by_bound(s, of_each_t.squared_error, num_steps)  # type: ignore[union-attr]
+    else:
+        ts = _GRIDS[("uniform" if is_ddim else "log_snr") if name == "default" else name](s, num_steps)
+    if is_ddim:
+        of_analytic = of_each_t if config.sampling.sigma == "analytic" else None
+        mean_square, eta = of_analytic and of_analytic.mean_square, config.sampling.eta
         return lambda eps_bar_fn, s, _, x, keys, **options: sampling.ddim_chain(
-            eps_bar_fn, s, ts, x, keys, eta, **options
+            eps_bar_fn, s, ts, x, keys, eta, mean_square=mean_square, **options
         )
-    ts = sampling.grid_log_snr(s, num_steps)
     return lambda eps_bar_fn, s, _, x, keys, **options: sampling.dpmpp_2m_chain(eps_bar_fn, s, ts, x, **options)
 
 

@@ -9,6 +9,7 @@ noise ε̄_t of the steps 1..t together. The network predicts `eps_bar`.
 """
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,21 @@ from jax.typing import ArrayLike
 
 from diffusion_jax.schedule import Schedule, checked
 
-Network = Callable[[jax.Array, jax.Array], jax.Array]  # (x [B, ...], t [B] in 1..T) -> [B, ...]
+# (x [B, ...], t [B] in 1..T) -> ε̄ [B, ...], or the Prediction of a network that knows more
+Network = Callable[[jax.Array, jax.Array], Any]
+
+
+class Prediction(NamedTuple):
+    """What a network says of x_t, arrays of its shape."""
+
+    eps_bar: jax.Array
+    x_0: jax.Array | None = None  # None: `predict_x_0` of eps_bar, which does not tell it at ᾱ_T = 0
+    sigma: jax.Array | None = None  # the deviation of the reverse step; None: that of the chain
+
+
+def prediction(output: jax.Array | Prediction) -> Prediction:
+    """Returns the output of a `Network` as a Prediction."""
+    return output if isinstance(output, Prediction) else Prediction(output)
 
 
 def forward_step(s: Schedule, x_prev: jax.Array, t: ArrayLike, eps: jax.Array) -> jax.Array:
@@ -70,6 +85,25 @@ def predict_eps_bar_from_velocity(s: Schedule, x_t: jax.Array, t: ArrayLike, v: 
     """ε̄_t = ᾱ_t v + β̄_t x_t, from `velocity` and (6)."""
     checked("t", t, 1, s.num_steps)
     return s.alpha_bar[t] * v + s.beta_bar[t] * x_t
+
+
+def predict_x_0_from_velocity(s: Schedule, x_t: jax.Array, t: ArrayLike, v: jax.Array) -> jax.Array:
+    """x_0 = ᾱ_t x_t − β̄_t v, from `velocity` and (6)."""
+    checked("t", t, 1, s.num_steps)
+    return s.alpha_bar[t] * x_t - s.beta_bar[t] * v
+
+
+def interpolated_sigma(s: Schedule, t: ArrayLike, v: jax.Array) -> jax.Array:
+    """log σ_t = ν log β_t + (1 − ν) log σ̃_t with ν = (v + 1)/2, Nichol & Dhariwal (2021), (15). [...] -> [...]
+
+    σ̃_2 takes the place of σ̃_1, which is 0. The schedule has at least two steps.
+
+    Args:
+      v: the network's second output; −1 is the posterior's deviation and 1 is β_t.
+    """
+    checked("t", t, 1, s.num_steps)
+    u, nu = jnp.maximum(t, 2), (v + 1) / 2
+    return jnp.exp(nu * jnp.log(s.beta[t]) + (1 - nu) * jnp.log(s.beta[u] * s.beta_bar[u - 1] / s.beta_bar[u]))
 
 
 def variance_between(s: Schedule, t: ArrayLike, u: ArrayLike) -> jax.Array:

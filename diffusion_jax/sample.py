@@ -25,7 +25,8 @@ def load(
     dtype: str | None = None,
     guidance: float | None = None,
     schedule: Callable | None = None,
-    sigma: Callable | None = None,
+    sigma: str | Callable | None = None,
+    grid: str | None = None,
     step: int | None = None,
     progress: bool = False,
 ) -> tuple[Callable, dict]:
@@ -50,7 +51,10 @@ def load(
       dtype: dtype of the computation, "float32" or "bfloat16".
       guidance: weight of classifier-free guidance, for a run with classes: 1 is the plain conditional model, more
         brings images nearer to their class and to each other.
-      schedule, sigma: the functions that the run was trained with, if it has its own, see `train.train`; any sigma.
+      schedule: the function that the run was trained with, if it has its own, see `train.train`.
+      sigma: "zero", "beta", "posterior", "learned", "analytic", or a function Schedule -> [T + 1].
+      grid: "uniform", "quadratic", "log_snr" or "bound", the steps of ddim and dpmpp_2m. This one and sigma "analytic"
+        use what the last `--mode=evaluate` measured.
       step: the step of the checkpoint; None is the last.
       progress: True shows a bar of the steps with speed and time left; the images stay the same.
 
@@ -61,9 +65,11 @@ def load(
     Raises:
       UserError: `workdir` holds no run or no checkpoint, or a value cannot be used.
     """
-    config = configs.with_sampling(workdirs.read_config(workdir), sampler, steps, eta, clip, dtype, num, guidance)
-    config = configs.with_functions(config, schedule=schedule, sigma=sigma)
-    run = parts.build(config)
+    own, name = (sigma, None) if callable(sigma) else (None, sigma)
+    settings = sampler, steps, eta, clip, dtype, num, guidance, name, grid
+    config = configs.with_sampling(workdirs.read_config(workdir), *settings)
+    config = configs.with_functions(config, schedule=schedule, sigma=own)
+    run = parts.build(config, parts.read_measured(config, workdir, step))
     window = progress_window(run.num_sampling_steps, run.num_samples) if progress else None
     return run.sample_fn(window=window), ema_params(run, workdir, step)[1]
 

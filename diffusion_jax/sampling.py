@@ -14,8 +14,8 @@ from jax.experimental import io_callback
 from jax.typing import ArrayLike
 
 from diffusion_jax import process
-from diffusion_jax.process import Network
-from diffusion_jax.schedule import Schedule, checked
+from diffusion_jax.process import Network, Prediction
+from diffusion_jax.schedule import Schedule, checked, snr, x_0_variance
 
 LATENT = 0  # fold_in(key, LATENT) is the key of x_T; fold_in(key, t) is the key of step t in 1..T
 
@@ -70,8 +70,9 @@ def guided(
 
     def eps_bar_fn(x, t):
         w = jnp.where((t >= low) & (t <= high), jnp.asarray(weight, jnp.float32), 1.0).reshape(-1, *[1] * (x.ndim - 1))
-        unconditional = unconditional_fn(x, t)
-        return unconditional + w * (conditional_fn(x, t) - unconditional)
+        unconditional, conditional = unconditional_fn(x, t), conditional_fn(x, t)
+        both = jax.tree.map(lambda of_all, of_y: of_all + w * (of_y - of_all), unconditional, conditional)
+        return both._replace(sigma=conditional.sigma) if isinstance(both, Prediction) else both
 
     return eps_bar_fn
 
@@ -162,11 +163,12 @@ def ancestral_step(
     if jnp.shape(sigma) != s.alpha.shape:
         raise ValueError(f"sigma has shape {jnp.shape(sigma)}: it must be [T + 1], {s.alpha.shape}")
     _check_keys(x, keys)
-    x_0, eps_bar = _predict(eps_bar_fn, s, x, t, clip)
-    noise = jnp.where(t > 1, sigma[t], 0.0) * normal(keys, t, x.shape[1:])
-    if clip is None:
-        return process.reverse_step(s, x, t, process.step_noise(s, eps_bar, t), noise), x_0
-    return process.posterior_mean(s, x_0, x, t) + noise, x_0
+    found, is_of_eps_bar = _predict(eps_bar_fn, s, x, t, clip)
+    deviation = sigma[t] if found.sigma is None else found.sigma
+    noise = jnp.where(t > 1, deviation, 0.0) * normal(keys, t, x.shape[1:])
+    if is_of_eps_bar:
+        return process.reverse_step(s, x, t, process.step_noise(s, found.eps_bar, t), noise), found.x_0
+    return process.posterior_mean(s, found.x_0, x, t) + noise, found.x_0
 
 
 def ddim_chain(
@@ -178,6 +180,7 @@ def ddim_chain(
     eta: ArrayLike = 0.0,
     clip: tuple[float, float] | None = None,
     window: Window | None = None,
+    mean_square: ArrayLike | None = None,
 ) -> jax.Array:
     """Song et al. (2021), (12), along a grid of steps in one `lax.scan`: from x_{ts[0]} to x_{ts[-1]}.
 
@@ -195,6 +198,8 @@ def ddim_chain(
       clip: (lo, hi) bounds the predicted x_0. ε̄ is then derived from the bounded x_0
         (improved-diffusion does the same, diffusers does not).
       window: observes the chain, see `Window`.
+      mean_square: [T + 1] m_t of `schedule.sigma_analytic`. The noise of a step that does not end at t = 0 then has the
+        variance of x_0 given x_t as well, Bao et al. (2022), corollary 1; None leaves it out, as Song et al. do.
 
     Returns:
       [B, ...] x_{ts[-1]}.
@@ -204,14 +209,18 @@ def ddim_chain(
     if not isinstance(eta, jax.core.Tracer) and not 0 <= (eta := np.asarray(eta).item()) < np.inf:
         raise ValueError(f"eta={eta} must be a number >= 0")
     s = jax.tree.map(jnp.asarray, s)
+    of_x_0_given_x = None if mean_square is None else x_0_variance(s, mean_square)
 
     def step(x, t_u):
         t, u = t_u
-        x_0, eps_bar = _predict(eps_bar_fn, s, x, t, clip)
+        (eps_bar, x_0, _), _ = _predict(eps_bar_fn, s, x, t, clip)
         share = s.beta_bar[u] / s.beta_bar[t]
         deviation = eta * share * jnp.sqrt(process.variance_between(s, t, u))
         deviation = jnp.minimum(deviation, s.beta_bar[u])
         direction = jnp.sqrt((s.beta_bar[u] - deviation) * (s.beta_bar[u] + deviation))
+        if mean_square is not None:
+            of_x_0 = (s.alpha_bar[u] - direction * s.alpha_bar[t] / s.beta_bar[t]) ** 2 * of_x_0_given_x[t]
+            deviation = jnp.where(u > 0, jnp.sqrt(deviation**2 + of_x_0), 0.0)
         x = s.alpha_bar[u] * x_0 + direction * eps_bar + deviation * normal(keys, t, x.shape[1:])
         return x, (x, x_0)
 
@@ -246,7 +255,7 @@ def dpmpp_2m_chain(
     def step(carry, t_u):
         x, x_0_before, h_before = carry
         t, u = t_u
-        x_0, _ = _predict(eps_bar_fn, s, x, t, clip)
+        (_, x_0, _), _ = _predict(eps_bar_fn, s, x, t, clip)
         h = log_snr[u] - log_snr[t]
         weight = jnp.where((h_before > 0) & (u > 0), 0.5 * h / jnp.where(h_before > 0, h_before, 1.0), 0.0)
         blend = x_0 + weight * (x_0 - x_0_before)
@@ -282,16 +291,16 @@ def _report(window, t, states):
 
 
 def _predict(eps_bar_fn, s, x, t, clip):
-    """Returns (x_0, ε̄) as the network predicts them at the scalar step t; ε̄ follows from the clipped x_0."""
+    """Returns (Prediction, True if x_0 follows from ε̄) at the scalar step t; ε̄ follows from an x_0 that is clipped."""
     # XLA rounds a constant schedule differently from one that is an argument. The barrier hides the
     # constant, so an exported chain, whose schedule is an argument, gives the same bits.
     s = lax.optimization_barrier(s)
-    eps_bar = eps_bar_fn(x, jnp.full(x.shape[:1], t))
-    x_0 = process.predict_x_0(s, x, t, eps_bar)
+    found = process.prediction(eps_bar_fn(x, jnp.full(x.shape[:1], t)))
+    x_0 = process.predict_x_0(s, x, t, found.eps_bar) if found.x_0 is None else found.x_0
     if clip is None:
-        return x_0, eps_bar
+        return found._replace(x_0=x_0), found.x_0 is None
     x_0 = jnp.clip(x_0, *clip)
-    return x_0, process.predict_eps_bar(s, x, t, x_0)
+    return Prediction(process.predict_eps_bar(s, x, t, x_0), x_0, found.sigma), False
 
 
 def _check_keys(x, keys):
@@ -313,10 +322,42 @@ def grid_log_snr(s: Schedule, n: int) -> np.ndarray:
     """Returns n − 1 steps from T to 1, nearly equal in λ = log(ᾱ/β̄), and the step from 1 to 0: int [n + 1]."""
     n = checked("n", n, 1, s.num_steps)
     alpha_bar, beta_bar = (np.asarray(x, np.float64)[1:] for x in (s.alpha_bar, s.beta_bar))
+    alpha_bar = np.where(alpha_bar > 0, alpha_bar, 0.1 * alpha_bar[-2:][0])  # of a zero at T the logarithm is infinite
     log_snr = np.log(alpha_bar / beta_bar)  # falls with t
     targets = np.linspace(log_snr[-1], log_snr[0], n)
     ts = np.interp(-targets, -log_snr, np.arange(1, s.num_steps + 1))
     return _distinct(s, np.append(ts, 0))
+
+
+def grid_by_bound(s: Schedule, squared_error: ArrayLike, n: int) -> np.ndarray:
+    """Returns the n steps whose bound on the likelihood is best, Watson et al. (2021), by dynamic programming.
+
+    A step from t to u costs ½ (SNR_u − SNR_t) e_t nats, the KL of `likelihood.step_kl` with the posterior's deviation.
+    The step to 0 costs what a Gaussian of the best deviation needs for x_0 to half a grey level.
+
+    Args:
+      squared_error: [T + 1] e_t = E‖x_0 − x̂_0(x_t)‖² > 0, a mean over entries; entry 0 is not used.
+
+    Returns:
+      int [n + 1] from T to 0.
+    """
+    n, error = checked("n", n, 1, s.num_steps), np.asarray(squared_error, np.float64)
+    if error.shape != s.beta.shape or not (error[1:] > 0).all():
+        raise ValueError(f"squared_error has shape {error.shape}: it must be [T + 1], {s.beta.shape}, of numbers > 0")
+    ratio = np.asarray(snr(s), np.float64)[1:]
+    cost = np.full((s.num_steps + 1, s.num_steps + 1), np.inf)  # [t, u]
+    t, u = np.tril_indices(s.num_steps, -1)
+    cost[t + 1, u + 1] = 0.5 * (ratio[u] - ratio[t]) * error[t + 1]
+    cost[1:, 0] = np.maximum(0.5 * np.log(2 * np.pi * np.e * error[1:]) + np.log(127.5), 0)
+    total, before = np.full(s.num_steps + 1, np.inf), []
+    total[-1] = 0
+    for _ in range(n):
+        before.append((total[:, None] + cost).argmin(axis=0))
+        total = (total[:, None] + cost).min(axis=0)
+    ts = [0]
+    for best in reversed(before):
+        ts.append(int(best[ts[-1]]))
+    return np.array(ts[::-1], np.int32)
 
 
 def _distinct(s, ts):

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
+from scipy.special import expit
 
 MOST_STEPS = 2**24  # of a schedule: the network embeds t as a float32
 
@@ -70,10 +71,20 @@ def from_beta_squared(beta_squared: ArrayLike | Sequence[float]) -> Schedule:
     if outside.size > 0:
         raise ValueError(f"beta_squared holds {outside[0]}: its numbers must lie in [0, 1)")
     beta_squared = np.concatenate([[0.0], beta_squared])
-    alpha_bar_squared = np.cumprod(1 - beta_squared)
+    return _rounded(beta_squared, np.cumprod(1 - beta_squared))
+
+
+def _rounded(beta_squared, alpha_bar_squared):
+    """Returns the schedule with these squares, float64 [T + 1]."""
     squares = (1 - beta_squared, beta_squared, alpha_bar_squared, 1 - alpha_bar_squared)
     with jax.ensure_compile_time_eval():  # numbers, not tracers, inside a jit too: a grid of steps needs them
         return Schedule(*(jnp.asarray(np.sqrt(square), jnp.float32) for square in squares))
+
+
+def _from_alpha_bar_squared(alpha_bar_squared):
+    """Returns the schedule with the squared amplitudes ᾱ_t², float64 [T + 1]; only the last may be 0."""
+    beta_squared = 1 - alpha_bar_squared[1:] / alpha_bar_squared[:-1]
+    return _rounded(np.append(0.0, beta_squared), alpha_bar_squared)
 
 
 def su_linear(num_steps: int = 1000, scale: float = 0.02) -> Schedule:
@@ -99,6 +110,54 @@ def cosine(num_steps: int) -> Schedule:
     return from_beta_squared(np.minimum(1 - f[1:] / f[:-1], 0.999))
 
 
+def sigmoid(num_steps: int, start: float = -3.0, end: float = 3.0, tau: float = 1.0) -> Schedule:
+    """Jabri et al. (2023), appendix B: ᾱ_t² falls as a logistic function of t/T, from 1 to 1e-9.
+
+    Args:
+      start, end: the piece of the logistic function, −3 and 3 in the paper.
+      tau: its temperature; less than 1 leaves less time at either end.
+    """
+    num_steps = checked("num_steps", num_steps, 1, MOST_STEPS)
+    f = expit(np.linspace(start, end, num_steps + 1) / tau)
+    return _from_alpha_bar_squared(np.maximum((f[-1] - f) / (f[-1] - f[0]), 1e-9))
+
+
+def snr(s: Schedule) -> jax.Array:
+    """SNR_t = (ᾱ_t/β̄_t)², the ratio of signal to noise. float32 [T + 1], infinite at t = 0."""
+    return jnp.square(s.alpha_bar / s.beta_bar)
+
+
+def _alpha_bar_squared(s):
+    """Returns ᾱ_t² in float64 [T + 1], from β_t: 1 − ᾱ_t² is exact at small t too."""
+    return np.cumprod(1 - np.asarray(s.beta, np.float64) ** 2)
+
+
+def zero_terminal(s: Schedule) -> Schedule:
+    """Returns the schedule with ᾱ_T = 0: ᾱ'_t = ᾱ_1 (ᾱ_t − ᾱ_T)/(ᾱ_1 − ᾱ_T), Lin et al. (2024), algorithm 1.
+
+    x_T is then pure noise in training as in sampling. ε̄ says nothing of x_0 at t = T, so the network must predict x_0
+    or v.
+
+    Raises:
+      ValueError: the schedule has one step.
+    """
+    if s.num_steps < 2:
+        raise ValueError("zero_terminal needs a schedule of T >= 2 steps, not T=1")
+    alpha_bar = np.sqrt(_alpha_bar_squared(s))
+    first, last = alpha_bar[1], alpha_bar[-1]
+    return _from_alpha_bar_squared(np.append(1.0, (first * (alpha_bar[1:] - last) / (first - last)) ** 2))
+
+
+def shifted(s: Schedule, log_snr_shift: float) -> Schedule:
+    """Returns the schedule with log SNR_t + log_snr_shift, Hoogeboom et al. (2023), (3).
+
+    They shift a schedule that suits 64×64 pixels by 2 log(64/size): an average over more pixels hides more noise.
+    """
+    square = _alpha_bar_squared(s)
+    scaled = np.exp(log_snr_shift) * square
+    return _from_alpha_bar_squared(scaled / (scaled + 1 - square))
+
+
 def sigma_zero(s: Schedule) -> jax.Array:
     """σ_t = 0, the greedy chain (16) of Su (2022). float32 [T + 1].
 
@@ -118,3 +177,25 @@ def sigma_posterior(s: Schedule) -> jax.Array:
     This is (7) of Ho et al. (2020), "fixed small" in their code. Entry 0 is 0 and unused.
     """
     return jnp.zeros_like(s.beta).at[1:].set(s.beta[1:] * s.beta_bar[:-1] / s.beta_bar[1:])
+
+
+def sigma_analytic(s: Schedule, mean_square: ArrayLike) -> jax.Array:
+    """σ_t² = σ̃_t² + (ᾱ_{t−1} β_t²/β̄_t²)² Var(x_0 | x_t), the best for a given network. float32 [T + 1].
+
+    Var(x_0 | x_t) = (β̄_t²/ᾱ_t²)(1 − m_t) is the mean over x_t: Bao et al. (2022), theorem 1.
+
+    Args:
+      mean_square: [T + 1] m_t = E‖ε̄_θ(x_t, t)‖², a mean over entries; entry 0 is not used.
+    """
+    coefficient = jnp.zeros_like(s.beta).at[1:].set(s.alpha_bar[:-1] * s.beta[1:] ** 2 / s.beta_bar[1:] ** 2)
+    return jnp.sqrt(sigma_posterior(s) ** 2 + coefficient**2 * x_0_variance(s, mean_square))
+
+
+def x_0_variance(s: Schedule, mean_square: ArrayLike) -> jax.Array:
+    """E[Var(x_0 | x_t)] = (β̄_t²/ᾱ_t²)(1 − m_t), at least 0, from m_t of `sigma_analytic`. float32 [T + 1].
+
+    At ᾱ_T = 0, where m_T = 1 does not tell it, it is 1, the most that data in −1..1 can have. Entry 0 is 0.
+    """
+    share = jnp.maximum(1 - jnp.asarray(mean_square, jnp.float32), 0)
+    variance = jnp.where(s.alpha_bar > 0, share / jnp.where(s.alpha_bar > 0, snr(s), 1.0), 1.0)
+    return variance.at[0].set(0.0)

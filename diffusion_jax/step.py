@@ -9,6 +9,7 @@ import numpy as np
 import optax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 
 from diffusion_jax.data import order, pixels
 from diffusion_jax.schedule import Schedule
@@ -72,6 +73,7 @@ def make_step(
     learning_rate: optax.Schedule = lambda step: 0.0,
     num_classes: int = 0,
     label_dropout: float = 0.0,
+    weight: ArrayLike | None = None,
 ) -> Callable:
     """Returns the step of one device, to be mapped over AXIS: (state, (batch, indices)) -> (state, metrics).
 
@@ -92,6 +94,8 @@ def make_step(
       learning_rate: step -> rate, for the metrics alone.
       num_classes: 0, or the number of classes; batches then have a label [B], which the network takes.
       label_dropout: the probability that a label becomes num_classes, ∅.
+      weight: [T + 1], the weight of a loss in the gradient by its t. The metrics tell the loss without it, and the mean
+        with it as weighted_loss. None is 1.
 
     The step takes a batch {"image": uint8 [B, H, W, C], …}, or float32 in [−1, 1], and indices int [B], the device's
     share of the global batch; the state has no device axis (see `replicate`). Its metrics are the same on all devices:
@@ -108,8 +112,10 @@ def make_step(
 
         with jax.named_scope("loss"):
             losses = loss_fn(output_fn, s, batch["image"], t, noise_keys)
-        weights = 1.0 if t_probabilities is None else 1 / (s.num_steps * jnp.asarray(t_probabilities, jnp.float32)[t])
-        return jnp.mean(weights * losses), _by_quarter(losses, t, s.num_steps)
+        rarity = 1.0 if t_probabilities is None else 1 / (s.num_steps * jnp.asarray(t_probabilities, jnp.float32)[t])
+        loss = jnp.mean(rarity * losses)
+        weighted = loss if weight is None else jnp.mean(rarity * jnp.asarray(weight, jnp.float32)[t] * losses)
+        return weighted, (loss, _by_quarter(losses, t, s.num_steps))
 
     mean = _mean_in_fixed_order if deterministic else _mean
     gradient = mean(jax.value_and_grad(mean_loss, has_aux=True), accumulate)
@@ -125,7 +131,7 @@ def make_step(
         if num_classes:
             batch["label"] = _dropped(batch["label"], example_keys, num_classes, label_dropout)
 
-        (loss, (sums, counts)), grads = gradient(state.params, indices, batch, t, keys[:, 1], keys[:, 2])
+        (weighted, (loss, (sums, counts))), grads = gradient(state.params, indices, batch, t, keys[:, 1], keys[:, 2])
 
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -137,10 +143,11 @@ def make_step(
         # A non-finite number would stay in Adam's moments and in the EMA for ever, so only the step advances.
         # (The norm of the new parameters would show it too, but costs another pass over all of them.)
         grad_norm = optax.tree.norm(grads)
-        is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        is_finite = jnp.isfinite(weighted) & jnp.isfinite(grad_norm)
         new = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), new, state._replace(step=new.step))
         metrics = {"loss": loss, "grad_norm": grad_norm, "param_norm": optax.tree.norm(new.params)}
         metrics |= {"learning_rate": jnp.asarray(learning_rate(state.step), jnp.float32)}
+        metrics |= {} if weight is None else {"weighted_loss": weighted}
         metrics |= {"skipped": 1.0 - is_finite} | {f"loss_t{i + 1}": sums[i] / counts[i] for i in range(QUARTERS)}
         return new, metrics
 

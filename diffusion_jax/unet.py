@@ -174,6 +174,7 @@ class UNet(nn.Module):
         normalisation, the softmax and the output are float32.
       attention: (q, k, v [B, positions, 1, C]) -> [B, positions, 1, C], softmax of q·k / √C in float32.
       num_classes: 0, or the number of classes; the network then has an embedding of each, and of ∅, no class.
+      learned_sigma: True appends a second output of C channels, v of `process.interpolated_sigma`.
       remat: True recomputes the activations inside the blocks for the gradient instead of storing them.
     """
 
@@ -187,6 +188,7 @@ class UNet(nn.Module):
     attention: Callable[..., jax.Array] = jax.nn.dot_product_attention
     remat: bool = False
     num_classes: int = 0
+    learned_sigma: bool = False
 
     @nn.compact
     def __call__(
@@ -266,7 +268,8 @@ class UNet(nn.Module):
                 h = conv(h.shape[-1], self.dtype, axes, name=f"up_{i}_upsample")(_double(h))
 
         h = nn.silu(GroupNorm(self.num_groups, self.dtype, name="norm_out")(h))
-        h = conv(image_channels, self.dtype, axes, init_scale=_NEARLY_ZERO, name="conv_out")(h)
+        features = image_channels * (1 + self.learned_sigma)
+        h = conv(features, self.dtype, axes, init_scale=_NEARLY_ZERO, name="conv_out")(h)
         return h.astype(jnp.float32)
 
 

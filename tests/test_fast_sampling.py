@@ -1,6 +1,7 @@
 """DDIM, DPM-Solver++(2M), their grids, and windows: identities on four rough steps, Gaussian data in closed form."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -307,3 +308,49 @@ def test_a_window_changes_no_bit_of_a_real_network(clip):
     jax.effects_barrier()
     assert sorted(steps) == [0, 20, 40, 60, 80]
     np.testing.assert_array_equal(observed, chain(x))
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_analytic_ddim_keeps_every_variance_of_the_grid(rough, eta):
+    """On Gaussian data a step of any length and eta from variance v_t has v_u, and the last adds no noise."""
+    eps_bar_fn, v = optimal(rough, 0.0, 0.7)
+    mean_square = np.asarray(rough.beta_bar) ** 2 / v
+    noise = sampling.normal(KEYS, 4, X.shape[1:])
+    for t, u in ((4, 1), (4, 2), (4, 0)):
+        zero, one = (
+            sampling.ddim_chain(eps_bar_fn, rough, [t, u], x, KEYS, eta, mean_square=mean_square)
+            for x in (np.zeros_like(X), np.ones_like(X))
+        )
+        gain, deviation = one - zero, zero / noise
+        if u == 0:
+            assert (zero == 0).all()
+        else:
+            np.testing.assert_allclose(gain**2 * v[t] + deviation**2, np.full(X.shape, v[u]), rtol=2e-4)
+
+
+def test_grid_by_bound_is_the_best_of_all_grids():
+    s = schedule.ho_linear(12, 0.01, 0.4)
+    error = np.random.default_rng(0).uniform(0.01, 1, 13) * np.linspace(0.02, 1, 13)
+    ratio = np.asarray(s.alpha_bar[1:], np.float64) ** 2 / np.asarray(s.beta_bar[1:], np.float64) ** 2
+
+    def cost(ts):
+        steps = [0.5 * (ratio[u - 1] - ratio[t - 1]) * error[t] for t, u in itertools.pairwise(ts[:-1])]
+        return sum(steps) + max(0.5 * np.log(2 * np.pi * np.e * error[ts[-2]]) - np.log(2 / 255), 0)
+
+    for n in (1, 2, 4, 7, 12):
+        every = [(12, *middle[::-1], 0) for middle in itertools.combinations(range(1, 12), n - 1)]
+        np.testing.assert_array_equal(sampling.grid_by_bound(s, error, n), min(every, key=cost))
+
+
+@pytest.mark.parametrize("error", [np.ones(12), np.zeros(13), np.full(13, np.nan)])
+def test_grid_by_bound_needs_an_error_of_each_step(error):
+    with pytest.raises(ValueError, match=r"squared_error has shape"):
+        sampling.grid_by_bound(schedule.ho_linear(12), error, 3)
+
+
+def test_a_grid_in_log_snr_of_a_zero_terminal_schedule():
+    s = schedule.zero_terminal(schedule.ho_linear(50))
+    grid = sampling.grid_log_snr(s, 6)
+    assert grid[0] == 50 and grid[-1] == 0 and (np.diff(grid) < 0).all()
+    log_snr = np.log(s.alpha_bar[grid[1:-1]] / s.beta_bar[grid[1:-1]])
+    assert np.ptp(np.diff(log_snr)) < 0.5  # equal but for rounding to whole steps

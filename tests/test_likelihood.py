@@ -137,7 +137,7 @@ def test_the_bound_is_the_sum_of_its_parts(rough):
 
 
 def test_squared_error_and_loss_of_each_step(rough):
-    terms, squared_error, loss = likelihood.vlb_by_step(network, rough, schedule.sigma_beta(rough), X, KEYS)
+    terms, squared_error, loss, _ = likelihood.vlb_by_step(network, rough, schedule.sigma_beta(rough), X, KEYS)
     assert terms.shape == squared_error.shape == loss.shape == (4, 3)
     noise = np.stack([jax.random.normal(jax.random.fold_in(key, 3), (2, 2, 1)) for key in KEYS])
     np.testing.assert_allclose(loss[2], losses.simple_loss(network, rough, X, np.full(3, 3), noise), rtol=1e-5)
@@ -239,8 +239,102 @@ def test_importance_is_the_share_of_each_term_on_gaussian_data(sigma):
         return s.beta_bar[t][:, None] * x / v[t][:, None]
 
     x_0 = np.random.default_rng(0).normal(0, deviation, (8, 20_000)).astype(np.float32)
-    terms, _, _ = likelihood.vlb_by_step(optimal, s, sigma(s), x_0, jax.random.split(jax.random.key(0), 8))
+    terms, *_ = likelihood.vlb_by_step(optimal, s, sigma(s), x_0, jax.random.split(jax.random.key(0), 8))
     p = losses.importance(s, sigma(s), deviation)
     assert p[0] == 0
     assert p.sum() == pytest.approx(1)
     np.testing.assert_allclose(p[1:], np.asarray(terms).mean(axis=1) / np.asarray(terms).mean(axis=1).sum(), rtol=0.02)
+
+
+def learned(v):
+    """Returns the network with the deviations that v [...] gives it."""
+
+    def prediction_fn(x, t):
+        sigma = jax.vmap(lambda t: process.interpolated_sigma(rough_schedule(), t, v))(t)
+        return process.Prediction(network(x, t), sigma=sigma)
+
+    return prediction_fn
+
+
+def rough_schedule():
+    return schedule.from_beta_squared([0.3, 0.05, 0.6, 0.2])
+
+
+def test_terms_with_learned_deviations_are_those_with_an_array(rough):
+    """v = 1 is σ = β and v = −1 the posterior; the deviation of t = 1 is that of the decoder."""
+    ts, unused = np.array([1, 2, 4]), np.full(5, 9.0)
+    for v, sigma, decoder_std in (
+        (1.0, schedule.sigma_beta(rough), rough.beta[1]),
+        (-1.0, schedule.sigma_posterior(rough), schedule.sigma_posterior(rough)[2]),
+    ):
+        actual = likelihood.vlb_term(learned(np.full((2, 2, 1), v)), rough, unused, X, ts, EPS_BAR)
+        expected = likelihood.vlb_term(network, rough, sigma, X, ts, EPS_BAR, decoder_std=decoder_std)
+        np.testing.assert_allclose(actual, expected, rtol=1e-5)
+
+
+def test_a_deviation_may_differ_between_entries(rough):
+    """Two halves of an image, each with its own v: the mean of the terms of two images of one v."""
+    v = np.concatenate([np.full((1, 2, 1), 0.5), np.full((1, 2, 1), -0.5)])
+    ts = np.array([2, 3, 4])
+
+    def halves(v):
+        each = [
+            likelihood.vlb_term(learned(v), rough, np.ones(5), X[:, rows], ts, EPS_BAR[:, rows])
+            for rows, v in ((slice(0, 1), v[:1]), (slice(1, 2), v[1:]))
+        ]
+        return np.mean(each, axis=0)
+
+    actual = likelihood.vlb_term(learned(v), rough, np.ones(5), X, ts, EPS_BAR)
+    np.testing.assert_allclose(actual, halves(v), rtol=1e-5)
+
+
+def test_a_prediction_of_x_0_is_taken_as_it_is(rough):
+    """At ᾱ_T = 0 ε̄ does not tell it: the term is the divergence from the step that the given x_0 leads to."""
+    s = schedule.zero_terminal(rough)
+    sigma, x_0 = schedule.sigma_beta(s), 0.3 * np.ones_like(X)
+
+    def prediction_fn(x, t):
+        return process.Prediction(x, x_0)
+
+    actual = likelihood.vlb_term(prediction_fn, s, sigma, X, np.full(3, 4), EPS_BAR)
+    large, small = np.float64(sigma[4]), np.float64(schedule.sigma_posterior(s)[4])
+    means = (np.float64(process.posterior_mean(s, x, EPS_BAR, 4)) for x in (X, x_0))  # x_4 is the noise alone
+    shift = np.square(np.subtract(*means)) / large**2
+    expected = np.log(large / small) + 0.5 * (small**2 / large**2 + shift) - 0.5
+    np.testing.assert_allclose(actual, np.mean(expected, axis=(1, 2, 3)) / np.log(2), rtol=1e-5)
+    assert np.isfinite(likelihood.vlb(prediction_fn, s, sigma, X, KEYS)["total"])
+
+
+def test_mean_square_of_the_predicted_noise(rough):
+    *_, mean_square = likelihood.vlb_by_step(network, rough, schedule.sigma_beta(rough), X, KEYS)
+    for t in (1, 4):
+        noise = np.stack([jax.random.normal(jax.random.fold_in(key, t), X.shape[1:]) for key in KEYS])
+        predicted = network(process.forward(rough, X, t, noise), np.full(3, t))
+        np.testing.assert_allclose(mean_square[t - 1], np.mean(predicted**2, axis=(1, 2, 3)), rtol=1e-5)
+
+
+def test_hybrid_loss_is_the_sum_and_its_bound_moves_the_deviations_alone(rough):
+    ts = np.array([1, 2, 4])
+
+    def loss(scale, v, losses_fn):
+        def prediction_fn(x, t):
+            found = learned(v * jnp.ones((2, 2, 1)))(x, t)
+            return found._replace(eps_bar=scale * found.eps_bar)
+
+        return losses_fn(prediction_fn).sum()
+
+    def hybrid(fn):
+        return losses.hybrid_loss(fn, rough, X, ts, EPS_BAR, share=0.25)
+
+    def simple(fn):
+        return losses.simple_loss(lambda x, t: fn(x, t).eps_bar, rough, X, ts, EPS_BAR)
+
+    def bound(fn):
+        return losses.vlb_loss(fn, rough, np.ones(5), X, ts, EPS_BAR)
+
+    value, (of_scale, of_v) = jax.value_and_grad(loss, (0, 1))(1.3, 0.2, hybrid)
+    of_simple, of_bound = (jax.value_and_grad(loss, (0, 1))(1.3, 0.2, fn) for fn in (simple, bound))
+    np.testing.assert_allclose(value, of_simple[0] + 0.25 * of_bound[0], rtol=1e-5)
+    np.testing.assert_allclose(of_scale, of_simple[1][0], rtol=1e-4)
+    np.testing.assert_allclose(of_v, 0.25 * of_bound[1][1], rtol=1e-4)
+    assert abs(of_bound[1][0]) > 0.1 and abs(of_v) > 1e-3

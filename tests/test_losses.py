@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import losses, process
+from diffusion_jax import losses, process, schedule
 
 T = np.array([1, 2, 3, 4])
 X_0 = np.array([[0.5, -1.0, 0.2], [1.0, 0.3, -0.4], [-0.6, 0.8, 0.1], [0.9, -0.2, 0.7]])
@@ -126,3 +126,44 @@ def test_networks_of_other_predictions_receive_x_t(rough):
     for x, step in inputs:
         np.testing.assert_allclose(x, process.forward(rough, x_0, 3, eps_bar), rtol=1e-6)
         assert step.tolist() == [3]
+
+
+def squared(s):
+    """Returns ᾱ² and β̄² of t = 1..T in float64."""
+    alpha_bar_squared = np.cumprod(np.float64(s.alpha[1:]) ** 2)
+    return alpha_bar_squared, 1 - alpha_bar_squared
+
+
+def test_min_snr_weight_by_its_definition(rough):
+    alpha_bar_squared, beta_bar_squared = squared(rough)
+    snr = alpha_bar_squared / beta_bar_squared  # 2.3, 2.0, 0.36, 0.27
+    for gamma in (0.3, 1.0, 5.0):
+        cut = np.minimum(snr, gamma)
+        for prediction, expected in (("eps_bar", cut / snr), ("x_0", cut), ("velocity", cut / (snr + 1))):
+            weight = losses.min_snr_weight(rough, gamma, prediction)
+            np.testing.assert_allclose(weight, [0, *expected], rtol=1e-5)
+    terminal = losses.min_snr_weight(schedule.zero_terminal(rough), 1.0)
+    assert terminal[4] == 1 and np.isfinite(terminal).all()
+
+
+def test_p2_weight_by_its_definition(rough):
+    alpha_bar_squared, beta_bar_squared = squared(rough)
+    snr = alpha_bar_squared / beta_bar_squared
+    np.testing.assert_allclose(losses.p2_weight(rough), [0, *1 / (1 + snr)], rtol=1e-5)
+    np.testing.assert_allclose(losses.p2_weight(rough, 0.5, 2.0), [0, *(0.5 + snr) ** -2.0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("weight", [losses.min_snr_weight, losses.p2_weight])
+def test_a_weighted_loss_is_the_same_for_every_prediction(rough, weight):
+    """Networks that predict x_0 and v, made of one that predicts ε̄."""
+    eps_bar = two_noises()[0]
+    x_t = jax.vmap(lambda *args: process.forward(rough, *args))(X_0, T, eps_bar)
+    predicted = network(x_t, T)
+    x_0 = jax.vmap(lambda *args: process.predict_x_0(rough, *args))(x_t, T, predicted)
+    velocity = jax.vmap(lambda *args: process.velocity(rough, *args))(x_0, T, predicted)
+    of = rough, X_0, T, eps_bar
+    expected = weight(rough)[T] * losses.simple_loss(lambda *_: predicted, *of)
+    of_x_0 = weight(rough, prediction="x_0")[T] * losses.x_0_loss(lambda *_: x_0, *of)
+    of_velocity = weight(rough, prediction="velocity")[T] * losses.velocity_loss(lambda *_: velocity, *of)
+    np.testing.assert_allclose(of_x_0, expected, rtol=1e-4)
+    np.testing.assert_allclose(of_velocity, expected, rtol=1e-4)

@@ -132,3 +132,22 @@ def test_a_t_that_is_no_step_is_rejected(rough, formula):
             formula(rough, t)
     with pytest.raises(ValueError, match=r"t=.* must be an integer"):
         jax.jit(lambda t: formula(rough, t))(np.array([1, 2, 3, 4, 1]))
+
+
+def test_interpolated_sigma_lies_between_the_two_fixed_ones(rough):
+    """v = 1 is β_t, v = −1 the posterior's deviation with σ̃_2 at t = 1, v = 0 their geometric mean."""
+    posterior = np.asarray(schedule.sigma_posterior(rough))
+    for t in (1, 2, 4):
+        low, high = posterior[max(t, 2)], rough.beta[t]
+        sigma = process.interpolated_sigma(rough, t, np.array([-1.0, 0.0, 1.0, 0.5]))
+        expected = [low, np.sqrt(low * high), high, low**0.25 * high**0.75]
+        np.testing.assert_allclose(sigma, expected, rtol=1e-5)
+
+
+def test_x_0_of_the_velocity(rough):
+    x_0, eps_bar = np.random.default_rng(0).standard_normal((2, 5))
+    for s in (rough, schedule.zero_terminal(rough)):
+        for t in (1, 4):
+            v = process.velocity(s, x_0, t, eps_bar)
+            actual = process.predict_x_0_from_velocity(s, process.forward(s, x_0, t, eps_bar), t, v)
+            np.testing.assert_allclose(actual, x_0, rtol=1e-5, atol=1e-6)

@@ -262,3 +262,95 @@ def test_a_window_reports_once_per_device_and_changes_no_bit(rough):
     jax.effects_barrier()
     assert sorted(steps) == [0] * 4 + [2] * 4
     np.testing.assert_array_equal(images, sampler(rough, 8)(1.0, jax.random.key(5)))
+
+
+def test_a_prediction_without_more_is_the_array(rough):
+    def prediction_fn(x, t):
+        return process.Prediction(network(x, t))
+
+    for clip in (None, (-1.0, 1.0)):
+        chain = [
+            sampling.reverse_chain(fn, rough, schedule.sigma_beta(rough), X, KEYS, clip=clip)
+            for fn in (network, prediction_fn)
+        ]
+        np.testing.assert_array_equal(*chain)
+
+
+@pytest.mark.parametrize("clip", [None, (-1.0, 1.0)])
+def test_the_networks_own_deviation_and_x_0_replace_those_of_the_chain(rough, clip):
+    """A prediction with x_0 of its ε̄ and a σ for each entry is the chain with that σ."""
+    sigma, mask = (
+        np.array([9.0, 9.0, 0.2, 0.3, 0.4], np.float32),
+        np.array([[[1.0], [0.0]], [[1.0], [1.0]]], np.float32),
+    )
+
+    def prediction_fn(x, t):
+        eps_bar = network(x, t)
+        x_0 = jax.vmap(lambda *args: process.predict_x_0(rough, *args))(x, t, eps_bar)
+        return process.Prediction(eps_bar, x_0, jax.vmap(lambda t: jnp.asarray(sigma)[t] * mask)(t))
+
+    def masked(sigma, mask):
+        x = X
+        for t in (4, 3, 2, 1):
+            of = network, rough, np.zeros(5), x, KEYS, np.int32(t), clip
+            x = sampling.ancestral_step(*of)[0] + (
+                sigma[t] * mask * sampling.normal(KEYS, t, X.shape[1:]) if t > 1 else 0
+            )
+        return x
+
+    actual = sampling.reverse_chain(prediction_fn, rough, np.full(5, 7.0), X, KEYS, clip=clip)
+    np.testing.assert_allclose(actual, masked(sigma, mask), rtol=1e-5, atol=1e-5)
+
+
+def test_guidance_of_predictions(rough):
+    """ε̄ and x_0 are guided, the deviation is the conditional one."""
+
+    def of(number):
+        return lambda x, t: process.Prediction(x * number, x + number, jnp.full(x.shape, number))
+
+    found = sampling.guided(of(2.0), of(1.0), 3.0)(X, np.full(3, 2))
+    np.testing.assert_allclose(found.eps_bar, 4 * X, rtol=1e-6)
+    np.testing.assert_allclose(found.x_0, X + 4, rtol=1e-6)
+    assert (found.sigma == 2.0).all()
+
+
+def gaussian_velocity(s, deviation):
+    """Returns the optimal prediction for data N(0, deviation²), with x_0, and the variances of x_t."""
+    v = np.asarray(s.alpha_bar) ** 2 * deviation**2 + np.asarray(s.beta_bar) ** 2
+
+    def prediction_fn(x, t):
+        def one(x, t):
+            return process.Prediction(s.beta_bar[t] * x / v[t], s.alpha_bar[t] * deviation**2 * x / v[t])
+
+        return jax.vmap(one)(x, t)
+
+    v = jnp.asarray(v)
+    return prediction_fn, v
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_the_analytic_chain_has_every_variance_of_the_forward_process(rough, is_terminal):
+    """On Gaussian data, from x_T of the right variance: gain² v_t + σ_t² = v_{t−1}, at each t."""
+    s = schedule.zero_terminal(rough) if is_terminal else rough
+    prediction_fn, v = gaussian_velocity(s, 0.7)
+    mean_square = s.beta_bar**2 / v
+    sigma = schedule.sigma_analytic(s, mean_square)
+    if is_terminal:  # x_T tells nothing of x_0, whose variance is not 1 but 0.49
+        sigma = sigma.at[4].set(jnp.sqrt(v[3]))
+    ones = np.ones_like(X)
+    for t in (4, 3, 2):
+        gain = sampling.ancestral_step(prediction_fn, s, np.zeros(5), ones, KEYS, np.int32(t))[0]
+        np.testing.assert_allclose(gain**2 * v[t] + sigma[t] ** 2, np.full(X.shape, v[t - 1]), rtol=1e-5)
+
+
+def test_the_chain_from_pure_noise_at_a_zero_terminal(rough):
+    """Where ᾱ_T = 0, the chain with the posterior's σ is right on Gaussian data from x_T ~ N(0, 1) on."""
+    s = schedule.zero_terminal(rough)
+    prediction_fn, _ = gaussian_velocity(s, 0.7)
+    x = sampling.reverse_chain(prediction_fn, s, schedule.sigma_zero(s), np.ones_like(X), KEYS)
+    assert (x == 0).all()  # E[x_0 | x_T] of pure noise
+    for chain in (
+        sampling.ddim_chain(prediction_fn, s, [4, 2, 1, 0], np.ones_like(X), KEYS),
+        sampling.dpmpp_2m_chain(prediction_fn, s, [4, 2, 1, 0], np.ones_like(X)),
+    ):
+        assert np.isfinite(chain).all() and (chain > 0).all()

@@ -85,6 +85,33 @@ def test_one_step_against_its_parts():
     assert int(after.step) == 1
 
 
+def test_a_weight_by_t_shapes_the_gradient_and_not_the_loss_of_the_metrics():
+    """Equal weights scale the gradient; weights of 0 up to T/2 leave that of the other half, with the same t."""
+    config = tiny_config(train__warmup_steps=0)
+    steps = config.schedule.num_steps
+    later = np.append(0.0, np.arange(1, steps + 1) > steps // 2).astype(np.float32)
+
+    def metrics(loss_fn=None, weight=None):
+        take = step.pmapped(make_step(config, loss_fn, linear, weight=weight))
+        return jax.device_get(take(step.replicate(linear_state(parts.optimizer(config))), batch())[1])
+
+    def of_later(eps_bar_fn, s, x_0, t, keys):
+        return jnp.where(t > steps // 2, parts.loss(config)(eps_bar_fn, s, x_0, t, keys), 0.0)
+
+    plain, doubled, half, by_hand = (
+        metrics(), metrics(weight=np.full(steps + 1, 2.0, np.float32)), metrics(weight=later), metrics(of_later)
+    )  # fmt: skip
+    assert "weighted_loss" not in plain
+    for weighted in (doubled, half):
+        for name in ("loss", "loss_t1", "loss_t4"):
+            np.testing.assert_array_equal(weighted[name], plain[name])
+    np.testing.assert_allclose(doubled["grad_norm"], 2 * plain["grad_norm"], rtol=1e-5)
+    np.testing.assert_allclose(doubled["weighted_loss"], 2 * plain["loss"], rtol=1e-6)
+    assert 0 < half["weighted_loss"][0] < 0.9 * plain["loss"][0]
+    np.testing.assert_allclose(half["weighted_loss"], by_hand["loss"], rtol=1e-5)
+    np.testing.assert_allclose(half["grad_norm"], by_hand["grad_norm"], rtol=1e-5)
+
+
 @pytest.mark.parametrize("done", [0, 5, 12_000])
 def test_the_decay_of_the_average_rises_with_the_steps_done(done):
     """To min(decay, (1 + n)/(10 + n)) after n steps, however often the run resumed."""

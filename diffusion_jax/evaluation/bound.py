@@ -63,7 +63,7 @@ def evaluate_split(
     of = sigma, params, dataset, chosen, seed, batch_size, partial, identity, with_labels
     each, sums = _bound(run, *of, strata[::-1])
     n, (total, prior, decoder, squared_error) = len(chosen), each.mean(axis=0)
-    terms, squared_errors, losses = sums / n
+    terms, squared_errors, losses, _ = sums / n
     rate, distortion = likelihood.rate_distortion(prior, terms, squared_errors)
     ts = strata[-2::-1].tolist()  # the last step of each stratum
     return {
@@ -88,7 +88,7 @@ def _short(values):
 
 
 def _bound(run, sigma, params, dataset, chosen, seed, batch_size, partial, identity, with_labels, strata):
-    """Returns (each [n, 4]: total, prior, decoder, squared error of t = 1; sums [3, K] of `vlb_by_step` over images).
+    """Returns (each [n, 4]: total, prior, decoder, squared error of t = 1; sums [4, K] of `vlb_by_step` over images).
 
     The K strata are the steps strata[k] + 1 .. strata[k + 1]; a term counts as many times as its stratum has steps.
     The file `partial` keeps both after every batch. Image i draws its noise and its steps from (seed, i) alone, so
@@ -133,7 +133,7 @@ def _draw_steps(seed, indices, strata):
 
 
 def _terms_fn(run: Parts, sigma: jax.Array, text: str) -> Callable:
-    """Returns (params, rng, a batch [D, B, …], indices [D, B], ts [D, B, K], images left) -> prior and three [D, B, K].
+    """Returns (params, rng, a batch [D, B, …], indices [D, B], ts [D, B, K], images left) -> prior and four [D, B, K].
 
     The steps go in equal parts of up to TERMS through one program. The first tells how long all images will take.
     """
@@ -181,13 +181,13 @@ def _examples(dataset, indices, with_labels):
 
 def _read_partial(path, identity, num, num_steps):
     """Returns the content of the file, or empty arrays if it is missing, damaged or of another identity."""
-    empty = np.zeros((0, 4)), np.zeros((3, num_steps))
+    empty = np.zeros((0, 4)), np.zeros((4, num_steps))
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
             if str(content["identity"]) != identity:
                 return empty
             each, sums = content["each"], content["sums"]
-        if each.shape != (min(len(each), num), 4) or sums.shape != (3, num_steps):
+        if each.shape != (min(len(each), num), 4) or sums.shape != (4, num_steps):
             raise ValueError(f"arrays {each.shape} and {sums.shape}")
         return np.float64(each), np.float64(sums)
     except FileNotFoundError:

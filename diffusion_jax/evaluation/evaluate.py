@@ -22,6 +22,8 @@ from diffusion_jax.evaluation.report import report
 from diffusion_jax.pictures import grids
 from diffusion_jax.pictures.shows import read_images, show
 from diffusion_jax.running import checkpoint, files
+from diffusion_jax.running import config as configs
+from diffusion_jax.running.measured import stem
 from diffusion_jax.running.tables import markdown_table
 from diffusion_jax.running.workdir import absolute, read_config
 from diffusion_jax.sample import ema_params
@@ -42,6 +44,7 @@ def evaluate(
     reference: str = "",
     step: int | None = None,
     quick: bool = False,
+    sigma: str | None = None,
 ) -> dict[str, Any]:
     """Evaluates the last checkpoint of a run; resumes an evaluation with the same arguments.
 
@@ -56,6 +59,7 @@ def evaluate(
       step: the step of the checkpoint; None is the last.
       quick: True measures bound.QUICK images of each split, unless `num` is given, and bound.TERMS of the T terms of
         each, see `bound.evaluate_split`, and writes neither the statistics of the split nor progressive.png.
+      sigma: the deviations of the bound in place of the config's; "analytic" takes those of an earlier evaluation.
 
     Returns:
       The content of evaluation.json.
@@ -66,13 +70,13 @@ def evaluate(
     """
     _check_arguments(seed, num, splits)
     num = bound.QUICK if quick and num is None else num
-    config = read_config(workdir)
+    config = configs.with_sampling(read_config(workdir), sigma=sigma)
     if config.data.range:
         raise UserError(
             f"--mode=evaluate measures images of 256 levels, but config.data.range={tuple(config.data.range)} makes "
             "them float32, which no bits/dim counts: compare samples in Python, or train on uint8"
         )
-    run = parts.build(config)
+    run = parts.build(config, parts.read_measured(config, workdir, step))
     densities = _densities(config, labels)
     generated, extractor, saved = _read_samples(config, run.image_shape, samples, inception_path, reference)
     step, params = ema_params(run, workdir, step)
@@ -82,16 +86,18 @@ def evaluate(
         asked = _asked(samples, datasets)
         quality.check_sizes(extractor.num_features, len(generated), len(next(iter(datasets.values()))))
     folder = absolute(workdir) / "evaluation" / str(step)
-    sigma_name, sigma = _deviations(config, run)
+    sigma_name, deviations = _deviations(config, run)
     result = {"step": step, "seed": seed, "protocol": _protocol(run, sigma_name, seed, densities, quick), "splits": {}}
     result |= _earlier_samples(folder)
     for split, dataset in datasets.items():
         chosen = np.sort(np.random.default_rng(seed).permutation(len(dataset))[:num])
         for density in densities:
             name = f"{split} without labels" if density == "x given ∅" else split
-            saved_as = folder / f"bound-{_stem(name)}{'-quick' if quick else ''}.npz"
+            saved_as = folder / f"bound-{stem(name)}{'-quick' if quick else ''}.npz"
             of = config.train.batch_size, saved_as, _identity(config, params, split, chosen, seed, density)
-            values = bound.evaluate_split(run, sigma, params, dataset, chosen, seed, *of, density == "x given y", quick)
+            values = bound.evaluate_split(
+                run, deviations, params, dataset, chosen, seed, *of, density == "x given y", quick
+            )
             result["splits"][name] = {"density": density} | values
     if generated is not None:
         section = "samples" if saved is None else "samples_to_statistics"
@@ -177,10 +183,6 @@ def _earlier_samples(folder):
     return sections
 
 
-def _stem(split):
-    return "".join(c if c.isalnum() else "-" for c in split).strip("-")
-
-
 def _identity(config, params, split, chosen, seed, density):
     """Returns a digest of everything that the numbers of a split depend on."""
     values = [config.to_dict(), checkpoint.checksums(params), split, chosen.tolist(), seed]
@@ -204,8 +206,8 @@ def _protocol(run, sigma_name, seed, densities, quick):
         "sigma": sigma_name,
         "clip": None if run.clip is None else list(run.clip),
         "decoder": "exact",
-        "decoder_std": float(likelihood.default_decoder_std(run.schedule)),
-        "decoder_std_is": "posterior sigma of t = 2",
+        "decoder_std": None if sigma_name == "learned" else float(likelihood.default_decoder_std(run.schedule)),
+        "decoder_std_is": "learned" if sigma_name == "learned" else "posterior sigma of t = 2",
         "T": run.schedule.num_steps,
         "seed": seed,
     }
@@ -288,7 +290,7 @@ def _evaluate_samples(config, generated, path, asked, datasets, extractor, saved
     if num_features <= quality.MAX_FEATURES and not quick:
         statistics = quality.moments(dataset, features)
         if jax.process_index() == 0:
-            file = folder / f"statistics-{name}-{_stem(split)}.npz"
+            file = folder / f"statistics-{name}-{stem(split)}.npz"
             size = _megabytes(8 * num_features * (num_features + 1))
             print(f"writing {file.name}, {size}, for --reference in other evaluations; --quick writes none")
             quality.save_statistics(file, statistics, reference)
@@ -341,7 +343,7 @@ def markdown(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"The numbers are {protocol['bound']}; T = {protocol['T']}, sigma {protocol['sigma']}, x_0 clipped to "
-        f"{protocol['clip']}, {protocol['decoder']} decoder of deviation {protocol['decoder_std']:.4g} "
+        f"{protocol['clip']}, {protocol['decoder']} decoder of deviation {_cell(protocol['decoder_std'])} "
         f"({protocol['decoder_std_is']}), {protocol['parameters']} parameters, seed {protocol['seed']}.",
     ]
     for split, x in result["splits"].items():

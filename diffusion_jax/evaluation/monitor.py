@@ -7,7 +7,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from diffusion_jax import losses, parts, sampling
+from diffusion_jax import losses, parts, process, sampling
 from diffusion_jax.data import pixels
 from diffusion_jax.data.cache import Cached, OnTheFly
 from diffusion_jax.errors import UserError
@@ -152,6 +152,10 @@ def _loss_fn(apply_fn: Callable, s: Schedule) -> Callable:
 
     def each(params, rng, images, t, numbers, labels):
         keys, of = sampling.image_keys(rng, numbers), () if labels is None else (labels,)
-        return loss(lambda x, t: apply_fn({"params": params}, x, t, *of), s, pixels.from_uint8(images), t, keys)
+
+        def eps_bar_fn(x, t):
+            return process.prediction(apply_fn({"params": params}, x, t, *of)).eps_bar
+
+        return loss(eps_bar_fn, s, pixels.from_uint8(images), t, keys)
 
     return jax.pmap(each, in_axes=(None, None, 0, 0, 0, 0))

@@ -87,10 +87,15 @@ _DDPM = {
     "thresholding": False,
     "rescale_betas_zero_snr": False,
 }
-_SCHEDULES = ("ho_linear", "su_linear", "cosine")
+_SCHEDULES = ("ho_linear", "su_linear", "cosine", "sigmoid")
 _PREDICTIONS = {"epsilon": "eps_bar", "sample": "x_0", "v_prediction": "velocity"}
 # fixed_small_log differs from fixed_small by rounding.
-_SIGMAS = {"fixed_large": "beta", "fixed_small_log": "posterior", "fixed_small": "posterior"}
+_SIGMAS = {
+    "fixed_large": "beta",
+    "fixed_small_log": "posterior",
+    "fixed_small": "posterior",
+    "learned_range": "learned",
+}
 # Our names of modules: names in diffusers. `_torch_name` translates those of the levels.
 _MODULES = {
     "conv_in": "conv_in",
@@ -234,8 +239,8 @@ def _read_unet(config, file):
     is_number = type(settings["in_channels"]) is int and settings["in_channels"] >= 1
     require("in_channels", is_number, "must be a number of channels")
     _bound(require, "in_channels", settings["in_channels"], "data.channels")
-    is_fixed_variance = settings["out_channels"] == settings["in_channels"]
-    require("out_channels", is_fixed_variance, "must equal in_channels: learned variances are not supported")
+    times = settings["out_channels"] / settings["in_channels"]
+    require("out_channels", times in (1, 2), "must be in_channels, or twice as many with learned variances")
     are_multiples = channels and all(type(n) is int and n >= 1 and n % channels[0] == 0 for n in channels)
     require("block_out_channels", are_multiples, "must be multiples of the first")
     _bound(require, "block_out_channels", max(channels), "model.channels")
@@ -255,6 +260,9 @@ def _read_unet(config, file):
     config.model.num_res_blocks = settings["layers_per_block"]
     config.model.attention_resolutions = tuple(height >> level for level in attention_levels)
     config.model.num_groups = groups
+    config.model.learned_sigma = times == 2
+    if times == 2:
+        config.train.loss, config.sampling.sigma, config.model.prediction = "hybrid", "learned", "eps_bar"
     return _read_classes(config, settings, require)
 
 
@@ -304,15 +312,17 @@ def _attention_levels(settings, require):
 def _read_scheduler(config, file):
     """Sets schedule.*, sampling.* and model.prediction from the config of a DDPMScheduler."""
     settings, require = _read_json(file, "DDPMScheduler", _DDPM)
-    for key in ("thresholding", "rescale_betas_zero_snr"):
-        require(key, settings[key] is False, "must be false")
+    require("thresholding", settings["thresholding"] is False, "must be false")
     is_unit_range = not settings["clip_sample"] or settings["clip_sample_range"] == 1
     require("clip_sample_range", is_unit_range, "must be 1.0")
     for key, names in (("variance_type", _SIGMAS), ("prediction_type", _PREDICTIONS)):
         require(key, settings[key] in names, f"must be one of {', '.join(names)}")
     require("num_train_timesteps", settings["num_train_timesteps"] >= 1, "must be at least 1")
     _bound(require, "num_train_timesteps", settings["num_train_timesteps"], "schedule.num_steps")
-    config.schedule.num_steps = settings["num_train_timesteps"]
+    is_learned = settings["variance_type"] == "learned_range"
+    require("variance_type", is_learned == config.model.learned_sigma, "does not go with out_channels of the network")
+    config.schedule.num_steps, config.schedule.log_snr_shift = settings["num_train_timesteps"], 0.0
+    config.schedule.zero_terminal = settings["rescale_betas_zero_snr"]
     config.schedule.name = _schedule_name(settings, require)
     config.sampling.sigma, config.sampling.clip = _SIGMAS[settings["variance_type"]], settings["clip_sample"]
     config.sampling.sampler, config.sampling.steps = "ancestral", 0
@@ -338,9 +348,10 @@ def _schedule_name(settings, require):
     require(key, False, f"{conditions}is none of the schedules {', '.join(_SCHEDULES)}")
 
 
-def _beta_squared(name, num_steps):
-    """Returns Ho's β_t of a schedule, float64 [T]."""
-    config = ConfigDict({"schedule": {"name": name, "num_steps": num_steps}})
+def _beta_squared(name, num_steps, log_snr_shift=0.0):
+    """Returns Ho's β_t of a schedule before schedule.zero_terminal, as diffusers takes them, float64 [T]."""
+    settings = {"name": name, "num_steps": num_steps, "log_snr_shift": log_snr_shift, "zero_terminal": False}
+    config = ConfigDict({"schedule": settings, "model": {"prediction": "velocity"}})
     return np.asarray(parts.schedule(config).beta, np.float64)[1:] ** 2
 
 
@@ -542,7 +553,7 @@ def _unet_config(config):
         **{key: allowed[0] for key, (_, allowed) in _FIXED.items()},
         "sample_size": height if height == width else [height, width],
         "in_channels": config.data.channels,
-        "out_channels": config.data.channels,
+        "out_channels": config.data.channels * (2 if model.learned_sigma else 1),
         "block_out_channels": [model.channels * n for n in model.multipliers],
         "down_block_types": ["AttnDownBlock2D" if attended else "DownBlock2D" for attended in has_attention],
         "up_block_types": ["AttnUpBlock2D" if attended else "UpBlock2D" for attended in reversed(has_attention)],
@@ -576,12 +587,15 @@ def _scheduler_config(config):
             f"run's config.json to one of {', '.join(variances)}"
         )
     predictions = {ours: theirs for theirs, ours in _PREDICTIONS.items()}
-    name, num_steps = config.schedule.name, config.schedule.num_steps
+    name, num_steps, shift, zero_terminal = (
+        config.schedule[key] for key in ("name", "num_steps", "log_snr_shift", "zero_terminal")
+    )
     return {
         "_class_name": "DDPMScheduler",
         **_DDPM,
         "num_train_timesteps": num_steps,
-        "trained_betas": None if name == "ho_linear" else _beta_squared(name, num_steps).tolist(),
+        "trained_betas": None if name == "ho_linear" and not shift else _beta_squared(name, num_steps, shift).tolist(),
+        "rescale_betas_zero_snr": zero_terminal,
         "variance_type": variances[config.sampling.sigma],
         "clip_sample": config.sampling.clip,
         "prediction_type": predictions[config.model.prediction],

@@ -76,8 +76,9 @@ def export_sampler(workdir: epath.PathLike, out: str, step: int | None = None, *
     own = configs.with_sampling(read_config(workdir), **settings)
     config = _portable(own.copy_and_resolve_references())
     hosts.on_main(lambda: _check_out(out))
-    step, params = ema_params(parts.build(config), workdir, step)
-    hosts.on_main(lambda: export(config, params, step, out, model_card(own, workdir, step, out, "jax")))
+    of_each_t = parts.read_measured(config, workdir, step)
+    step, params = ema_params(parts.build(config, of_each_t), workdir, step)
+    hosts.on_main(lambda: export(config, params, step, out, model_card(own, workdir, step, out, "jax"), of_each_t))
 
 
 def export_again(source: epath.PathLike, out: str, **settings: Any) -> None:
@@ -100,7 +101,8 @@ def export_again(source: epath.PathLike, out: str, **settings: Any) -> None:
         raise UserError(f"--from={source}: {one_line(error)}") from None
     if shapes != expected:
         raise UserError(f"--from={source} holds the parameters of another network than its config describes")
-    hosts.on_main(lambda: export(config, params, about["step"], out, about.get("card", "")))
+    of_each_t = parts.Measured(*map(np.array, about["measured"])) if about.get("measured") else None
+    hosts.on_main(lambda: export(config, params, about["step"], out, about.get("card", ""), of_each_t))
 
 
 def _portable(config):
@@ -110,7 +112,9 @@ def _portable(config):
     return config
 
 
-def export(config: ConfigDict, params: dict, step: int, out: str, card: str = "") -> None:
+def export(
+    config: ConfigDict, params: dict, step: int, out: str, card: str = "", of_each_t: parts.Measured | None = None
+) -> None:
     """Writes the sampler that a config describes as one file, and its model card beside it, as <out stem>-card.md.
 
     Args:
@@ -119,6 +123,7 @@ def export(config: ConfigDict, params: dict, step: int, out: str, card: str = ""
       step: the step of the checkpoint.
       out: an .npz file.
       card: see `card.model_card`; the file holds it too. "": none.
+      of_each_t: see `parts.build`; the file holds it too.
 
     Raises:
       UserError: `out` does not end in .npz, or cannot be written.
@@ -126,9 +131,10 @@ def export(config: ConfigDict, params: dict, step: int, out: str, card: str = ""
     path = _check_out(out)
     about = {"config": config.to_dict(), "step": int(step), "platforms": PLATFORMS, "jax": jax.__version__}
     about |= {"compatibility": _PROMISE, "card": card}
+    about |= {"measured": [array.tolist() for array in of_each_t]} if of_each_t else {}
     flat = {f"params/{name}": np.asarray(leaf) for name, leaf in flatten_dict(params, sep="/").items()}
     program = np.frombuffer(
-        waiting("translating the sampler for cpu, cuda, tpu", lambda: _program(config, params)), np.uint8
+        waiting("translating the sampler for cpu, cuda, tpu", lambda: _program(config, params, of_each_t)), np.uint8
     )
     arrays = {"program": program, "about": np.array(json.dumps(about)), **flat}
     try:
@@ -156,9 +162,9 @@ def _check_out(out):
     return path
 
 
-def _program(config, params):
+def _program(config, params, of_each_t):
     """Returns the serialised program of any number of images, for all PLATFORMS."""
-    run = parts.build(config)
+    run = parts.build(config, of_each_t)
 
     def program(params, key_data, indices, *labels_and_weight):
         labels, weight = labels_and_weight or (None, 1.0)

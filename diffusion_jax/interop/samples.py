@@ -49,7 +49,7 @@ def write_samples(
       labels: the classes to draw, by name or number: image i has class labels[i mod len(labels)]; () for all. The .npz
         has the class of each image as "labels", and the grid a row for each class.
       step: the step of the checkpoint; None is the last.
-      settings: sampler, steps, eta and guidance of `load`.
+      settings: sampler, steps, eta, guidance, sigma and grid of `load`.
 
     Raises:
       UserError: there is no checkpoint, `num`, `seed` or a label is out of range, or `out` has another ending, cannot
@@ -59,7 +59,7 @@ def write_samples(
     config = with_sampling(read_config(workdir), **settings)
     hosts.on_main(lambda: _check(num, seed, out, path))
     replaces = hosts.on_main(lambda: path.is_file())
-    chosen, run = choose(config, labels), parts.build(config)
+    chosen, run = choose(config, labels), parts.build(config, parts.read_measured(config, workdir, step))
     per_call = -(-min(num, run.num_samples) // jax.process_count())
     step, params = ema_params(run, workdir, step)
     shape, of_num = (per_call, *run.image_shape), functools.partial(run.sample_fn, per_call)
@@ -124,7 +124,8 @@ def _about(config, workdir, step, params, seed, chosen):
         "steps": parts.num_sampling_steps(config),
         "schedule": f"{config.schedule.name}, T = {num_steps}",
         "eta": float(config.sampling.eta) if sampler == "ddim" else None,
-        "sigma": config.sampling.sigma if sampler == "ancestral" else None,
+        "sigma": config.sampling.sigma if sampler == "ancestral" or config.sampling.sigma == "analytic" else None,
+        **({"grid": config.sampling.grid} if config.sampling.grid != "default" else {}),
         "clip": config.sampling.clip,
         "dtype": config.model.dtype,
         **({"range": list(config.data.range)} if config.data.range else {}),

@@ -164,7 +164,7 @@ def invert(eps_bar_fn: Network, s: Schedule, ts: ArrayLike | Sequence[int], x: j
 
     def step(x, u_t):
         u, t = u_t
-        eps_bar = eps_bar_fn(x, jnp.full(x.shape[:1], jnp.maximum(u, 1)))
+        eps_bar = process.prediction(eps_bar_fn(x, jnp.full(x.shape[:1], jnp.maximum(u, 1)))).eps_bar
         return process.forward(s, process.predict_x_0(s, x, u, eps_bar), t, eps_bar), None
 
     grid = jnp.asarray(ts, jnp.int32)[::-1]

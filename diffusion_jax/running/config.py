@@ -22,15 +22,17 @@ from diffusion_jax.schedule import MOST_STEPS
 from diffusion_jax.unet import check_image_size
 
 CHOICES = {
-    "schedule.name": ("su_linear", "ho_linear", "cosine"),
+    "schedule.name": ("su_linear", "ho_linear", "cosine", "sigmoid"),
     "model.prediction": ("eps_bar", "x_0", "velocity"),
     "model.attention": ("xla", "cudnn"),
     "model.dtype": ("float32", "bfloat16"),
-    "train.loss": ("simple", "step", "weighted_step", "vlb"),
+    "train.loss": ("simple", "step", "weighted_step", "vlb", "hybrid"),
+    "train.weight": ("one", "min_snr", "p2"),
     "train.t_sampling": ("uniform", "importance"),
     "sampling.sampler": ("ancestral", "ddim", "dpmpp_2m"),
-    "sampling.sigma": ("zero", "beta", "posterior"),
     "data.dtype": ("", *(f"{sign}int{bits}" for bits in (8, 16, 32, 64) for sign in ("u", "")), "float32"),
+    "sampling.sigma": ("zero", "beta", "posterior", "learned", "analytic"),
+    "sampling.grid": ("default", "uniform", "quadratic", "log_snr", "bound"),
 }
 _INT32 = 2**31 - 1
 RANGES = {  # the smallest and the largest integer; configs also come with the weights and samplers of others
@@ -192,15 +194,18 @@ def with_sampling(
     dtype: str | None = None,
     num: int | None = None,
     guidance: float | None = None,
+    sigma: str | None = None,
+    grid: str | None = None,
 ) -> ConfigDict:
     """Returns a checked copy of the config with these values, unless None, in place of its own.
 
     Raises:
       UserError: a value is invalid, eta is given for another sampler than ddim, or guidance for a run without classes.
     """
-    if sampler == "ancestral" and steps is None:
-        steps = 0  # the config may name a sampler of few steps
+    if sampler == "ancestral":  # the config may name a sampler of few steps
+        steps, grid = steps or 0, grid or "default"
     values = {"sampler": sampler, "steps": steps, "eta": eta, "clip": clip, "num": num, "guidance": guidance}
+    values |= {"sigma": sigma, "grid": grid}
     flat = {f"sampling.{key}": value for key, value in values.items() if value is not None}
     flat |= {} if dtype is None else {"model.dtype": dtype}
     config = config.copy_and_resolve_references()
@@ -241,7 +246,7 @@ def check(config: ConfigDict) -> None:
     for key, (low, high) in RANGES.items():
         if key != "data.image_size":
             check_integer(f"config.{key}", flat[key], low, high)
-    for key in ("train.learning_rate", "train.grad_clip"):
+    for key in ("train.learning_rate", "train.grad_clip", "train.weight_gamma"):
         _need(config, key, lambda value: _SMALLEST <= value <= _LARGEST, "a number > 0 within float32's range")
     _need(config, "data.cache_limit_gb", lambda value: value >= 0, "a number >= 0")
     for key in ("model.dropout", "train.ema_decay"):
@@ -253,7 +258,8 @@ def check(config: ConfigDict) -> None:
     _need(config, "model.multipliers", lambda value: len(value) >= 1, "one multiplier per level, e.g. (1, 2, 2)")
     _check_classes(config)
     _check_sampling(config)
-    _check_vlb(config)
+    _check_loss(config)
+    _check_terminal(config)
     _check_attention(config)
     _check_length(config)
     _check_range(config)
@@ -459,6 +465,9 @@ def _check_sampling(config):
             f"config.sampling.steps={steps} does not fit config.sampling.sampler='ancestral', which takes all "
             f"{num_steps} steps: choose ddim or dpmpp_2m, or 0 steps"
         )
+    if config.sampling.sampler == "ancestral":
+        wanted = "'default' for config.sampling.sampler='ancestral', which takes all steps"
+        _need(config, "sampling.grid", lambda value: value == "default", wanted)
 
 
 def _check_classes(config):
@@ -476,13 +485,40 @@ def _check_classes(config):
     _need(config, "sampling.guidance_interval", lambda value: value == () or is_interval(value), wanted)
 
 
-def _check_vlb(config):
+def _check_terminal(config):
+    """Checks that the network and its loss know x_0 at t = T, where schedule.zero_terminal makes ᾱ_T 0."""
+    _need(config, "schedule.log_snr_shift", lambda value: abs(value) <= 20, "a number in -20..20")
+    if not config.schedule.zero_terminal:
+        return
+    with_it = "for config.schedule.zero_terminal, where x_T tells nothing of x_0"
+    _need(config, "schedule.num_steps", lambda value: value >= 2, f"at least 2 {with_it}")
+    _need(config, "model.prediction", lambda value: value != "eps_bar", f"x_0 or velocity {with_it}")
+    _need(config, "train.loss", lambda value: value == "simple" or _is_own(value), f"'simple' {with_it}")
+    _need(config, "train.weight", lambda value: value == "one", f"'one' {with_it}: others do not train the step T")
+
+
+def _check_loss(config):
+    """Checks that train.weight and train.t_sampling suit train.loss."""
+    if config.train.loss != "simple":
+        _need(config, "train.weight", lambda value: value == "one", "'one' unless config.train.loss='simple'")
+    learned = config.model.learned_sigma
+    if learned:
+        with_it = "with config.model.learned_sigma"
+        _need(config, "train.loss", lambda value: value in ("hybrid", "vlb"), f"hybrid or vlb {with_it}")
+        _need(config, "model.prediction", lambda value: value == "eps_bar", f"eps_bar {with_it}")
+        _need(config, "schedule.num_steps", lambda value: value >= 2, f"at least 2 {with_it}")
+    else:
+        for key, name in (("train.loss", "hybrid"), ("sampling.sigma", "learned")):
+            wanted = (
+                f"another without config.model.learned_sigma=True, whose network has the deviations that {name} needs"
+            )
+            _need(config, key, lambda value, name=name: value != name, wanted)
     if config.train.loss != "vlb":
         _need(config, "train.t_sampling", lambda value: value == "uniform", "'uniform' unless config.train.loss='vlb'")
     elif config.schedule.num_steps < 2 or config.sampling.sigma == "zero":
         raise UserError(
             f"config.train.loss='vlb' needs a deviation > 0 at each step: config.sampling.sigma="
-            f"{config.sampling.sigma!r} must be beta or posterior, config.schedule.num_steps="
+            f"{config.sampling.sigma!r} must be beta, posterior or learned, config.schedule.num_steps="
             f"{config.schedule.num_steps} at least 2"
         )
 

@@ -1,0 +1,49 @@
+"""What `--mode=evaluate` has measured of a run's network at each t, for sigma=analytic and grid=bound."""
+
+import zipfile
+from typing import NamedTuple
+
+import numpy as np
+from etils import epath
+
+from diffusion_jax.errors import UserError, one_line
+from diffusion_jax.running.workdir import absolute
+
+
+class Measured(NamedTuple):
+    """Means over images at each t, float64 [T + 1]; entry 0 is not used."""
+
+    squared_error: np.ndarray  # ‖x_0 − x̂_0‖², for `sampling.grid_by_bound`
+    mean_square: np.ndarray  # ‖ε̄_θ‖², for `schedule.sigma_analytic`
+
+
+def read(workdir: epath.PathLike, split: str, step: int | None, key: str) -> Measured:
+    """Returns the means over the images of a split.
+
+    Args:
+      step: the step whose evaluation is read; None is the last that was evaluated.
+      key: the setting that asks for it, for messages.
+
+    Raises:
+      UserError: no step, or not this one, was evaluated at all t.
+    """
+    folder, name = absolute(workdir) / "evaluation", f"bound-{stem(split)}.npz"
+    found = {int(file.parent.name): file for file in folder.glob(f"*/{name}") if file.parent.name.isdecimal()}
+    if not found or step not in (None, *found):
+        of = "" if step is None else f" --step={step}"
+        raise UserError(
+            f"{key} needs the errors of the network at each t: measure them with --mode=evaluate "
+            f"--workdir={workdir}{of} --num=256 (--quick does not)"
+        )
+    file = found[max(found) if step is None else step]
+    try:
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as content:
+            num, (_, squared_error, _, mean_square) = len(content["each"]), content["sums"]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:  # also of an earlier version
+        raise UserError(f"{file} cannot be read ({one_line(error)}): remove it and run --mode=evaluate again") from None
+    return Measured(*(np.append(0.0, sums / max(num, 1)) for sums in (squared_error, mean_square)))
+
+
+def stem(split: str) -> str:
+    """Returns a split's name as part of the name of a file."""
+    return "".join(c if c.isalnum() else "-" for c in split).strip("-")
