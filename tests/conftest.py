@@ -71,6 +71,7 @@ class SmallNetwork(nn.Module):
     num_classes: int
     dropout: float
     dtype: object
+    learned_sigma: bool = False
 
     @nn.compact
     def __call__(self, x, t, train=False, dropout_keys=None, labels=None):
@@ -82,7 +83,9 @@ class SmallNetwork(nn.Module):
         h = nn.silu(h + unet.dense(8, self.dtype, name="temb_dense0")(embedding)[:, None, None])
         if train and self.dropout:
             h = unet.drop(h, self.dropout, dropout_keys)
-        return unet.conv(x.shape[-1], self.dtype, init_scale=unet._NEARLY_ZERO, name="conv_out")(h).astype(jnp.float32)
+        return unet.conv(
+            x.shape[-1] * (1 + self.learned_sigma), self.dtype, init_scale=unet._NEARLY_ZERO, name="conv_out"
+        )(h).astype(jnp.float32)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +94,8 @@ def small_network():
 
     def model(config):
         num_classes = parts.with_classes(config).model.num_classes
-        return SmallNetwork(num_classes, config.model.dropout, jnp.dtype(config.model.dtype))
+        dtype = jnp.dtype(config.model.dtype)
+        return SmallNetwork(num_classes, config.model.dropout, dtype, config.model.learned_sigma)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parts, "model", model)

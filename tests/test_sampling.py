@@ -294,7 +294,7 @@ def test_the_networks_own_deviation_and_x_0_replace_those_of_the_chain(rough, cl
         for t in (4, 3, 2, 1):
             of = network, rough, np.zeros(5), x, KEYS, np.int32(t), clip
             x = sampling.ancestral_step(*of)[0] + (
-                sigma[t] * mask * sampling.normal(KEYS, t, X.shape[1:]) if t > 1 else 0
+                sigma[t] * mask * np.asarray(sampling.normal(KEYS, t, X.shape[1:])) if t > 1 else 0
             )
         return x
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import assert_same, lines, run, tiny_config, without_speed, write_random_run
 from etils import epath
+from PIL import Image
 from tensorboardX.proto import event_pb2
 
 from diffusion_jax import losses, parts, process, sample, sampling, step, train
@@ -605,3 +606,27 @@ def test_load_network(uninterrupted):
     assert s.num_steps == 20
     expected = parts.model(tiny_config()).apply({"params": state.ema_params}, x, t)
     np.testing.assert_array_equal(apply_fn({"params": params}, x, t), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model__learned_sigma": True, "train__loss": "hybrid", "sampling__sigma": "learned"},
+        {
+            "schedule__zero_terminal": True,
+            "model__prediction": "velocity",
+            "sampling__sampler": "dpmpp_2m",
+            "sampling__steps": 5,
+        },
+        {"train__weight": "min_snr"},
+    ],
+    ids=["learned deviations", "zero terminal", "weight"],
+)
+def test_other_losses_and_schedules_train_and_draw(tmp_path, changes):
+    run(tmp_path, train__num_steps=2, train__warmup_steps=0, **changes)
+    seen = lines(tmp_path)
+    assert len(seen) == 2 and all(np.isfinite(line["loss"]) and line["skipped"] == 0 for line in seen)
+    assert all(("weighted_loss" in line) == ("train__weight" in changes) for line in seen)
+    picture = np.asarray(Image.open(tmp_path / "samples" / "2.png"))
+    assert picture.std() > 10
