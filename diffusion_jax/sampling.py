@@ -163,12 +163,12 @@ def ancestral_step(
     if jnp.shape(sigma) != s.alpha.shape:
         raise ValueError(f"sigma has shape {jnp.shape(sigma)}: it must be [T + 1], {s.alpha.shape}")
     _check_keys(x, keys)
-    found, is_of_eps_bar = _predict(eps_bar_fn, s, x, t, clip)
-    deviation = sigma[t] if found.sigma is None else found.sigma
-    noise = jnp.where(t > 1, deviation, 0.0) * normal(keys, t, x.shape[1:])
+    (eps_bar, x_0, own), is_of_eps_bar = _predict(eps_bar_fn, s, x, t, clip)
+    scale = jnp.where(t > 1, sigma[t], 0.0) if own is None else jnp.where(t > 1, own, 0.0)
+    noise = scale * normal(keys, t, x.shape[1:])
     if is_of_eps_bar:
-        return process.reverse_step(s, x, t, process.step_noise(s, found.eps_bar, t), noise), found.x_0
-    return process.posterior_mean(s, found.x_0, x, t) + noise, found.x_0
+        return process.reverse_step(s, x, t, process.step_noise(s, eps_bar, t), noise), x_0
+    return process.posterior_mean(s, x_0, x, t) + noise, x_0
 
 
 def ddim_chain(

@@ -140,7 +140,7 @@ MUTANTS = {
         ("sampling", "process.variance_between(s, t, u)", "process.variance_between(s, t, t - 1)"),
         ("sampling", "direction * eps_bar + deviation", "s.beta_bar[u] * eps_bar + deviation"),
         ("sampling", "deviation * normal(keys, t, x", "deviation * normal(keys, u, x"),
-        ("sampling", "return x_0, process.predict_eps_bar(s, x, t, x_0)", "return x_0, eps_bar"),
+        ("sampling", "Prediction(process.predict_eps_bar(s, x, t, x_0)", "Prediction(found.eps_bar"),
     ],
     "tests/test_fast_sampling.py::test_ddim_caps_the_noise_at_the_whole_variance": [
         ("sampling", "deviation = jnp.minimum(deviation, s.beta_bar[u])", "deviation = jnp.minimum(deviation, 1.0)"),
@@ -170,10 +170,10 @@ MUTANTS = {
     "tests/test_classes.py::test_guidance_sharpens_the_density_of_the_class": [
         (
             "sampling",
-            "unconditional + w * (conditional_fn(x, t) - unconditional)",
-            "w * (conditional_fn(x, t) - unconditional)",
+            "of_all + w * (of_y - of_all)",
+            "w * (of_y - of_all)",
         ),
-        ("sampling", "unconditional + w * (conditional_fn(x, t)", "unconditional + (1 + w) * (conditional_fn(x, t)"),
+        ("sampling", "of_all + w * (of_y - of_all)", "of_all + (1 + w) * (of_y - of_all)"),
     ],
     "tests/test_classes.py::test_guidance_in_an_interval_of_steps": [
         ("sampling", "(t >= low) & (t <= high)", "(t > low) & (t <= high)"),
@@ -212,14 +212,14 @@ MUTANTS = {
             "s.alpha_bar[t] * (s.beta[t] / s.beta_bar[t]) ** 2",
         ),
         ("likelihood", "(jnp.expm1(log_ratio) - log_ratio) + 0.5", "(jnp.exp(log_ratio) - log_ratio) + 0.5"),
-        ("likelihood", "0.5 * (shift / sigma[t]) ** 2", "(shift / sigma[t]) ** 2"),
-        ("likelihood", "0.5 * (shift / sigma[t]) ** 2", "0.5 * (shift / sigma[t - 1]) ** 2"),
+        ("likelihood", "0.5 * (shift / deviation) ** 2", "(shift / deviation) ** 2"),
+        ("likelihood", "0.5 * (shift / deviation) ** 2", "0.5 * shift**2 / deviation"),
         ("likelihood", "sigma_posterior(s)[2]", "sigma_posterior(s)[3]"),
         ("likelihood", "jnp.mean(nats) / math.log(2)", "jnp.mean(nats)"),
         ("likelihood", "jnp.where(t == 1, decoder", "jnp.where(t <= 2, decoder"),
     ],
     "tests/test_likelihood.py::test_squared_error_and_loss_of_each_step": [
-        ("likelihood", "(eps_bar - predicted) ** 2", "(eps_bar + predicted) ** 2"),
+        ("likelihood", "(eps_bar - found.eps_bar) ** 2", "(eps_bar + found.eps_bar) ** 2"),
         ("likelihood", "jax.random.fold_in(key, t)", "jax.random.fold_in(key, t - 1)"),
     ],
     "tests/test_likelihood.py::test_the_bound_is_the_sum_of_its_parts": [
@@ -240,6 +240,85 @@ MUTANTS = {
             "alpha_bar[1:-1] * (beta[2:] / beta_bar[2:]) ** 2",
             "alpha_bar[2:] * (beta[2:] / beta_bar[2:]) ** 2",
         ),
+    ],
+    "tests/test_schedule.py::test_sigmoid": [
+        ("schedule", "(f[-1] - f) / (f[-1] - f[0])", "(f[-1] - f) / f[-1]"),
+        ("schedule", ", 1e-9)", ", 1e-8)"),
+        ("schedule", "num_steps + 1) / tau)", "num_steps + 1) * tau)"),
+    ],
+    "tests/test_schedule.py::test_snr": [
+        ("schedule", "jnp.square(s.alpha_bar / s.beta_bar)", "s.alpha_bar / s.beta_bar"),
+    ],
+    "tests/test_schedule.py::test_zero_terminal": [
+        ("schedule", "(first * (alpha_bar[1:] - last)", "((alpha_bar[1:] - last)"),
+        ("schedule", "np.sqrt(_alpha_bar_squared(s))", "_alpha_bar_squared(s)"),
+        ("schedule", "alpha_bar_squared[1:] / alpha_bar_squared[:-1]", "alpha_bar_squared[1:]"),
+    ],
+    "tests/test_schedule.py::test_shifted": [
+        ("schedule", "np.exp(log_snr_shift) * square", "np.exp(2 * log_snr_shift) * square"),
+        ("schedule", "(scaled + 1 - square)", "(scaled + 1)"),
+    ],
+    "tests/test_schedule.py::test_sigma_analytic_is_the_true_deviation_of_gaussian_data": [
+        ("schedule", "s.alpha_bar[:-1] * s.beta[1:] ** 2", "s.alpha_bar[1:] * s.beta[1:] ** 2"),
+        ("schedule", "+ coefficient**2 * x_0_variance", "+ coefficient * x_0_variance"),
+        ("schedule", "s.beta[1:] ** 2 / s.beta_bar[1:] ** 2)", "s.beta[1:] ** 2 / s.beta_bar[1:])"),
+        ("schedule", "jnp.maximum(1 - jnp.asarray(mean_square, jnp.float32), 0)", "1 - jnp.asarray(mean_square)"),
+    ],
+    "tests/test_process.py::test_interpolated_sigma_lies_between_the_two_fixed_ones": [
+        ("process", "(v + 1) / 2", "v + 1"),
+        ("process", "jnp.maximum(t, 2), ", "jnp.maximum(t, 1), "),
+        ("process", "nu * jnp.log(s.beta[t]) + (1 - nu)", "(1 - nu) * jnp.log(s.beta[t]) + nu"),
+    ],
+    "tests/test_process.py::test_x_0_of_the_velocity": [
+        ("process", "s.alpha_bar[t] * x_t - s.beta_bar[t] * v", "s.alpha_bar[t] * x_t + s.beta_bar[t] * v"),
+    ],
+    "tests/test_losses.py::test_min_snr_weight_by_its_definition": [
+        ("losses", "gamma / schedule.snr(s)", "schedule.snr(s) / gamma"),
+        ("losses", '"x_0": schedule.snr(s)', '"x_0": schedule.snr(s) + 1'),
+        ("losses", '"velocity": s.alpha_bar**2', '"velocity": s.alpha_bar'),
+    ],
+    "tests/test_losses.py::test_p2_weight_by_its_definition": [
+        ("losses", "** -gamma", "** gamma"),
+        ("losses", "(k + schedule.snr(s))", "(1 + schedule.snr(s))"),
+    ],
+    "tests/test_likelihood.py::test_hybrid_loss_is_the_sum_and_its_bound_moves_the_deviations_alone": [
+        ("losses", "eps_bar=jax.lax.stop_gradient(found.eps_bar)", "eps_bar=found.eps_bar"),
+        ("losses", "+ share * bound", "+ bound"),
+    ],
+    "tests/test_likelihood.py::test_terms_with_learned_deviations_are_those_with_an_array": [
+        ("likelihood", "else (found.sigma, found.sigma)", "else (decoder_std, found.sigma)"),
+        ("likelihood", "else (found.sigma, found.sigma)", "else (found.sigma, sigma[kl_step])"),
+    ],
+    "tests/test_likelihood.py::test_a_prediction_of_x_0_is_taken_as_it_is": [
+        (
+            "likelihood",
+            "process.predict_x_0(s, x_t, t, found.eps_bar) if found.x_0 is None else found.x_0",
+            "process.predict_x_0(s, x_t, t, found.eps_bar)",
+        ),
+    ],
+    "tests/test_likelihood.py::test_mean_square_of_the_predicted_noise": [
+        ("likelihood", "found.eps_bar**2", "eps_bar**2"),
+    ],
+    "tests/test_sampling.py::test_the_networks_own_deviation_and_x_0_replace_those_of_the_chain": [
+        ("sampling", "jnp.where(t > 1, own, 0.0)", "jnp.where(t > 1, sigma[t], 0.0)"),
+    ],
+    "tests/test_sampling.py::test_the_chain_from_pure_noise_at_a_zero_terminal": [
+        ("sampling", "if found.x_0 is None else found.x_0", "if True else found.x_0"),
+        ("sampling", "found._replace(x_0=x_0), found.x_0 is None", "found._replace(x_0=x_0), True"),
+    ],
+    "tests/test_sampling.py::test_guidance_of_predictions": [
+        ("sampling", "both._replace(sigma=conditional.sigma)", "both"),
+    ],
+    "tests/test_fast_sampling.py::test_analytic_ddim_keeps_every_variance_of_the_grid": [
+        ("sampling", "direction * s.alpha_bar[t] / s.beta_bar[t]) ** 2", "direction * s.alpha_bar[t] / s.beta_bar[t])"),
+        ("sampling", "direction * s.alpha_bar[t] / s.beta_bar[t])", "direction * s.alpha_bar[u] / s.beta_bar[t])"),
+        ("sampling", "jnp.where(u > 0, jnp.sqrt(deviation**2 + of_x_0), 0.0)", "jnp.sqrt(deviation**2 + of_x_0)"),
+    ],
+    "tests/test_fast_sampling.py::test_grid_by_bound_is_the_best_of_all_grids": [
+        ("sampling", "0.5 * (ratio[u] - ratio[t])", "(ratio[u] - ratio[t])"),
+        ("sampling", "* error[t + 1]", "* error[t]"),
+        ("sampling", "np.log(127.5)", "np.log(12.75)"),
+        ("sampling", "np.pi * np.e * error[1:]", "np.pi * np.e * error[1:] ** 2"),
     ],
     "tests/pictures/test_figures.py::test_interpolation_is_a_chain_from_the_mixed_latents": [
         ("pictures/figures", "(1 - weight) * x_t + weight * y_t", "weight * x_t + (1 - weight) * y_t"),
