@@ -90,7 +90,7 @@ def test_the_bound_needs_a_deviation_at_each_step():
     config.update_from_flattened_dict({"train.loss": "vlb", "train.t_sampling": "importance"})
     configs.check(config)
     config.sampling.sigma = "zero"
-    with pytest.raises(UserError, match=r"config\.sampling\.sigma='zero' must be beta or posterior"):
+    with pytest.raises(UserError, match=r"config\.sampling\.sigma='zero' must be beta, posterior or learned"):
         configs.check(config)
 
 
@@ -273,8 +273,8 @@ def test_a_loss_of_ones_own(prediction):
     configs.check(own)
     x_0, keys, t = np.ones((3, 8, 8, 1), np.float32), jax.random.split(jax.random.key(0), 3), np.array([1, 7, 20])
     arguments = lambda x, t: 0.1 * x, parts.schedule(config), x_0, t, keys
-    eps_bar_fn = parts._eps_bar_fn(config, *arguments[:2])
-    expected = losses.with_noise(half, 1)(eps_bar_fn, *arguments[1:])
+    predict = parts._prediction_fn(config, *arguments[:2])
+    expected = losses.with_noise(half, 1)(lambda x, t: predict(x, t).eps_bar, *arguments[1:])
     np.testing.assert_allclose(parts.loss(own)(*arguments), expected, rtol=1e-6)
     assert not callable(config.train.loss)
 

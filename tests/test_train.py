@@ -581,9 +581,9 @@ def test_other_predictions_reach_loss_and_sampler(prediction, loss):
     else:  # what ε̄ says of ε alone remains: α_t² β̄_{t−1}²/β̄_t², about
         rest = (s.alpha[t] * s.beta_bar[t - 1] / s.beta_bar[t]) ** 2
         np.testing.assert_allclose(value, rest, rtol=0.6)
-    eps_bar_fn = parts._eps_bar_fn(config, knows_x_0, s)
+    predict = parts._prediction_fn(config, knows_x_0, s)
     ts, x_t = sampling.grid_uniform(s, 20), jnp.ones((3, 8, 8, 1))
-    np.testing.assert_allclose(sampling.ddim_chain(eps_bar_fn, s, ts, x_t, keys), x_0, atol=1e-4)
+    np.testing.assert_allclose(sampling.ddim_chain(predict, s, ts, x_t, keys), x_0, atol=1e-4)
 
 
 def test_samples_do_not_depend_on_the_devices(uninterrupted, monkeypatch):

@@ -319,13 +319,17 @@ def _read_scheduler(config, file):
         require(key, settings[key] in names, f"must be one of {', '.join(names)}")
     require("num_train_timesteps", settings["num_train_timesteps"] >= 1, "must be at least 1")
     _bound(require, "num_train_timesteps", settings["num_train_timesteps"], "schedule.num_steps")
+    knows_x_0 = settings["prediction_type"] != "epsilon"
+    require(
+        "rescale_betas_zero_snr", knows_x_0 or not settings["rescale_betas_zero_snr"], "needs v_prediction or sample"
+    )
     is_learned = settings["variance_type"] == "learned_range"
     require("variance_type", is_learned == config.model.learned_sigma, "does not go with out_channels of the network")
     config.schedule.num_steps, config.schedule.log_snr_shift = settings["num_train_timesteps"], 0.0
     config.schedule.zero_terminal = settings["rescale_betas_zero_snr"]
     config.schedule.name = _schedule_name(settings, require)
     config.sampling.sigma, config.sampling.clip = _SIGMAS[settings["variance_type"]], settings["clip_sample"]
-    config.sampling.sampler, config.sampling.steps = "ancestral", 0
+    config.sampling.sampler, config.sampling.steps, config.sampling.grid = "ancestral", 0, "default"
     config.model.prediction = _PREDICTIONS[settings["prediction_type"]]
 
 

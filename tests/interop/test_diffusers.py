@@ -12,7 +12,7 @@ from etils import epath
 from safetensors import numpy as safetensors
 
 import diffusion_jax
-from diffusion_jax import parts, sample, train
+from diffusion_jax import parts, sample, schedule, train
 from diffusion_jax.configs import cifar10, default
 from diffusion_jax.errors import UserError
 from diffusion_jax.interop import diffusers
@@ -458,7 +458,7 @@ def test_missing_source_or_config_is_refused(source, tmp_path):
         ("num_class_embeds", True),
         ("num_class_embeds", "10"),
         ("num_class_embeds", 2**40),
-        ("out_channels", 6),
+        ("out_channels", 5),
         ("resnet_time_scale_shift", "scale_shift"),
         ("sample_size", None),
         ("sample_size", [8, 16, 3]),
@@ -579,11 +579,11 @@ def test_config_of_a_scheduler(source, variance, sigma, prediction, ours):
         source / SCHEDULER, variance_type=variance, prediction_type=prediction, clip_sample=False, clip_sample_range=9.0
     )
     config = default.get_config()
-    config.sampling.update({"sampler": "ddim", "steps": 7, "guidance": 2.0})
+    config.sampling.update({"sampler": "ddim", "steps": 7, "guidance": 2.0, "grid": "quadratic"})
     diffusers._read_scheduler(config, source / SCHEDULER)
     assert config.sampling.to_dict() | {"num": 0, "eta": 0} == {
         **{"sampler": "ancestral", "steps": 0, "sigma": sigma, "clip": False, "num": 0, "eta": 0},
-        **{"guidance": 2.0, "guidance_interval": ()},
+        **{"guidance": 2.0, "guidance_interval": (), "grid": "default"},
     }
     assert config.model.prediction == ours
 
@@ -683,3 +683,16 @@ def test_unusable_folders_are_refused(untrained, tmp_path):
         diffusers.import_diffusers(str(FOLDER), str(tmp_path / "file/run"), default.get_config())
     with pytest.raises(UserError, match="holds no run"):
         diffusers.export_diffusers(str(tmp_path), str(tmp_path / "out"))
+
+
+def test_a_zero_terminal_schedule_is_rescaled_by_diffusers(source):
+    """Its betas are those before, and the flag says what becomes of them."""
+    update(source / SCHEDULER, rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    config = default.get_config()
+    diffusers._read_scheduler(config, source / SCHEDULER)
+    assert config.schedule.zero_terminal and config.schedule.name == "ho_linear"
+    changes = {"schedule__zero_terminal": True, "schedule__log_snr_shift": -1.0, "model__prediction": "velocity"}
+    settings = diffusers._scheduler_config(tiny_config(**changes))
+    assert settings["rescale_betas_zero_snr"] and settings["prediction_type"] == "v_prediction"
+    expected = schedule.shifted(schedule.su_linear(20), -1.0).beta[1:] ** 2
+    np.testing.assert_allclose(settings["trained_betas"], expected, rtol=1e-5)
