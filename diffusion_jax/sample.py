@@ -7,10 +7,9 @@ from etils import epath
 from diffusion_jax import parts
 from diffusion_jax.errors import UserError
 from diffusion_jax.parts import Parts
-from diffusion_jax.running import checkpoint, history
+from diffusion_jax.running import checkpoint, history, watch
 from diffusion_jax.running import config as configs
 from diffusion_jax.running import workdir as workdirs
-from diffusion_jax.running.watch import progress_window
 from diffusion_jax.schedule import Schedule
 
 
@@ -37,7 +36,7 @@ def load(
         more = sample_fn(params, jax.random.key(0), num)  # images num .. 2 num - 1 of the same key
         threes = sample_fn(params, jax.random.key(0), labels=3)  # of a run with classes; default: all in turn
 
-    The first call compiles. All steps are one XLA program, on all devices of this process.
+    The first call compiles, and says so on stderr. All steps are one XLA program, on all devices of this process.
 
     Args (None means the value in the run's config):
       workdir: the workdir of a training run.
@@ -70,8 +69,9 @@ def load(
     config = configs.with_sampling(workdirs.read_config(workdir), *settings)
     config = configs.with_functions(config, schedule=schedule, sigma=own)
     run = parts.build(config, parts.read_measured(config, workdir, step))
-    window = progress_window(run.num_sampling_steps, run.num_samples) if progress else None
-    return run.sample_fn(window=window), ema_params(run, workdir, step)[1]
+    window = watch.progress_window(run.num_sampling_steps, run.num_samples) if progress else None
+    sample_fn, text = run.sample_fn(window=window), f"compiling, and drawing {run.num_samples:,} images"
+    return sample_fn if progress else watch.told(sample_fn, text), ema_params(run, workdir, step)[1]
 
 
 def load_network(

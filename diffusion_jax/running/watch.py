@@ -240,6 +240,19 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def told(sample_fn: Callable, text: str) -> Callable:
+    """Returns the sampler, whose first call shows the text and the time that passes, see `waiting`."""
+    calls = itertools.count()
+
+    def told_fn(*arguments, **named):
+        if next(calls) or any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((arguments, named))):
+            return sample_fn(*arguments, **named)
+        return waiting(text, lambda: jax.block_until_ready(sample_fn(*arguments, **named)))
+
+    told_fn.lower = sample_fn.lower  # type: ignore[attr-defined]
+    return told_fn
+
+
 class Sampler:
     """A sampler that shows what it does: sampler(params, rng, first=0, labels=None) -> float32 [N, H, W, C], NumPy."""
 

@@ -26,6 +26,19 @@ def test_long_work_is_named_and_short_work_is_not(capsys):
     assert "long work … 00:00" in err and "short work" not in err
 
 
+def test_the_first_call_of_a_sampler_is_named(capsys):
+    def sample_fn(x, slow=0.0):
+        time.sleep(slow)
+        return 2 * x
+
+    sample_fn.lower = "lower"
+    told = watch.told(sample_fn, "compiling, and drawing")
+    assert told(3, slow=0.2) == 6 and "compiling, and drawing … 00:00" in capsys.readouterr().err
+    assert told(4, slow=0.2) == 8 and not capsys.readouterr().err
+    assert told.lower == "lower"
+    assert jax.jit(watch.told(sample_fn, ""))(5) == 10  # inside a program it is no call
+
+
 def test_an_error_of_the_work_is_raised():
     with pytest.raises(ZeroDivisionError):
         watch.waiting("short work", lambda: 1 / 0)
