@@ -70,6 +70,12 @@ def _evaluate(args):
     evaluate(args.workdir, seed=args.seed, num=args.num, step=args.step, quick=args.quick, **asked, **of_samples)
 
 
+def _tune(args):
+    from diffusion_jax.evaluation.tune import tune
+
+    tune(args.workdir, num=args.num or 1024, seed=args.seed, step=args.step)
+
+
 def _report(args):
     from diffusion_jax.evaluation.report import report
 
@@ -139,6 +145,13 @@ MODES = {
         "--mode=evaluate --workdir=runs/digits --samples=samples.npz",
         needs=("workdir",),
         takes=("num", "seed", "step", "quick", "splits", "labels", "samples", "inception", "reference", "sigma"),
+    ),
+    "tune": Mode(
+        _tune,
+        "Finds how few steps of which sampler are as good as all of them; resumes.",
+        "--mode=tune --workdir=runs/digits",
+        needs=("workdir",),
+        takes=("num", "seed", "step"),
     ),
     "report": Mode(
         _report,

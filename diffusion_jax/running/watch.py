@@ -291,12 +291,16 @@ class Sampler:
     def _report(self, share):
         self._done = share
 
-    def __call__(self, params: Any, rng: jax.Array, first: int = 0, labels: Any = None) -> np.ndarray:
-        """Returns the images as `sampling.make_sample_fn` does; the first call compiles."""
-        arguments = params, rng, first, labels
+    def compile(self, *arguments: Any) -> None:
+        """Compiles the program for arguments of these shapes, once."""
         if not self._is_compiled:
             waiting("compiling the sampler", lambda: self.lower(*arguments).compile())
             self._is_compiled = True
+
+    def __call__(self, params: Any, rng: jax.Array, first: int = 0, labels: Any = None) -> np.ndarray:
+        """Returns the images as `sampling.make_sample_fn` does; the first call compiles."""
+        arguments = params, rng, first, labels
+        self.compile(*arguments)
         self._done = 0.0
         shorter, self._shorter = self._shorter, None  # one estimate is enough
         return waiting(self._text, lambda: np.asarray(self._sample_fn(*arguments)), self._share, shorter)
