@@ -21,7 +21,7 @@ from ml_collections import ConfigDict, config_flags
 from diffusion_jax import parts
 from diffusion_jax.data import cache, pipeline
 from diffusion_jax.running import hosts
-from diffusion_jax.step import pmapped, replicate, resident, several
+from diffusion_jax.running.dispatch import pmapped, replicate, resident, several
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py")
 STEPS = flags.DEFINE_integer("steps", 20, "steps in a run")

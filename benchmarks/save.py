@@ -21,7 +21,7 @@ from ml_collections import config_flags
 from diffusion_jax import parts
 from diffusion_jax.data import pipeline
 from diffusion_jax.running import checkpoint, hosts
-from diffusion_jax.step import pmapped, replicate, several
+from diffusion_jax.running.dispatch import pmapped, replicate, several
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py")
 STEPS = flags.DEFINE_integer("steps", 40, "steps around a save")

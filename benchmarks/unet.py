@@ -22,7 +22,7 @@ from ml_collections import ConfigDict, config_flags
 
 from diffusion_jax import parts, sampling
 from diffusion_jax.running import hosts
-from diffusion_jax.step import pmapped, replicate, several
+from diffusion_jax.running.dispatch import pmapped, replicate, several
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/cifar10.py")
 BATCH = flags.DEFINE_integer("batch", 16, "images on all devices together")

@@ -6,11 +6,9 @@ Images lie on the grid of 256 levels, x = k / 127.5 − 1. Formulas of one step 
 """
 
 import math
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.scipy.special import log_ndtr
 from jax.typing import ArrayLike
@@ -213,22 +211,3 @@ def vlb(
         "distortion": 127.5 * squared_error**0.5,
         "terms": terms,
     }
-
-
-def rate_distortion(
-    prior: float, terms: ArrayLike | Sequence[float], squared_errors: ArrayLike | Sequence[float]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the rate-distortion curve of progressive coding, Ho et al. (2020), figure 5 and table 4.
-
-    Args:
-      prior: [] bits/dim, like the others a mean over examples.
-      terms: [T] bits/dim, see `vlb_by_step`.
-      squared_errors: [T] mean squared errors of the predicted x_0, see `vlb_by_step`.
-
-    Returns:
-      (rate, distortion), float64 [T] each, step t in entry t − 1. `rate` is the bits/dim that transmit x_t.
-      `distortion` is the root mean square error, on the scale 0..255, of the x_0 predicted from x_t.
-    """
-    terms, squared_errors = np.asarray(terms, np.float64), np.asarray(squared_errors, np.float64)
-    rate = prior + np.cumsum(terms[::-1])[::-1] - terms
-    return rate, 127.5 * np.sqrt(squared_errors)

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from etils import epath
 from ml_collections import ConfigDict
 
 from diffusion_jax import losses, process, sampling, step, unet
@@ -35,22 +34,14 @@ _SIGMAS = {
     "posterior": schedules.sigma_posterior,
     "learned": schedules.sigma_posterior,  # for those that take an array; the network gives its own to the chain
 }
-_GRIDS = {
-    "uniform": sampling.grid_uniform,
-    "quadratic": sampling.grid_quadratic,
-    "log_snr": sampling.grid_log_snr,
-}
+_GRIDS = {"uniform": sampling.grid_uniform, "quadratic": sampling.grid_quadratic, "log_snr": sampling.grid_log_snr}
 _STEP_LOSSES = {"step": losses.step_loss, "weighted_step": losses.weighted_step_loss}
 
 # model.prediction: (the formulas (s, x_t, t, output) -> ε̄ and -> x_0 for the network's output, (15) for that output).
 _PREDICTIONS = {
     "eps_bar": (lambda s, x_t, t, output: output, process.predict_x_0, losses.simple_loss),
     "x_0": (process.predict_eps_bar, lambda s, x_t, t, output: output, losses.x_0_loss),
-    "velocity": (
-        process.predict_eps_bar_from_velocity,
-        process.predict_x_0_from_velocity,
-        losses.velocity_loss,
-    ),
+    "velocity": (process.predict_eps_bar_from_velocity, process.predict_x_0_from_velocity, losses.velocity_loss),
 }
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _ATTENTION = {name: functools.partial(jax.nn.dot_product_attention, implementation=name) for name in ("xla", "cudnn")}
@@ -123,7 +114,7 @@ def build(config: ConfigDict, of_each_t: Measured | None = None) -> Parts:
     Raises:
       UserError: sampling.sigma=analytic or sampling.grid=bound without `of_each_t`.
     """
-    if of_each_t is None and (key := _needs_measured(config)):
+    if of_each_t is None and (key := measured.needed(config)):
         raise UserError(
             f"config.sampling.{key} needs what --mode=evaluate measures of a trained network: train with another, then "
             f"give --{key} to --mode=sample"
@@ -145,23 +136,6 @@ def build(config: ConfigDict, of_each_t: Measured | None = None) -> Parts:
         num_samples=config.sampling.num,
         num_sampling_steps=num_sampling_steps(config),
     )
-
-
-def read_measured(config: ConfigDict, workdir: epath.PathLike, step: int | None = None) -> Measured | None:
-    """Reads what --mode=evaluate has measured at a step, or the last, if the sampler needs it; else returns None.
-
-    Raises:
-      UserError: it needs it, and there is none.
-    """
-    key = _needs_measured(config)
-    return measured.read(workdir, config.data.split, step, f"--{key}") if key else None
-
-
-def _needs_measured(config):
-    """Returns the setting of the sampler that needs a `Measured`, as text, or ""."""
-    if config.sampling.grid == "bound":
-        return "grid=bound"
-    return "sigma=analytic" if config.sampling.sigma == "analytic" and config.sampling.sampler != "dpmpp_2m" else ""
 
 
 def schedule(config: ConfigDict) -> schedules.Schedule:

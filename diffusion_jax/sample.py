@@ -7,7 +7,7 @@ from etils import epath
 from diffusion_jax import parts
 from diffusion_jax.errors import UserError
 from diffusion_jax.parts import Parts
-from diffusion_jax.running import checkpoint, history, watch
+from diffusion_jax.running import checkpoint, history, measured, watch
 from diffusion_jax.running import config as configs
 from diffusion_jax.running import workdir as workdirs
 from diffusion_jax.schedule import Schedule
@@ -68,7 +68,7 @@ def load(
     settings = sampler, steps, eta, clip, dtype, num, guidance, name, grid
     config = configs.with_sampling(workdirs.read_config(workdir), *settings)
     config = configs.with_functions(config, schedule=schedule, sigma=own)
-    run = parts.build(config, parts.read_measured(config, workdir, step))
+    run = parts.build(config, measured.read(workdir, config, step))
     window = watch.progress_window(run.num_sampling_steps, run.num_samples) if progress else None
     sample_fn, text = run.sample_fn(window=window), f"compiling, and drawing {run.num_samples:,} images"
     return sample_fn if progress else watch.told(sample_fn, text), ema_params(run, workdir, step)[1]

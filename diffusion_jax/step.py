@@ -1,4 +1,4 @@
-"""The train step, a function of (state, batch), and its variants: several steps in one program, on all devices."""
+"""The train step of Ho et al. (2020), a function of (state, batch); `running.dispatch` takes it on all devices."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from diffusion_jax.data import order, pixels
+from diffusion_jax.data import pixels
 from diffusion_jax.schedule import Schedule
 from diffusion_jax.unet import UNet
 
@@ -225,69 +224,3 @@ def _by_quarter(losses, t, num_steps):
     """Returns the sum and the number of the losses in each quarter of 1..T."""
     one_hot = jax.nn.one_hot((t - 1) * QUARTERS // num_steps, QUARTERS)
     return losses @ one_hot, one_hot.sum(axis=0)
-
-
-# ---------------------------------------------------------------- several steps, all devices
-
-
-def several(step: Callable) -> Callable:
-    """Returns k steps in one program: (state, (batches, indices [B])) -> (state, metrics [k]).
-
-    The arrays of `batches` are [k, B, …].
-    """
-
-    def steps(state, batches_and_indices):
-        batches, indices = batches_and_indices
-        k = len(batches["image"])
-        return _repeat(step, k, state, lambda _, i: (jax.tree.map(lambda x: x[i], batches), indices))
-
-    return steps
-
-
-def resident(step: Callable, k: int, seed: int, batch_size: int) -> Callable:
-    """Returns `several` for a data set on the device: (state, (dataset, indices [B])) -> (state, metrics [k]).
-
-    The arrays of `dataset` hold all examples. Each step takes the same batch as from `pipeline.batches`.
-    """
-
-    def steps(state, dataset_and_indices):
-        dataset, indices = dataset_and_indices
-
-        def batch(state, _):
-            positions = state.step.astype(jnp.uint32) * jnp.uint32(batch_size) + indices.astype(jnp.uint32)
-            examples = order.shuffled(positions, len(dataset["image"]), seed)
-            return jax.tree.map(lambda x: x[examples], dataset), indices
-
-        return _repeat(step, k, state, batch)
-
-    return steps
-
-
-def _repeat(step, k, state, batch_of):
-    """Takes k steps in a `lax.scan`; step i has the batch `batch_of(state, i)`.
-
-    A single step runs outside a loop: inside loops XLA's gradients of convolutions on the CPU take 12 to
-    50 times as long and are rounded differently (2e-7).
-    """
-    if k > 1:
-        return lax.scan(lambda state, i: step(state, batch_of(state, i)), state, jnp.arange(k))
-    state, metrics = step(state, batch_of(state, 0))
-    return state, jax.tree.map(lambda x: x[None], metrics)
-
-
-def pmapped(steps: Callable, batch_axis: int | None = 0) -> Callable:
-    """Maps steps over all devices: batches, indices and metrics get a leading axis of the D devices.
-
-    The state is donated.
-
-    Args:
-      batch_axis: None gives all devices the same arrays; batches then have no device axis.
-    """
-    in_axes, out_axes = (None, (batch_axis, 0)), (None, 0)
-    return jax.pmap(steps, axis_name=AXIS, in_axes=in_axes, out_axes=out_axes, donate_argnums=0)
-
-
-def replicate(tree: Any) -> Any:
-    """Copies arrays to every device in the layout of the pmapped step's result; another would compile it twice."""
-    mesh = Mesh(np.array(jax.devices()), (AXIS,))
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))

@@ -13,11 +13,11 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from diffusion_jax import parts, step
+from diffusion_jax import parts
 from diffusion_jax.data import pipeline, pixels
 from diffusion_jax.pictures import grids
 from diffusion_jax.planning import fit
-from diffusion_jax.running import checkpoint, due, history, hosts
+from diffusion_jax.running import checkpoint, dispatch, due, history, hosts
 from diffusion_jax.running import config as configs
 from diffusion_jax.running import workdir as workdirs
 from diffusion_jax.running.lock import Lock
@@ -87,8 +87,10 @@ def _loop(config, run, folder, images, lock, manager, state, about, sampler, beg
     every = [config.train[f"{kind}_every"] for kind in ("sample", "evaluate", "checkpoint")]
     ends = [config.train.steps_per_dispatch, *every]
     dispatches = functools.partial(due.dispatches, start, config.train.num_steps, ends)
-    program, feed = _program(config, run, images, start, (k for k, _ in dispatches()), indices.shape)
-    state, batch = step.replicate(state), next(feed)
+    of_data = {"on_device": config.data.on_device, "seed": config.seed, "batch_size": config.train.batch_size}
+    ks = (k for k, _ in dispatches())
+    program, feed = dispatch.program_and_feed(run.train_step, images, start, ks, indices.shape, **of_data)
+    state, batch = dispatch.replicate(state), next(feed)
     feed = itertools.chain([batch], feed)
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(hosts.StopSignals())
@@ -192,20 +194,6 @@ def _resume(config, run, folder, manager):
         if start > config.train.num_steps:
             print(f"the run has taken more steps than config.train.num_steps={config.train.num_steps}: nothing to do")
     return state, about | history.about(identity, config)
-
-
-def _program(config, run, images, start, ks, shape):
-    """Returns (k -> the program of k steps on all devices, an iterator over the batches of the dispatches)."""
-    batch_size = config.train.batch_size
-    if config.data.on_device:
-        several = functools.cache(
-            lambda k: step.pmapped(step.resident(run.train_step, k, config.seed, batch_size), batch_axis=None)
-        )
-        return several, itertools.repeat(step.replicate(images.examples(np.arange(len(images)))))
-    several = step.pmapped(step.several(run.train_step))  # takes as many steps as it gets batches
-    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    dataset = pipeline.batches(images, seed=config.seed, batch_size=batch_size, **processes)
-    return lambda k: several, pipeline.to_devices(pipeline.iterate(dataset, start, images.num_threads), ks, shape)
 
 
 # ---------------------------------------------------------------- in the loop

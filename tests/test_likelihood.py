@@ -7,6 +7,7 @@ import pytest
 from scipy import stats
 
 from diffusion_jax import likelihood, losses, process, schedule
+from diffusion_jax.evaluation.bound import rate_distortion
 
 LEVELS = np.arange(256, dtype=np.float32) / 127.5 - 1
 KEYS = jax.random.split(jax.random.key(0), 3)
@@ -146,7 +147,7 @@ def test_squared_error_and_loss_of_each_step(rough):
 
 
 def test_rate_and_distortion_of_progressive_coding():
-    rate, distortion = likelihood.rate_distortion(0.5, [4.0, 3.0, 2.0, 1.0], [0.0, 0.01, 0.04, 1.0])
+    rate, distortion = rate_distortion(0.5, [4.0, 3.0, 2.0, 1.0], [0.0, 0.01, 0.04, 1.0])
     np.testing.assert_allclose(rate, [6.5, 3.5, 1.5, 0.5])
     np.testing.assert_allclose(distortion, [0, 12.75, 25.5, 127.5])
 

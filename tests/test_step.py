@@ -9,6 +9,7 @@ from conftest import Examples, SmallNetwork, assert_same, tiny_config
 
 from diffusion_jax import losses, parts, schedule, step, unet
 from diffusion_jax.data import pipeline
+from diffusion_jax.running import dispatch
 
 
 def make_step(config, loss_fn=None, apply_fn=None, **options):
@@ -56,7 +57,7 @@ def test_one_step_against_its_parts():
         return losses.simple_loss(eps_bar_fn, s, x_0, t, eps_bar)
 
     apply_fn, start = functools.partial(linear, keep=1.0), linear_state(parts.optimizer(config))
-    after, metrics = step.pmapped(make_step(config, spy, apply_fn))(step.replicate(start), batch())
+    after, metrics = dispatch.pmapped(make_step(config, spy, apply_fn))(dispatch.replicate(start), batch())
     jax.effects_barrier()
     x_0, t, eps_bar = (np.concatenate([seen[i][k] for i in range(4)]) for k in range(3))
     np.testing.assert_allclose(x_0, batch()[0]["image"].reshape(8, 8, 8, 1) / 127.5 - 1, atol=1e-6)
@@ -92,8 +93,8 @@ def test_a_weight_by_t_shapes_the_gradient_and_not_the_loss_of_the_metrics():
     later = np.append(0.0, np.arange(1, steps + 1) > steps // 2).astype(np.float32)
 
     def metrics(loss_fn=None, weight=None):
-        take = step.pmapped(make_step(config, loss_fn, linear, weight=weight))
-        return jax.device_get(take(step.replicate(linear_state(parts.optimizer(config))), batch())[1])
+        take = dispatch.pmapped(make_step(config, loss_fn, linear, weight=weight))
+        return jax.device_get(take(dispatch.replicate(linear_state(parts.optimizer(config))), batch())[1])
 
     def of_later(eps_bar_fn, s, x_0, t, keys):
         return jnp.where(t > steps // 2, parts.loss(config)(eps_bar_fn, s, x_0, t, keys), 0.0)
@@ -117,8 +118,8 @@ def test_the_decay_of_the_average_rises_with_the_steps_done(done):
     """To min(decay, (1 + n)/(10 + n)) after n steps, however often the run resumed."""
     config = tiny_config(train__ema_decay=0.999, train__warmup_steps=0)
     before = linear_state(parts.optimizer(config), done)
-    take = step.pmapped(make_step(config, apply_fn=linear, ema_warmup=True))
-    after = jax.device_get(take(step.replicate(before), batch())[0])
+    take = dispatch.pmapped(make_step(config, apply_fn=linear, ema_warmup=True))
+    after = jax.device_get(take(dispatch.replicate(before), batch())[0])
     decay = {0: 0.1, 5: 0.4, 12_000: 0.999}[done]
     for new, old, average in zip(*map(jax.tree.leaves, (after.params, before.params, after.ema_params)), strict=True):
         assert abs(new - old).max() > 1e-4
@@ -131,8 +132,8 @@ def test_double_precision_changes_no_type_and_no_draw():
     keys, h = jax.random.split(jax.random.key(0), 2), np.ones((2, 8), np.float32)
 
     def stepped():
-        state = step.replicate(linear_state(parts.optimizer(config)))
-        take = step.pmapped(make_step(config, apply_fn=network, flip=True, accumulate=2, ema_warmup=True))
+        state = dispatch.replicate(linear_state(parts.optimizer(config)))
+        take = dispatch.pmapped(make_step(config, apply_fn=network, flip=True, accumulate=2, ema_warmup=True))
         return (*jax.device_get(take(state, batch())), jax.device_get(unet.drop(h, 0.3, keys)))
 
     shapes, (state, metrics, dropped) = parts.abstract_state(config), stepped()
@@ -154,12 +155,12 @@ def test_randomness_is_of_seed_step_and_index():
         jax.debug.callback(lambda *values: streams.append(np.column_stack(values)), t, jax.random.key_data(keys))
         return losses.mean_square(x_0)
 
-    steps = {seed: step.pmapped(make_step(tiny_config(seed=seed), spy, linear)) for seed in (0, 1)}
+    steps = {seed: dispatch.pmapped(make_step(tiny_config(seed=seed), spy, linear)) for seed in (0, 1)}
 
     def of(seed, number, indices):
         streams.clear()
         state = linear_state(parts.optimizer(config), number)
-        steps[seed](step.replicate(state), (batch()[0], indices))
+        steps[seed](dispatch.replicate(state), (batch()[0], indices))
         jax.effects_barrier()
         return sorted(map(tuple, np.concatenate(streams).tolist()))
 
@@ -178,8 +179,8 @@ def test_the_step_compiles_once():
         traces.append(x_0.shape)
         return parts.loss(config)(eps_bar_fn, s, x_0, t, keys)
 
-    take = step.pmapped(make_step(config, counted, linear))
-    state = step.replicate(linear_state(parts.optimizer(config)))
+    take = dispatch.pmapped(make_step(config, counted, linear))
+    state = dispatch.replicate(linear_state(parts.optimizer(config)))
     for _ in range(3):
         state, _ = take(state, batch())
     assert int(state.step) == 3
@@ -189,8 +190,8 @@ def test_the_step_compiles_once():
 def test_the_state_is_given_away():
     """Donation: the memory of the old state is the new one's."""
     config = tiny_config()
-    state = step.replicate(linear_state(parts.optimizer(config)))
-    step.pmapped(make_step(config, apply_fn=linear))(state, batch())
+    state = dispatch.replicate(linear_state(parts.optimizer(config)))
+    dispatch.pmapped(make_step(config, apply_fn=linear))(state, batch())
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.ema_params, state.opt_state)))
 
 
@@ -207,7 +208,7 @@ def test_t_is_drawn_as_often_as_told():
     np.testing.assert_allclose(np.bincount(t, minlength=5) / len(t), p, atol=0.01)
 
     def gradient(t_probabilities):  # of w in the loss w t, whose mean over uniform t is 2.5
-        take = step.pmapped(
+        take = dispatch.pmapped(
             step.make_step(
                 lambda variables, x, t, **_: variables["params"]["w"] * t[:, None].astype(jnp.float32),
                 lambda output_fn, s, x_0, t, keys: output_fn(x_0, t)[:, 0],
@@ -221,7 +222,7 @@ def test_t_is_drawn_as_often_as_told():
         w = {"w": np.zeros((), np.float32)}
         state = step.TrainState(np.zeros((), np.int32), w, {"w": w["w"].copy()}, optax.sgd(1.0).init(w))
         batch = {"image": np.zeros((4, 4096, 1), np.uint8)}, np.arange(4 * 4096).reshape(4, 4096)
-        return -take(step.replicate(state), batch)[0].params["w"]
+        return -take(dispatch.replicate(state), batch)[0].params["w"]
 
     assert gradient(None) == pytest.approx(2.5, abs=0.05)
     assert gradient(p) == pytest.approx(2.5, abs=0.05)
@@ -234,8 +235,8 @@ def test_a_bad_step_leaves_everything_but_the_step():
     def infinite(eps_bar_fn, s, x_0, t, keys):
         return jnp.full(t.shape, jnp.inf) * eps_bar_fn(x_0, t).mean()
 
-    take = step.pmapped(make_step(config, infinite, linear))
-    after, metrics = take(step.replicate(before), batch())
+    take = dispatch.pmapped(make_step(config, infinite, linear))
+    after, metrics = take(dispatch.replicate(before), batch())
     assert_same(jax.device_get(after), before._replace(step=np.int32(1)))
     assert metrics["skipped"][0] == 1
 
@@ -250,9 +251,9 @@ def test_flips_are_a_coin_per_example_and_step():
         return x_0[:, 0, 0, 0]
 
     def share_of_bright(number, **how):
-        take = step.pmapped(make_step(tiny_config(), left, linear, **how))
+        take = dispatch.pmapped(make_step(tiny_config(), left, linear, **how))
         state = linear_state(parts.optimizer(tiny_config()), number)
-        return (1 + float(take(step.replicate(state), ({"image": pixels}, indices))[1]["loss"][0])) / 2
+        return (1 + float(take(dispatch.replicate(state), ({"image": pixels}, indices))[1]["loss"][0])) / 2
 
     assert share_of_bright(0) == pytest.approx(0, abs=1e-6)
     shares = [share_of_bright(number, flip=True) for number in (0, 1)]
@@ -280,9 +281,9 @@ def test_accumulated_gradients_are_those_of_the_batch(accumulate):
 
     def gradient(accumulate):
         loss, s = parts.loss(config), parts.schedule(config)
-        take = step.pmapped(step.make_step(linear, loss, s, descent, 0.5, 0, accumulate=accumulate))
+        take = dispatch.pmapped(step.make_step(linear, loss, s, descent, 0.5, 0, accumulate=accumulate))
         state = linear_state(descent)
-        after, metrics = take(step.replicate(state), batch(per_device=4))
+        after, metrics = take(dispatch.replicate(state), batch(per_device=4))
         return jax.tree.map(np.subtract, state.params, jax.device_get(after.params)), jax.device_get(metrics)
 
     (whole, metrics), (added, others) = gradient(1), gradient(accumulate)
@@ -296,7 +297,7 @@ def deterministic_steps(network, num_devices, order=slice(None)):
     """Returns the state and the metrics after two steps of 8 images in four parts."""
     config = tiny_config(train__warmup_steps=0, train__ema_decay=0.9)
     state = jax.device_get(step.init_state(network, parts.optimizer(config), (8, 8, 1), 0))
-    take = step.pmapped(make_step(config, apply_fn=network.apply, accumulate=4, deterministic=True, flip=True))
+    take = dispatch.pmapped(make_step(config, apply_fn=network.apply, accumulate=4, deterministic=True, flip=True))
     images = np.random.default_rng(4).integers(0, 256, (8, 8, 8, 1), np.uint8)
     indices = np.arange(8).reshape(-1, num_devices).T[order]
     for _ in range(2):
@@ -322,10 +323,10 @@ def test_several_steps_are_so_many_single_ones():
     one = step.make_step(linear, parts.loss(config), parts.schedule(config), optimizer, 0.5, 0, flip=True)
     images = np.random.default_rng(1).integers(0, 256, (4, 3, 2, 8, 8, 1), np.uint8)
     indices = np.arange(8).reshape(4, 2)
-    take, metrics = step.pmapped(step.several(one)), []
+    take, metrics = dispatch.pmapped(dispatch.several(one)), []
 
     def start():
-        return step.replicate(linear_state(optimizer))
+        return dispatch.replicate(linear_state(optimizer))
 
     state = start()
     for i in range(3):
@@ -346,10 +347,10 @@ def test_a_data_set_on_the_device_gives_the_batches_of_the_pipeline():
         batch, _ = batch_and_indices
         return state._replace(step=state.step + 1), batch
 
-    take = step.pmapped(step.resident(spy, 3, seed=5, batch_size=8), None)
+    take = dispatch.pmapped(dispatch.resident(spy, 3, seed=5, batch_size=8), None)
     for start in (0, 4, 12_345):
         state = step.TrainState(np.int32(start), {}, {}, {})
-        _, batches = take(step.replicate(state), (step.replicate(dataset.examples(np.arange(37))), indices))
+        _, batches = take(dispatch.replicate(state), (dispatch.replicate(dataset.examples(np.arange(37))), indices))
         for i in range(3):
             np.testing.assert_array_equal(batches["image"][:, i].reshape(8, 8, 8, 1), wanted[start + i]["image"])
             np.testing.assert_array_equal(batches["label"][:, i].reshape(8), wanted[start + i]["label"])
@@ -361,6 +362,8 @@ def test_remat_keeps_fewer_activations():
     config, again = tiny_config(), tiny_config(train__remat=True)
     start = parts.build(config).init_state()
     assert_same(parts.build(again).init_state(), start)
-    programs = [step.pmapped(make_step(one)).lower(step.replicate(start), batch()).as_text() for one in (config, again)]
+    programs = [
+        dispatch.pmapped(make_step(one)).lower(dispatch.replicate(start), batch()).as_text() for one in (config, again)
+    ]
     kept, computed_again = (program.count("stablehlo.convolution") for program in programs)
     assert computed_again > kept > 0

@@ -22,7 +22,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.interop import samples
 from diffusion_jax.interop.samples import write_samples
 from diffusion_jax.planning import fit, prepare, programs
-from diffusion_jax.running import checkpoint, hosts, profile, watch
+from diffusion_jax.running import checkpoint, dispatch, hosts, profile, watch
 from diffusion_jax.running import workdir as workdirs
 from diffusion_jax.running.lock import Lock
 from tools import torture
@@ -123,15 +123,15 @@ class Gate:
 
 def test_the_loop_dispatches_a_step_before_the_last_one_ends(tmp_path, monkeypatch):
     """With metrics of every step: they are read two dispatches late."""
-    steps, train_step, program = 12, parts.train_step, train._program
+    steps, train_step, program = 12, parts.train_step, dispatch.program_and_feed
     gate, counter = Gate(steps), itertools.count()  # 0: the dispatch that is compiled before the loop
     monkeypatch.setattr(parts, "train_step", lambda config: gate.step(train_step(config)))
 
-    def gated(*args):
-        inner, feed = program(*args)
+    def gated(*args, **options):
+        inner, feed = program(*args, **options)
         return gate.program(inner, counter), feed
 
-    monkeypatch.setattr(train, "_program", gated)
+    monkeypatch.setattr(dispatch, "program_and_feed", gated)
     run(tmp_path, train__num_steps=steps, train__checkpoint_every=1000, train__max_bad_steps=3)
     assert gate.late == [] and len(lines(tmp_path)) == steps and all(x.is_set() for x in gate.dispatched[:-1])
 

@@ -147,7 +147,7 @@ def test_what_was_not_measured_is_asked_for(tmp_path):
     with pytest.raises(UserError, match=r"bound-train\.npz cannot be read .* run --mode=evaluate again"):
         diffusion_jax.load(tmp_path, sigma="analytic")
     np.savez(file, each=np.zeros((4, 4)), sums=np.arange(80.0).reshape(4, 20))
-    found = measured.read(tmp_path, "train", None, "--sigma=analytic")
+    found = measured.read(tmp_path, tiny_config(sampling__sigma="analytic"))
     np.testing.assert_array_equal(found.squared_error, [0, *np.arange(20, 40) / 4])
     np.testing.assert_array_equal(found.mean_square, [0, *np.arange(60, 80) / 4])
     with pytest.raises(UserError, match=r"--workdir=\S+ --step=3 --num=256"):

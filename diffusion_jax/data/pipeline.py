@@ -69,5 +69,5 @@ def to_devices(
 
 def split(tree: Any) -> Any:
     """Copies arrays [D, …] to the D local devices, one part each."""
-    mesh = Mesh(np.array(jax.local_devices()), ("batch",))  # the axis of `step.pmapped`
+    mesh = Mesh(np.array(jax.local_devices()), ("batch",))  # the axis of `running.dispatch.pmapped`
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec("batch")))

@@ -4,13 +4,14 @@ import functools
 import io
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 import tqdm
 from etils import epath
 from jax.experimental import multihost_utils
+from jax.typing import ArrayLike
 from scipy.special import gammaln
 
 from diffusion_jax import likelihood, sampling
@@ -64,7 +65,7 @@ def evaluate_split(
     each, sums = _bound(run, *of, strata[::-1])
     n, (total, prior, decoder, squared_error) = len(chosen), each.mean(axis=0)
     terms, squared_errors, losses, _ = sums / n
-    rate, distortion = likelihood.rate_distortion(prior, terms, squared_errors)
+    rate, distortion = rate_distortion(prior, terms, squared_errors)
     ts = strata[-2::-1].tolist()  # the last step of each stratum
     return {
         "n": n,
@@ -81,6 +82,25 @@ def evaluate_split(
         "loss_by_t": {"t": ts, "loss": _short(losses)},
         "rate_distortion": {"t": ts, "rate": _short(rate), "distortion": _short(distortion)},
     }
+
+
+def rate_distortion(
+    prior: float, terms: ArrayLike | Sequence[float], squared_errors: ArrayLike | Sequence[float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the rate-distortion curve of progressive coding, Ho et al. (2020), figure 5 and table 4.
+
+    Args:
+      prior: [] bits/dim, like the others a mean over examples.
+      terms: [T] bits/dim, see `likelihood.vlb_by_step`.
+      squared_errors: [T] mean squared errors of the predicted x_0, see `likelihood.vlb_by_step`.
+
+    Returns:
+      (rate, distortion), float64 [T] each, step t in entry t − 1. `rate` is the bits/dim that transmit x_t.
+      `distortion` is the root mean square error, on the scale 0..255, of the x_0 predicted from x_t.
+    """
+    terms, squared_errors = np.asarray(terms, np.float64), np.asarray(squared_errors, np.float64)
+    rate = prior + np.cumsum(terms[::-1])[::-1] - terms
+    return rate, 127.5 * np.sqrt(squared_errors)
 
 
 def _short(values):

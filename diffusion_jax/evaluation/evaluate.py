@@ -21,7 +21,7 @@ from diffusion_jax.evaluation.meaning import meaning, verdicts, with_reasons
 from diffusion_jax.evaluation.report import report
 from diffusion_jax.pictures import grids
 from diffusion_jax.pictures.shows import read_images, show
-from diffusion_jax.running import checkpoint, files
+from diffusion_jax.running import checkpoint, files, measured
 from diffusion_jax.running import config as configs
 from diffusion_jax.running.measured import stem
 from diffusion_jax.running.tables import markdown_table
@@ -76,7 +76,7 @@ def evaluate(
             f"--mode=evaluate measures images of 256 levels, but config.data.range={tuple(config.data.range)} makes "
             "them float32, which no bits/dim counts: compare samples in Python, or train on uint8"
         )
-    run = parts.build(config, parts.read_measured(config, workdir, step))
+    run = parts.build(config, measured.read(workdir, config, step))
     densities = _densities(config, labels)
     generated, extractor, saved = _read_samples(config, run.image_shape, samples, inception_path, reference)
     step, params = ema_params(run, workdir, step)

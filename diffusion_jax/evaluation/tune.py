@@ -19,7 +19,7 @@ from diffusion_jax.data import pixels
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import metrics, quality
 from diffusion_jax.pictures.shows import read_images
-from diffusion_jax.running import checkpoint, files, watch
+from diffusion_jax.running import checkpoint, files, measured, watch
 from diffusion_jax.running import config as configs
 from diffusion_jax.running.tables import markdown_table
 from diffusion_jax.running.workdir import absolute, read_config
@@ -99,7 +99,7 @@ def _candidates(config, workdir, step) -> Iterator[dict[str, Any]]:
     for sampler, grid in GRIDS:
         settings: dict[str, Any] = {"sampler": sampler, "grid": grid}
         try:
-            parts.read_measured(configs.with_sampling(config, steps=STEPS[0], **settings), workdir, step)
+            measured.read(workdir, configs.with_sampling(config, steps=STEPS[0], **settings), step)
         except UserError as error:
             print(f"without {sampler} --grid={grid}: {error}")
         else:
@@ -117,7 +117,7 @@ def _earlier(file, about):
 
 def _draw(config, workdir, step, params, seed, num):
     """Returns (samples uint8 [num, H, W, C], the seconds of the drawing without compilation)."""
-    run = parts.build(config, parts.read_measured(config, workdir, step))
+    run = parts.build(config, measured.read(workdir, config, step))
     per_call = min(num, run.num_samples)
     of_num, shape = functools.partial(run.sample_fn, per_call), (per_call, *run.image_shape)
     sampler = watch.Sampler(of_num, shape, run.num_sampling_steps, params, flags="")

@@ -29,7 +29,7 @@ from diffusion_jax import parts
 from diffusion_jax.errors import UserError, one_line
 from diffusion_jax.interop.card import model_card
 from diffusion_jax.running import config as configs
-from diffusion_jax.running import files, hosts
+from diffusion_jax.running import files, hosts, measured
 from diffusion_jax.running.watch import waiting
 from diffusion_jax.running.workdir import read_config
 from diffusion_jax.sample import ema_params
@@ -76,7 +76,7 @@ def export_sampler(workdir: epath.PathLike, out: str, step: int | None = None, *
     own = configs.with_sampling(read_config(workdir), **settings)
     config = _portable(own.copy_and_resolve_references())
     hosts.on_main(lambda: _check_out(out))
-    of_each_t = parts.read_measured(config, workdir, step)
+    of_each_t = measured.read(workdir, config, step)
     step, params = ema_params(parts.build(config, of_each_t), workdir, step)
     hosts.on_main(lambda: export(config, params, step, out, model_card(own, workdir, step, out, "jax"), of_each_t))
 

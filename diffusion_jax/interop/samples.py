@@ -17,7 +17,7 @@ from diffusion_jax import parts
 from diffusion_jax.data import pixels
 from diffusion_jax.errors import UserError
 from diffusion_jax.pictures import grids
-from diffusion_jax.running import checkpoint, files, hosts, watch
+from diffusion_jax.running import checkpoint, files, hosts, measured, watch
 from diffusion_jax.running.config import check_integer, check_seed, choose, with_sampling
 from diffusion_jax.running.workdir import absolute, read_config
 from diffusion_jax.sample import ema_params
@@ -59,7 +59,7 @@ def write_samples(
     config = with_sampling(read_config(workdir), **settings)
     hosts.on_main(lambda: _check(num, seed, out, path))
     replaces = hosts.on_main(lambda: path.is_file())
-    chosen, run = choose(config, labels), parts.build(config, parts.read_measured(config, workdir, step))
+    chosen, run = choose(config, labels), parts.build(config, measured.read(workdir, config, step))
     per_call = -(-min(num, run.num_samples) // jax.process_count())
     step, params = ema_params(run, workdir, step)
     shape, of_num = (per_call, *run.image_shape), functools.partial(run.sample_fn, per_call)

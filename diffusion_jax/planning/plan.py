@@ -31,7 +31,8 @@ from diffusion_jax.planning.programs import CHIPS, Chip, DoesNotFit
 from diffusion_jax.planning.table import SAMPLES, comparison, growth_table, table
 from diffusion_jax.running import files
 from diffusion_jax.running.config import check_batch
-from diffusion_jax.step import AXIS, resident
+from diffusion_jax.running.dispatch import resident
+from diffusion_jax.step import AXIS
 
 LARGEST = 4096  # images per chip and step at which the search ends
 PATIENCE = 900  # seconds after which the search starts no compilation: large batches take many minutes each

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict  # noqa: TID251 (the type of a config)
 
 from diffusion_jax.errors import UserError, one_line
 from diffusion_jax.running.workdir import absolute
@@ -17,22 +18,30 @@ class Measured(NamedTuple):
     mean_square: np.ndarray  # ‖ε̄_θ‖², for `schedule.sigma_analytic`
 
 
-def read(workdir: epath.PathLike, split: str, step: int | None, key: str) -> Measured:
-    """Returns the means over the images of a split.
+def needed(config: ConfigDict) -> str:
+    """Returns the setting of the sampler that needs a `Measured`, "grid=bound" or "sigma=analytic", or ""."""
+    if config.sampling.grid == "bound":
+        return "grid=bound"
+    return "sigma=analytic" if config.sampling.sigma == "analytic" and config.sampling.sampler != "dpmpp_2m" else ""
+
+
+def read(workdir: epath.PathLike, config: ConfigDict, step: int | None = None) -> Measured | None:
+    """Returns the means over the images of data.split, or None if the sampler does not need them.
 
     Args:
       step: the step whose evaluation is read; None is the last that was evaluated.
-      key: the setting that asks for it, for messages.
 
     Raises:
-      UserError: no step, or not this one, was evaluated at all t.
+      UserError: it needs them, and no step, or not this one, was evaluated at all t.
     """
-    folder, name = absolute(workdir) / "evaluation", f"bound-{stem(split)}.npz"
+    if not (key := needed(config)):
+        return None
+    folder, name = absolute(workdir) / "evaluation", f"bound-{stem(config.data.split)}.npz"
     found = {int(file.parent.name): file for file in folder.glob(f"*/{name}") if file.parent.name.isdecimal()}
     if not found or step not in (None, *found):
         of = "" if step is None else f" --step={step}"
         raise UserError(
-            f"{key} needs the errors of the network at each t: measure them with --mode=evaluate "
+            f"--{key} needs the errors of the network at each t: measure them with --mode=evaluate "
             f"--workdir={workdir}{of} --num=256 (--quick does not)"
         )
     file = found[max(found) if step is None else step]

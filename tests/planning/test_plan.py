@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from diffusion_jax import parts, step
+from diffusion_jax import parts
 from diffusion_jax.errors import UserError
 from diffusion_jax.planning import plan, programs, table
 from diffusion_jax.planning.prices import Price
+from diffusion_jax.running import dispatch
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the package libtpu")
 OUT_OF_MEMORY = (
@@ -231,10 +232,10 @@ def test_planned_step_equals_that_of_training():
     config = tiny_config()
     image = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 1), np.uint8)
     indices = np.arange(8, dtype=np.int32)
-    train_step = step.pmapped(parts.train_step(config))
+    train_step = dispatch.pmapped(parts.train_step(config))
     state = parts.build(config).init_state()
     batch = {"image": image.reshape(4, 2, 8, 8, 1)}
-    expected, metrics = train_step(step.replicate(state), (batch, indices.reshape(4, 2)))
+    expected, metrics = train_step(dispatch.replicate(state), (batch, indices.reshape(4, 2)))
     compiled = plan.lower_train_step(config, jax.devices(), 2).compile()
     actual, planned = compiled(*jax.device_put((state, {"image": image}, indices), compiled.input_shardings[0]))
     np.testing.assert_allclose(planned["loss"], metrics["loss"][0], rtol=1e-6)

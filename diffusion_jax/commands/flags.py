@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags  # noqa: TID251 (the flag of a config)
+from ml_collections import config_flags
 
 from diffusion_jax.errors import UserError, one_line
 from diffusion_jax.running import config as configs
