@@ -18,8 +18,8 @@ from PIL import Image
 
 import diffusion_jax
 from diffusion_jax import cli
+from diffusion_jax.commands import flags
 from diffusion_jax.data.pixels import to_uint8
-from diffusion_jax.running import flags
 
 ROOT = pathlib.Path(__file__).parent.parent
 

@@ -72,7 +72,7 @@ def test_links_lead_somewhere(document):
 def test_commands_name_flags_and_files_that_exist():
     """Looks up the configs, tools, modes and flags of every command in the documents."""
     from diffusion_jax import cli
-    from diffusion_jax.running import flags
+    from diffusion_jax.commands import flags
 
     for document in [*DOCUMENTS, *sorted((ROOT / "docs" / "api").glob("*.md"))]:
         for line in re.findall(r"python (?:main\.py|-m (?:tools|benchmarks)\.\w+) [^\n`]*", document.read_text()):
