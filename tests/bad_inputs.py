@@ -50,6 +50,10 @@ def _cases(folder, run):
 
 def _config_cases(config, new, files):
     return {
+        "a tuple twice": (
+            [*config("model.multipliers", "(1, 2)"), "--config.model.multipliers=(1,)"],
+            r"config\.model\.multipliers is given 2 times: give it once",
+        ),
         "unknown key": (config("train.nmu_steps", 3), r"train\.nmu_steps .*nearest is config\.train\.num_steps"),
         "unknown section": (config("trian.num_steps", 3), r"trian\.num_steps .*nearest is config\.train\.num_steps"),
         "text for a number": (config("train.num_steps", "many"), r"train\.num_steps=many"),

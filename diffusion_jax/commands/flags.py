@@ -10,6 +10,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
+from diffusion_jax.configs import default
 from diffusion_jax.errors import UserError, one_line
 from diffusion_jax.running import config as configs
 
@@ -76,6 +77,7 @@ def parse(argv: Sequence[str], modes: Sequence[str]) -> flags.FlagValues:
             configs.check_key(arg.lstrip("-").removeprefix("config.").split("=")[0])
             if not any(re.match("--?config(=|$)", other) for other in argv):
                 _refuse_key(arg)
+    _refuse_repeated_tuples(argv)
     args = flags.FlagValues()
     _define(args, argv, modes)
     try:
@@ -96,6 +98,14 @@ def parse(argv: Sequence[str], modes: Sequence[str]) -> flags.FlagValues:
     if rest[1:]:
         raise UserError(f"{rest[1]!r} is not a flag: flags start with --")
     return args
+
+
+def _refuse_repeated_tuples(argv: Sequence[str]) -> None:
+    """Raises UserError for a tuple that is given twice: ml_collections would append the second to the first."""
+    given = [arg.lstrip("-").removeprefix("config.").split("=")[0] for arg in argv if arg.lstrip("-")[:7] == "config."]
+    kinds = configs.flatten(default.get_config())
+    for key in {key for key in given if given.count(key) > 1 and isinstance(kinds.get(key), tuple)}:
+        raise UserError(f"--config.{key} is given {given.count(key)} times: give it once")
 
 
 def _refuse_key(arg: str) -> None:
