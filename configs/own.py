@@ -4,7 +4,8 @@
 
 With a GPU or a TPU that is Ho et al.'s network for CIFAR-10 and 50,000 steps; on a CPU a small network and 4,000 steps.
 `--config=configs/own.py:cpu` and `:accelerator` choose the size, e.g. to resume the run on another machine. The
-grids are drawn by a fast sampler in 25 steps; --mode=sample --sampler=ancestral takes all 1,000.
+grids are drawn by 25 random steps of DDIM; --mode=sample --sampler=ancestral takes all 1,000. (A network that is not
+trained to the end gives noisy pictures by the samplers that add no noise, see docs/benchmarks.md, "Faces".)
 """
 
 from diffusion_jax.configs import default
@@ -18,8 +19,9 @@ def get_config(machine=""):
     config = default.get_config()
     config.train.num_steps = 50_000
     config.train.ema_warmup = True
-    config.sampling.sampler = "dpmpp_2m"
+    config.sampling.sampler = "ddim"
     config.sampling.steps = 25
+    config.sampling.eta = 1.0
     if machine == "cpu" or not (machine or hosts.expects_accelerator()):
         config.model.channels = 16
         config.model.multipliers = (1, 2, 4)

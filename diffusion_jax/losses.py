@@ -110,15 +110,11 @@ def importance(s: Schedule, sigma: ArrayLike, deviation: float = 0.5) -> np.ndar
 
 
 def min_snr_weight(s: Schedule, gamma: float = 5.0, prediction: str = "eps_bar") -> jax.Array:
-    """min(SNR_t, γ)/SNR_t, Hang et al. (2023): (15) as the error of x_0, whose weight SNR_t is cut at γ.
+    """min(SNR_t, γ)/SNR_t, Hang et al. (2023): (15) as the error of x_0, whose weight SNR_t is cut at γ > 0.
 
     Args:
-      gamma: γ > 0.
       prediction: the loss that the weight is for: "eps_bar" for `simple_loss`, "x_0" for `x_0_loss`, "velocity" for
-        `velocity_loss`. The weighted losses are the same number.
-
-    Returns:
-      float32 [T + 1]; entry 0 is 0.
+        `velocity_loss`. The weighted losses are the same number. float32 [T + 1]; entry 0 is 0.
     """
     return _weight_for(prediction, s, jnp.minimum(1.0, gamma / schedule.snr(s)))
 
