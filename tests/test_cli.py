@@ -314,7 +314,7 @@ def test_prepare_makes_the_cache_that_training_uses(done, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("shape, how", [((16,), "as curves"), ((4, 8, 2), "the middle slice of each")])
 def test_signals_and_volumes_from_the_array_to_samples(done, command, tmp_path, shape, how):
-    """Each mode takes them, or says in one line that it does not. A resumed run has the losses of one in one go."""
+    """Each mode takes them, or says in one line that it does not."""
     np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 256, (64, *shape, 2), np.uint8))
     data = f"--config.data.path={tmp_path / 'x.npy'}", f"--config.data.cache_dir={tmp_path / 'cache'}"
     size = "--config.data.image_size=(" + "".join(f"{n}," for n in shape) + ")", "--config.data.channels=2"
@@ -322,9 +322,6 @@ def test_signals_and_volumes_from_the_array_to_samples(done, command, tmp_path, 
     printed = done("--mode=prepare", *config, f"--out={tmp_path / 'prepared.png'}")
     assert f"64 images, {'x'.join(map(str, shape))}x2, ready" in printed and f"16 of the images, {how}: " in printed
     assert f"samples, {how}: " in done(*config, f"--workdir={tmp_path / 'a'}")
-    done(*config, f"--workdir={tmp_path / 'b'}", "--config.train.num_steps=3")
-    done(*config, f"--workdir={tmp_path / 'b'}")
-    assert losses(tmp_path / "a") == losses(tmp_path / "b")
     run = f"--workdir={tmp_path / 'a'}"
     done("--mode=sample", run, "--num=5", f"--out={tmp_path / 'a.npz'}")
     x = np.load(tmp_path / "a.npz")["arr_0"]
@@ -333,9 +330,7 @@ def test_signals_and_volumes_from_the_array_to_samples(done, command, tmp_path, 
     done("--mode=sample", run, "--num=200", f"--out={tmp_path / 'many.npz'}")
     printed = done("--mode=evaluate", run, "--num=8", "--quick", f"--samples={tmp_path / 'many.npz'}")
     assert "bits_per_dim" in printed and "resize: none" in printed
-    for name in ("interpolation", "reconstruction", "animation"):
-        out = tmp_path / f"show.{'gif' if name == 'animation' else 'png'}"
-        done("--mode=sample", run, f"--show={name}", "--num=2", f"--out={out}")
+    done("--mode=sample", run, "--show=reconstruction", "--num=2", f"--out={tmp_path / 'show.png'}")
     for mistake, message in (
         (["--mode=sample", "--show=inpainting"], r"--show=inpainting masks halves of images, but the run's have \("),
         (
