@@ -71,11 +71,7 @@ def from_beta_squared(beta_squared: ArrayLike | Sequence[float]) -> Schedule:
     if outside.size > 0:
         raise ValueError(f"beta_squared holds {outside[0]}: its numbers must lie in [0, 1)")
     beta_squared = np.concatenate([[0.0], beta_squared])
-    return _rounded(beta_squared, np.cumprod(1 - beta_squared))
-
-
-def _rounded(beta_squared, alpha_bar_squared):
-    """Returns the schedule with these squares, float64 [T + 1]."""
+    alpha_bar_squared = np.cumprod(1 - beta_squared)
     squares = (1 - beta_squared, beta_squared, alpha_bar_squared, 1 - alpha_bar_squared)
     with jax.ensure_compile_time_eval():  # numbers, not tracers, inside a jit too: a grid of steps needs them
         return Schedule(*(jnp.asarray(np.sqrt(square), jnp.float32) for square in squares))
@@ -83,8 +79,10 @@ def _rounded(beta_squared, alpha_bar_squared):
 
 def _from_alpha_bar_squared(alpha_bar_squared):
     """Returns the schedule with the squared amplitudes ᾱ_t², float64 [T + 1]; only the last may be 0."""
-    beta_squared = 1 - alpha_bar_squared[1:] / alpha_bar_squared[:-1]
-    return _rounded(np.append(0.0, beta_squared), alpha_bar_squared)
+    alpha_squared = np.append(1.0, alpha_bar_squared[1:] / alpha_bar_squared[:-1])
+    squares = (alpha_squared, 1 - alpha_squared, alpha_bar_squared, 1 - alpha_bar_squared)
+    with jax.ensure_compile_time_eval():
+        return Schedule(*(jnp.asarray(x**0.5, jnp.float32) for x in squares))
 
 
 def su_linear(num_steps: int = 1000, scale: float = 0.02) -> Schedule:

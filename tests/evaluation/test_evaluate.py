@@ -55,7 +55,7 @@ def test_bound_equals_that_of_all_images_at_once(run):
         for name, key in (("bits_per_dim", "total"), ("prior", "prior"), ("decoder", "decoder"), ("rate", "rate")):
             assert values[name] == pytest.approx(float(expected[key]), rel=1e-4), name
         assert values["distortion"] == pytest.approx(float(expected["distortion"]), rel=1e-4)
-        with np.load(folder(run) / f"bound-{evaluate._stem(split)}.npz") as partial:
+        with np.load(folder(run) / f"bound-{evaluate.stem(split)}.npz") as partial:
             total = partial["each"][:, 0]
         assert total.mean() == values["bits_per_dim"]
         assert values["standard_error"] == pytest.approx(total.std(ddof=1) / math.sqrt(21))
