@@ -328,9 +328,12 @@ def test_analytic_ddim_keeps_every_variance_of_the_grid(rough, eta):
             np.testing.assert_allclose(gain**2 * v[t] + deviation**2, np.full(X.shape, v[u]), rtol=2e-4)
 
 
-def test_grid_by_bound_is_the_best_of_all_grids():
-    s = schedule.ho_linear(12, 0.01, 0.4)
-    error = np.random.default_rng(0).uniform(0.01, 1, 13) * np.linspace(0.02, 1, 13)
+@pytest.mark.parametrize("smallest", [-1, -3, -5, -7])
+@pytest.mark.parametrize("start", [1e-5, 1e-3, 0.01])
+def test_grid_by_bound_is_the_best_of_all_grids(smallest, start):
+    """With small errors the step to 0 costs nothing, and with a small β_1 the other steps cost much."""
+    s = schedule.ho_linear(12, start, 0.4)
+    error = np.random.default_rng(0).uniform(0.5, 1, 13) * np.logspace(smallest, 0, 13)
     ratio = np.asarray(s.alpha_bar[1:], np.float64) ** 2 / np.asarray(s.beta_bar[1:], np.float64) ** 2
 
     def cost(ts):
