@@ -131,7 +131,7 @@ def _term(eps_bar_fn, s, sigma, x_0, t, eps_bar, clip, decoder_std, exact):
     x_t = jax.vmap(lambda *args: process.forward(s, *args))(x_0, t, eps_bar)
 
     def of_example(x_0, x_t, t, eps_bar, found):
-        x_0_predicted = process.predict_x_0(s, x_t, t, found.eps_bar) if found.x_0 is None else found.x_0
+        x_0_predicted = process.x_0_of(s, x_t, t, found)
         x_0_predicted = x_0_predicted if clip is None else jnp.clip(x_0_predicted, *clip)
         kl_step = jnp.maximum(t, 2)  # keeps the KL finite at t = 1, where it is not used
         of_decoder, of_step = (decoder_std, sigma[kl_step]) if found.sigma is None else (found.sigma, found.sigma)

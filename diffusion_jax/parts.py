@@ -36,7 +36,6 @@ _SIGMAS = {
 }
 _GRIDS = {"uniform": sampling.grid_uniform, "quadratic": sampling.grid_quadratic, "log_snr": sampling.grid_log_snr}
 _STEP_LOSSES = {"step": losses.step_loss, "weighted_step": losses.weighted_step_loss}
-
 # model.prediction: (the formulas (s, x_t, t, output) -> ε̄ and -> x_0 for the network's output, (15) for that output).
 _PREDICTIONS = {
     "eps_bar": (lambda s, x_t, t, output: output, process.predict_x_0, losses.simple_loss),
@@ -187,11 +186,10 @@ def network(config: ConfigDict) -> Callable:
     It returns a `process.Prediction` with x_0 if ᾱ_T is 0, and with sigma for sampling.sigma=learned.
     """
     apply, s = model(config).apply, schedule(config)
-    with_sigma = config.sampling.sigma == "learned"
 
     def apply_fn(variables, x, t, labels=None):
         found = _prediction_fn(config, lambda x, t: apply(variables, x, t, labels=labels), s)(x, t)
-        found = found if with_sigma else found._replace(sigma=None)
+        found = found if config.sampling.sigma == "learned" else found._replace(sigma=None)
         return found.eps_bar if found[1:] == (None, None) else found
 
     return apply_fn
@@ -256,10 +254,10 @@ def loss(config: ConfigDict) -> Callable:
 
 def weight(config: ConfigDict) -> jax.Array | None:
     """Builds the weight of the training loss by t, float32 [T + 1], train.weight; None is 1."""
-    s, of = schedule(config), {"gamma": config.train.weight_gamma, "prediction": config.model.prediction}
-    if config.train.weight == "min_snr":
-        return losses.min_snr_weight(s, **of)
-    return losses.p2_weight(s, **of) if config.train.weight == "p2" else None
+    if config.train.weight == "one":
+        return None
+    weight_of: Callable = losses.min_snr_weight if config.train.weight == "min_snr" else losses.p2_weight
+    return weight_of(schedule(config), gamma=config.train.weight_gamma, prediction=config.model.prediction)
 
 
 def t_probabilities(config: ConfigDict) -> np.ndarray | None:

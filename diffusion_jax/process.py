@@ -15,14 +15,14 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from diffusion_jax.schedule import Schedule, checked
+from diffusion_jax.schedule import Schedule, checked, sigma_posterior
 
 # (x [B, ...], t [B] in 1..T) -> ε̄ [B, ...], or the Prediction of a network that knows more
 Network = Callable[[jax.Array, jax.Array], Any]
 
 
 class Prediction(NamedTuple):
-    """What a network says of x_t, arrays of its shape."""
+    """The output of a network at x_t: arrays of its shape."""
 
     eps_bar: jax.Array
     x_0: jax.Array | None = None  # None: `predict_x_0` of eps_bar, which does not tell it at ᾱ_T = 0
@@ -69,6 +69,11 @@ def predict_x_0(s: Schedule, x_t: jax.Array, t: ArrayLike, eps_bar: jax.Array) -
     return (x_t - s.beta_bar[t] * eps_bar) / s.alpha_bar[t]
 
 
+def x_0_of(s: Schedule, x_t: jax.Array, t: ArrayLike, found: Prediction) -> jax.Array:
+    """Returns the network's own x_0, or `predict_x_0` of its ε̄."""
+    return predict_x_0(s, x_t, t, found.eps_bar) if found.x_0 is None else found.x_0
+
+
 def predict_eps_bar(s: Schedule, x_t: jax.Array, t: ArrayLike, x_0: jax.Array) -> jax.Array:
     """(6) solved for ε̄_t: (x_t − ᾱ_t x_0) / β̄_t."""
     checked("t", t, 1, s.num_steps)
@@ -102,8 +107,8 @@ def interpolated_sigma(s: Schedule, t: ArrayLike, v: jax.Array) -> jax.Array:
       v: the network's second output; −1 is the posterior's deviation and 1 is β_t.
     """
     checked("t", t, 1, s.num_steps)
-    u, nu = jnp.maximum(t, 2), (v + 1) / 2
-    return jnp.exp(nu * jnp.log(s.beta[t]) + (1 - nu) * jnp.log(s.beta[u] * s.beta_bar[u - 1] / s.beta_bar[u]))
+    smallest, nu = sigma_posterior(s)[jnp.maximum(t, 2)], (v + 1) / 2
+    return jnp.exp(nu * jnp.log(s.beta[t]) + (1 - nu) * jnp.log(smallest))
 
 
 def variance_between(s: Schedule, t: ArrayLike, u: ArrayLike) -> jax.Array:

@@ -296,7 +296,7 @@ def _predict(eps_bar_fn, s, x, t, clip):
     # constant, so an exported chain, whose schedule is an argument, gives the same bits.
     s = lax.optimization_barrier(s)
     found = process.prediction(eps_bar_fn(x, jnp.full(x.shape[:1], t)))
-    x_0 = process.predict_x_0(s, x, t, found.eps_bar) if found.x_0 is None else found.x_0
+    x_0 = process.x_0_of(s, x, t, found)
     if clip is None:
         return found._replace(x_0=x_0), found.x_0 is None
     x_0 = jnp.clip(x_0, *clip)

@@ -266,7 +266,7 @@ MUTANTS = {
     ],
     "tests/test_process.py::test_interpolated_sigma_lies_between_the_two_fixed_ones": [
         ("process", "(v + 1) / 2", "v + 1"),
-        ("process", "jnp.maximum(t, 2), ", "jnp.maximum(t, 1), "),
+        ("process", "[jnp.maximum(t, 2)]", "[jnp.maximum(t, 1)]"),
         ("process", "nu * jnp.log(s.beta[t]) + (1 - nu)", "(1 - nu) * jnp.log(s.beta[t]) + nu"),
     ],
     "tests/test_process.py::test_x_0_of_the_velocity": [
@@ -290,11 +290,7 @@ MUTANTS = {
         ("likelihood", "else (found.sigma, found.sigma)", "else (found.sigma, sigma[kl_step])"),
     ],
     "tests/test_likelihood.py::test_a_prediction_of_x_0_is_taken_as_it_is": [
-        (
-            "likelihood",
-            "process.predict_x_0(s, x_t, t, found.eps_bar) if found.x_0 is None else found.x_0",
-            "process.predict_x_0(s, x_t, t, found.eps_bar)",
-        ),
+        ("likelihood", "process.x_0_of(s, x_t, t, found)", "process.predict_x_0(s, x_t, t, found.eps_bar)"),
     ],
     "tests/test_likelihood.py::test_mean_square_of_the_predicted_noise": [
         ("likelihood", "found.eps_bar**2", "eps_bar**2"),
@@ -303,7 +299,7 @@ MUTANTS = {
         ("sampling", "jnp.where(t > 1, own, 0.0)", "jnp.where(t > 1, sigma[t], 0.0)"),
     ],
     "tests/test_sampling.py::test_the_chain_from_pure_noise_at_a_zero_terminal": [
-        ("sampling", "if found.x_0 is None else found.x_0", "if True else found.x_0"),
+        ("process", "if found.x_0 is None else found.x_0", "if True else found.x_0"),
         ("sampling", "found._replace(x_0=x_0), found.x_0 is None", "found._replace(x_0=x_0), True"),
     ],
     "tests/test_sampling.py::test_guidance_of_predictions": [

@@ -72,12 +72,15 @@ def parse(argv: Sequence[str], modes: Sequence[str]) -> flags.FlagValues:
       modes: values of --mode.
     """
     argv = [_with_figure(_with_files(arg), rest, argv) for arg, *rest in (argv[i:] for i in range(len(argv)))]
+    given, kinds = [], configs.flatten(default.get_config())
     for arg in argv:
         if arg.lstrip("-").startswith("config."):
-            configs.check_key(arg.lstrip("-").removeprefix("config.").split("=")[0])
+            configs.check_key(key := arg.lstrip("-").removeprefix("config.").split("=")[0])
+            given.append(key)
+            if given.count(key) > 1 and isinstance(kinds[key], tuple):  # ml_collections appends the second
+                raise UserError(f"--config.{key} is given {given.count(key)} times: give it once")
             if not any(re.match("--?config(=|$)", other) for other in argv):
                 _refuse_key(arg)
-    _refuse_repeated_tuples(argv)
     args = flags.FlagValues()
     _define(args, argv, modes)
     try:
@@ -98,14 +101,6 @@ def parse(argv: Sequence[str], modes: Sequence[str]) -> flags.FlagValues:
     if rest[1:]:
         raise UserError(f"{rest[1]!r} is not a flag: flags start with --")
     return args
-
-
-def _refuse_repeated_tuples(argv: Sequence[str]) -> None:
-    """Raises UserError for a tuple that is given twice: ml_collections would append the second to the first."""
-    given = [arg.lstrip("-").removeprefix("config.").split("=")[0] for arg in argv if arg.lstrip("-")[:7] == "config."]
-    kinds = configs.flatten(default.get_config())
-    for key in {key for key in given if given.count(key) > 1 and isinstance(kinds.get(key), tuple)}:
-        raise UserError(f"--config.{key} is given {given.count(key)} times: give it once")
 
 
 def _refuse_key(arg: str) -> None:

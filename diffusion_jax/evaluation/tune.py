@@ -66,6 +66,10 @@ def tune(workdir: epath.PathLike, *, num: int = 1024, seed: int = 0, step: int |
     file = absolute(workdir) / "evaluation" / str(step) / "tune.json"
     about = {"num": num, "seed": seed, "parameters": checkpoint.checksums(params)}
     rows = _earlier(file, about)
+
+    def save():
+        files.write_text(file, json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+
     real = quality.extract(images, quality.pixels).astype(np.float64)
 
     def measure(settings):
@@ -77,7 +81,7 @@ def tune(workdir: epath.PathLike, *, num: int = 1024, seed: int = 0, step: int |
         row = settings | {"frechet": metrics.frechet_of_features(features, real), "seconds": seconds}
         row["standard_error"] = metrics.frechet_standard_error(features, real)
         rows.append(row)
-        files.write_text(file, json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+        save()
         return row
 
     best = measure(_ALL | {"steps": config.schedule.num_steps})
@@ -88,7 +92,7 @@ def tune(workdir: epath.PathLike, *, num: int = 1024, seed: int = 0, step: int |
             row["no_worse"] = row["frechet"] <= best["frechet"] + ERRORS * error
             if row["no_worse"]:
                 break
-    files.write_text(file, json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    save()
     files.write_text(file.with_suffix(".md"), text := markdown(rows, num))
     print(text)
     return rows
@@ -121,14 +125,11 @@ def _draw(config, workdir, step, params, seed, num):
     per_call = min(num, run.num_samples)
     of_num, shape = functools.partial(run.sample_fn, per_call), (per_call, *run.image_shape)
     sampler = watch.Sampler(of_num, shape, run.num_sampling_steps, params, flags="")
-    params, rng, seconds, parts_of_it = jax.device_put(params), jax.random.key(seed), 0.0, []
-    for first in range(0, num, per_call):
-        if not parts_of_it:
-            sampler.compile(params, rng)
-        began = time.monotonic()
-        parts_of_it.append(pixels.to_uint8(sampler(params, rng, first)))
-        seconds += time.monotonic() - began
-    return np.concatenate(parts_of_it)[:num], seconds
+    params, rng = jax.device_put(params), jax.random.key(seed)
+    sampler.compile(params, rng)
+    began = time.monotonic()
+    x = np.concatenate([pixels.to_uint8(sampler(params, rng, first)) for first in range(0, num, per_call)])
+    return x[:num], time.monotonic() - began
 
 
 def markdown(rows: list[dict[str, Any]], num: int) -> str:

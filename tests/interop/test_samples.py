@@ -182,7 +182,7 @@ def test_samples_state_their_origin(workdir, tmp_path):
 
 
 def test_samples_of_an_array_are_in_its_range_and_type(tmp_path):
-    """As the array was; earlier versions kept no type and wrote float32. A grid has a row for each channel."""
+    """Writes integers as integers, and float32 for a run of an earlier version. A grid has a row for each channel."""
     shape = {"data__channels": 2, "data__range": (-3, 7)}
     write_random_run(tmp_path / "run", **shape)
     options = {"sampler": "ddim", "steps": 2}
