@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
 from jax.typing import ArrayLike
 
 from diffusion_jax.data import pixels
+from diffusion_jax.running import gradients
 from diffusion_jax.schedule import Schedule
 from diffusion_jax.unet import UNet
 
@@ -116,8 +116,8 @@ def make_step(
         weighted = loss if weight is None else jnp.mean(rarity * jnp.asarray(weight, jnp.float32)[t] * losses)
         return weighted, (loss, _by_quarter(losses, t, s.num_steps))
 
-    mean = _mean_in_fixed_order if deterministic else _mean
-    gradient = mean(jax.value_and_grad(mean_loss, has_aux=True), accumulate)
+    mean = gradients.mean_in_fixed_order if deterministic else gradients.mean
+    gradient = mean(jax.value_and_grad(mean_loss, has_aux=True), accumulate, AXIS)
 
     def step(state, batch_and_indices):
         batch, indices = batch_and_indices
@@ -151,55 +151,6 @@ def make_step(
         return new, metrics
 
     return step
-
-
-def _mean(gradient, parts):
-    """Returns `gradient` over the examples of all devices, each of which computes its own part by part."""
-
-    def mean(params, indices, *examples):
-        def add(total, part):
-            return jax.tree.map(jnp.add, total, gradient(params, *part)), None
-
-        if parts == 1:
-            return lax.pmean(gradient(params, *examples), AXIS)
-        cut = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), examples)
-        total, _ = lax.scan(add, _zeros(gradient, params, cut), cut)
-        return lax.pmean(jax.tree.map(lambda x: x / parts, total), AXIS)
-
-    return mean
-
-
-def _mean_in_fixed_order(gradient, parts):
-    """Returns `_mean`, bit for bit for any number of devices; of `parts`, part i has the examples i, i + parts, …"""
-
-    def mean(params, indices, *examples):
-        own = parts // lax.psum(1, AXIS)
-        cut = jax.tree.map(lambda x: x.reshape(-1, own, *x.shape[1:]).swapaxes(0, 1), examples)
-
-        def compute(i, results):
-            result = gradient(params, *jax.tree.map(lambda x: x[i], cut))
-            return jax.tree.map(lambda all, one: all.at[i].set(one), results, result)
-
-        # XLA rounds differently where it fuses other operations, but not into a loop whose length it does not know.
-        once = 1 + jnp.minimum(indices[0], 0)
-        results = _sum(lax.fori_loop(0, own * once, compute, _zeros(gradient, params, cut, own)))
-        order_of_devices = jnp.argsort(lax.all_gather(indices[0], AXIS))
-        total = jax.tree.map(lambda x: _sum(lax.all_gather(x, AXIS)[order_of_devices]), results)
-        return lax.fori_loop(0, once, lambda _, total: jax.tree.map(lambda x: x / parts, total), total)
-
-    return mean
-
-
-def _zeros(gradient, params, cut, *axes):
-    result = jax.eval_shape(gradient, params, *jax.tree.map(lambda x: x[0], cut))
-    return jax.tree.map(lambda x: jnp.zeros((*axes, *x.shape), x.dtype), result)
-
-
-def _sum(tree):
-    """Adds the entries of the leading axes, whose length is a power of two: the second half to the first, and so on."""
-    while (length := len(jax.tree.leaves(tree)[0])) > 1:
-        tree = jax.tree.map(lambda x: x[: length // 2] + x[length // 2 :], tree)
-    return jax.tree.map(lambda x: x[0], tree)
 
 
 def _flipped(image, keys):
