@@ -80,10 +80,10 @@ def get_config() -> ConfigDict:
     train.sample_every = 20_000  # steps between grids of samples; 0: only at the end
 
     config.sampling = sampling = ConfigDict()
-    sampling.sampler = "ancestral"  # ancestral (sigma, all steps), ddim (eta) or dpmpp_2m
+    sampling.sampler = "ancestral"  # ancestral (sigma, all steps), ddim or dpmpp_2m (both with eta)
     sampling.steps = 0  # steps of ddim or dpmpp_2m; 0: all
     sampling.grid = "default"  # uniform (ddim), quadratic, log_snr (dpmpp_2m) or bound (after --mode=evaluate)
-    sampling.eta = 0.0  # scale of ddim's noise, from 0 (none) to 1 (that of the posterior)
+    sampling.eta = 0.0  # scale of the noise of ddim and dpmpp_2m, from 0 (none) to 1 (that of the posterior)
     sampling.sigma = "beta"  # zero (greedy), beta ("fixed large"), posterior ("fixed small"), learned or analytic
     sampling.clip = True  # bound the predicted x_0 to [-1, 1] inside the chain
     sampling.guidance = 1.0  # weight of classifier-free guidance: 0 ignores the class, 1 is the plain conditional model

@@ -325,18 +325,20 @@ def chain(config: ConfigDict, of_each_t: Measured | None = None) -> Callable:
     if config.sampling.sampler == "ancestral":
         return sampling.reverse_chain
     s, num_steps, name = schedule(config), num_sampling_steps(config), config.sampling.grid
-    is_ddim = config.sampling.sampler == "ddim"
+    is_ddim, eta = config.sampling.sampler == "ddim", config.sampling.eta
     if name == "bound":
         ts = sampling.grid_by_bound(s, of_each_t.squared_error, num_steps)  # type: ignore[union-attr]
     else:
         ts = _GRIDS[("uniform" if is_ddim else "log_snr") if name == "default" else name](s, num_steps)
     if is_ddim:
         of_analytic = of_each_t if config.sampling.sigma == "analytic" else None
-        mean_square, eta = of_analytic and of_analytic.mean_square, config.sampling.eta
+        mean_square = of_analytic and of_analytic.mean_square
         return lambda eps_bar_fn, s, _, x, keys, **options: sampling.ddim_chain(
             eps_bar_fn, s, ts, x, keys, eta, mean_square=mean_square, **options
         )
-    return lambda eps_bar_fn, s, _, x, keys, **options: sampling.dpmpp_2m_chain(eps_bar_fn, s, ts, x, **options)
+    return lambda eps_bar_fn, s, _, x, keys, **options: sampling.dpmpp_2m_chain(
+        eps_bar_fn, s, ts, x, keys=keys, eta=eta, **options
+    )
 
 
 def with_classes(config: ConfigDict) -> ConfigDict:

@@ -44,7 +44,7 @@ def load(
       sampler: "ancestral", Ho et al.'s chain with the config's sigma over all T steps; "ddim";
         or "dpmpp_2m", best for few steps (10 to 20).
       steps: steps of ddim and dpmpp_2m, 1..T; 0 means T.
-      eta: noise of ddim: from 0 (none; the same latent gives nearly the same image for any number of
+      eta: noise of ddim and dpmpp_2m: from 0 (none; the same latent gives nearly the same image for any number of
         steps) to 1 (as much as the ancestral sampler's posterior).
       clip: True bounds the predicted x_0 to [-1, 1] inside the chain.
       dtype: dtype of the computation, "float32" or "bfloat16".

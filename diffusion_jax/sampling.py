@@ -206,8 +206,7 @@ def ddim_chain(
     """
     grid = _checked_grid(s, ts)
     _check_keys(x, keys)
-    if not isinstance(eta, jax.core.Tracer) and not 0 <= (eta := np.asarray(eta).item()) < np.inf:
-        raise ValueError(f"eta={eta} must be a number >= 0")
+    eta = _checked_eta(eta)
     s = jax.tree.map(jnp.asarray, s)
     of_x_0_given_x = None if mean_square is None else x_0_variance(s, mean_square)
 
@@ -234,21 +233,27 @@ def dpmpp_2m_chain(
     x: jax.Array,
     clip: tuple[float, float] | None = None,
     window: Window | None = None,
+    keys: jax.Array | None = None,
+    eta: ArrayLike = 0.0,
 ) -> jax.Array:
     """DPM-Solver++(2M), Lu et al. (2022), algorithm 2, in one `lax.scan`: from x_{ts[0]} to x_{ts[-1]}.
 
-    The chain is deterministic and of second order in λ = log(ᾱ/β̄). The first step is of first order. A
-    last step to t = 0, where λ is infinite, is of first order for any number of steps (in other code
+    eta = 0 is deterministic and of second order in λ = log(ᾱ/β̄). eta = 1 is the paper's SDE-DPM-Solver++(2M), and
+    others interpolate as k-diffusion does. The first step is of first order, and with eta = 1 that of `ddim_chain`.
+    A last step to t = 0, where λ is infinite, is of first order for any number of steps (in other code
     only below 15 steps) and returns the prediction of x_0.
 
     Args:
       ts: int [n + 1], as in `ddim_chain`; `grid_log_snr` suits this chain best.
       eps_bar_fn, x, clip, window: see `ddim_chain`. A chain cut in two takes one more step of first order.
+      keys, eta: keys and scale of the noise, see `ddim_chain`. A known eta = 0 draws none, and needs no keys.
 
     Returns:
       [B, ...] x_{ts[-1]}.
     """
-    grid = _checked_grid(s, ts)
+    grid, eta = _checked_grid(s, ts), _checked_eta(eta)
+    if is_random := isinstance(eta, jax.core.Tracer) or eta > 0:
+        _check_keys(x, keys)
     s = jax.tree.map(jnp.asarray, s)
     log_snr = jnp.log(s.alpha_bar) - jnp.log(jnp.maximum(s.beta_bar, jnp.finfo(jnp.float32).tiny))
 
@@ -260,7 +265,12 @@ def dpmpp_2m_chain(
         weight = jnp.where((h_before > 0) & (u > 0), 0.5 * h / jnp.where(h_before > 0, h_before, 1.0), 0.0)
         blend = x_0 + weight * (x_0 - x_0_before)
         share = s.beta_bar[u] / s.beta_bar[t]
+        if is_random:  # the moments of x_u are right for any forgotten: rounding it changes eta alone
+            forgotten = eta * jnp.clip(h, 0.0, 88.0)  # e^−88 is 0 in float32; h may be infinite
+            share *= jnp.exp(-forgotten)
         x = share * x + (s.alpha_bar[u] - s.alpha_bar[t] * share) * blend
+        if is_random:
+            x += s.beta_bar[u] * jnp.sqrt(-jnp.expm1(-2 * forgotten)) * normal(keys, t, x.shape[1:])
         return (x, x_0, h), (x, x_0)
 
     x, _, _ = _scan(step, (x, jnp.zeros_like(x), jnp.zeros_like(log_snr[0])), grid[:-1], grid[1:], window)
@@ -303,9 +313,16 @@ def _predict(eps_bar_fn, s, x, t, clip):
     return Prediction(process.predict_eps_bar(s, x, t, x_0), x_0, found.sigma), False
 
 
+def _checked_eta(eta):
+    """Returns eta, a Python number unless it is traced. Raises ValueError if it is no scale."""
+    if not isinstance(eta, jax.core.Tracer) and not 0 <= (eta := np.asarray(eta).item()) < np.inf:
+        raise ValueError(f"eta={eta} must be a number >= 0")
+    return eta
+
+
 def _check_keys(x, keys):
-    if jnp.shape(keys)[:1] != jnp.shape(x)[:1]:
-        raise ValueError(f"keys has shape {jnp.shape(keys)}: it must hold one key for each of the {len(x)} examples")
+    if np.shape(keys)[:1] != np.shape(x)[:1]:
+        raise ValueError(f"keys has shape {np.shape(keys)}: it must hold one key for each of the {len(x)} examples")
 
 
 def grid_uniform(s: Schedule, n: int) -> np.ndarray:

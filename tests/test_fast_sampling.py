@@ -92,7 +92,8 @@ def test_ddim_gain_on_gaussian_data(rough):
 # ---------------------------------------------------------------- DPM-Solver++(2M)
 
 
-def test_dpmpp_2m_is_a_loop_over_its_formula(rough):
+@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
+def test_dpmpp_2m_is_a_loop_over_its_formula(rough, eta):
     a, b = np.asarray(rough.alpha_bar, np.float64), np.asarray(rough.beta_bar, np.float64)
     x, before = X.astype(np.float64), None
     for t, u in ((4, 3), (3, 2), (2, 1), (1, 0)):
@@ -103,23 +104,68 @@ def test_dpmpp_2m_is_a_loop_over_its_formula(rough):
         h = np.log(a[u] / b[u]) - np.log(a[t] / b[t])
         r = None if before is None else before[1] / h
         blend = x_0 if before is None else (1 + 1 / (2 * r)) * x_0 - before[0] / (2 * r)
-        x, before = b[u] / b[t] * x - a[u] * (np.exp(-h) - 1) * blend, (x_0, h)
-    np.testing.assert_allclose(sampling.dpmpp_2m_chain(network, rough, [4, 3, 2, 1, 0], X), x, rtol=1e-5, atol=1e-5)
+        noise = b[u] * np.sqrt(1 - np.exp(-2 * eta * h)) * np.asarray(sampling.normal(KEYS, t, X.shape[1:]))
+        x = b[u] / b[t] * np.exp(-eta * h) * x + a[u] * (1 - np.exp(-(1 + eta) * h)) * blend + noise
+        before = x_0, h
+    actual = sampling.dpmpp_2m_chain(network, rough, [4, 3, 2, 1, 0], X, keys=KEYS, eta=eta)
+    np.testing.assert_allclose(actual, x, rtol=1e-5, atol=1e-5)
 
 
-def test_one_dpmpp_2m_step_is_ddim_and_the_last_returns_x_0(rough):
-    for ts in ([4, 2], [3, 0]):
-        one = sampling.dpmpp_2m_chain(network, rough, ts, X, clip=(-0.5, 0.75))
-        ddim = sampling.ddim_chain(network, rough, ts, X, KEYS, clip=(-0.5, 0.75))
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_one_dpmpp_2m_step_is_ddim_and_the_last_returns_x_0(rough, eta):
+    """With η = 0 and 1, and the same noise. Between them the two have other variances."""
+    for ts in ([4, 2], [4, 3], [3, 0]):
+        one = sampling.dpmpp_2m_chain(network, rough, ts, X, clip=(-0.5, 0.75), keys=KEYS, eta=eta)
+        ddim = sampling.ddim_chain(network, rough, ts, X, KEYS, eta, clip=(-0.5, 0.75))
         np.testing.assert_allclose(one, ddim, rtol=1e-5, atol=1e-6)
     assert one.min() == -0.5 and one.max() == 0.75
 
 
-def test_order_of_convergence():
-    """Errors against the exact path √(v_u/v_t) of Gaussian data, for grids of n equal steps in λ, fall as n^−order."""
+def test_dpmpp_2m_without_noise_draws_none(rough):
+    """At a known η = 0 the program has no random numbers and needs no keys; at a traced 0 their scale is 0."""
+
+    def chain(x, **noise):
+        return sampling.dpmpp_2m_chain(network, rough, [4, 3, 1, 0], x, **noise)
+
+    program = str(jax.make_jaxpr(chain)(X))
+    assert "random" not in program and program == str(jax.make_jaxpr(lambda x: chain(x, keys=KEYS, eta=0))(X))
+    assert "random" in str(jax.make_jaxpr(lambda x: chain(x, keys=KEYS, eta=1))(X))
+    for eta in (0.0, 0.6):
+        traced = jax.jit(lambda x, eta: chain(x, keys=KEYS, eta=eta))(X, eta)
+        np.testing.assert_allclose(traced, chain(X, keys=KEYS, eta=eta), rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match=r"keys has shape \(\): it must hold one key for each of the 3 examples"):
+        chain(X, eta=1.0)
+
+
+@pytest.mark.parametrize("eta", [0.5, 1e30])
+def test_dpmpp_2m_noise_is_finite_at_every_step(rough, eta):
+    """Also where rounding makes a step in λ negative, and where it is infinite."""
+    below = np.nextafter(rough.beta_bar[2], np.float32(0))
+    flat = rough._replace(
+        alpha_bar=rough.alpha_bar.at[3].set(rough.alpha_bar[2]), beta_bar=rough.beta_bar.at[3].set(below)
+    )
+    assert np.log(below) < np.log(flat.beta_bar[2])
+    x = sampling.dpmpp_2m_chain(network, flat, [3, 2], X, keys=KEYS, eta=eta)
+    np.testing.assert_allclose(x, X, rtol=1e-5)
+    s = schedule.zero_terminal(rough)
+    predict = lambda x, t: process.Prediction(x, jnp.tanh(x))  # noqa: E731
+    x = sampling.dpmpp_2m_chain(predict, s, [4, 2], X, keys=KEYS, eta=eta)
+    noise = sampling.normal(KEYS, 4, X.shape[1:])
+    np.testing.assert_allclose(x, s.alpha_bar[2] * np.tanh(X) + s.beta_bar[2] * noise, rtol=1e-5, atol=1e-6)
+    of_zero = jax.jit(lambda eta: sampling.dpmpp_2m_chain(predict, s, [4, 2, 1, 0], X, keys=KEYS, eta=eta))(0.0)
+    np.testing.assert_allclose(of_zero, sampling.dpmpp_2m_chain(predict, s, [4, 2, 1, 0], X), rtol=1e-5, atol=1e-6)
+
+
+def equal_steps():
+    """Returns a schedule with λ falling from 4 to −4 in equal steps."""
     log_snr = np.linspace(4, -4, 256 * 8)
     alpha_bar_squared = 1 / (1 + np.exp(-2 * log_snr))
-    s = schedule.from_beta_squared(1 - alpha_bar_squared / np.concatenate([[1.0], alpha_bar_squared[:-1]]))
+    return schedule.from_beta_squared(1 - alpha_bar_squared / np.concatenate([[1.0], alpha_bar_squared[:-1]]))
+
+
+def test_order_of_convergence():
+    """Errors against the exact path √(v_u/v_t) of Gaussian data, for grids of n equal steps in λ, fall as n^−order."""
+    s = equal_steps()
     eps_bar_fn, v = optimal(s, 0.0, 0.5)
     t, u = s.num_steps, 1
     exact = np.sqrt(v[u] / v[t]) * X
@@ -132,6 +178,32 @@ def test_order_of_convergence():
             errors.append(np.abs(np.asarray(chain(ts)) - exact).max())
         slopes = np.log2(np.array(errors[:-1]) / errors[1:])
         assert slopes[-1] == pytest.approx(order, abs=0.2), (order, errors)
+
+
+MOMENTS = {
+    "dpmpp_2m, eta = 0.5": (2, lambda *args: sampling.dpmpp_2m_chain(*args[:-1], keys=args[-1], eta=0.5)),
+    "dpmpp_2m, eta = 1": (2, lambda *args: sampling.dpmpp_2m_chain(*args[:-1], keys=args[-1], eta=1.0)),
+    "ddim, eta = 1": (1, lambda *args: sampling.ddim_chain(*args, 1.0)),
+}
+
+
+@pytest.mark.parametrize("order, chain", MOMENTS.values(), ids=MOMENTS)
+def test_order_of_the_variance_of_random_chains(monkeypatch, order, chain):
+    """On Gaussian data a chain is linear: responses to x_T and to the noise of each step give its moments."""
+    s, mean, deviation = equal_steps(), 0.3, 0.5
+    eps_bar_fn, v = optimal(s, mean, deviation)
+    monkeypatch.setattr(sampling, "normal", lambda keys, t, shape: (keys == t).astype(jnp.float32).reshape(-1, *shape))
+    start, stop, errors = s.num_steps, 1, []
+    for n in (32, 64):
+        ts = np.rint(np.linspace(start, stop, n + 1)).astype(int)
+        x = np.full((n + 2, 1), s.alpha_bar[start] * mean)
+        x[1] += 1
+        x = chain(eps_bar_fn, s, ts, x, np.array([0, 0, *ts[:-1]]))[:, 0]
+        np.testing.assert_allclose(x[0], s.alpha_bar[stop] * mean, rtol=1e-5)
+        gain, *noise = np.asarray(x[1:] - x[0], np.float64)
+        errors.append(abs(gain**2 * v[start] + np.sum(np.square(noise)) - v[stop]))
+    assert np.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.2), errors
+    assert errors[1] < (0.04 if order == 1 else 0.002), errors
 
 
 # ---------------------------------------------------------------- grids and independence
@@ -184,6 +256,7 @@ def test_grids_that_do_not_fall_are_rejected(rough, ts, message, kind):
 TRACED = {
     "ddim": lambda ts, x: sampling.ddim_chain(network, S, ts, x, KEYS, 0.5, (-1.0, 1.0)),
     "dpmpp_2m": lambda ts, x: sampling.dpmpp_2m_chain(network, S, ts, x),
+    "dpmpp_2m, eta = 1": lambda ts, x: sampling.dpmpp_2m_chain(network, S, ts, x, keys=KEYS, eta=1.0),
 }
 
 
@@ -219,12 +292,15 @@ def test_a_grid_may_be_made_inside_a_program(chain):
 def test_an_eta_that_is_no_scale_is_rejected(rough, eta):
     with pytest.raises(ValueError, match=f"eta={eta} must be a number >= 0"):
         sampling.ddim_chain(network, rough, [4, 0], X, KEYS, eta)
+    with pytest.raises(ValueError, match=f"eta={eta} must be a number >= 0"):
+        sampling.dpmpp_2m_chain(network, rough, [4, 0], X, keys=KEYS, eta=eta)
 
 
 def test_an_image_does_not_depend_on_its_batch(rough):
     for chain in (
         lambda x, keys: sampling.ddim_chain(network, rough, [4, 2, 0], x, keys, 0.7),
         lambda x, keys: sampling.dpmpp_2m_chain(network, rough, [4, 2, 0], x),
+        lambda x, keys: sampling.dpmpp_2m_chain(network, rough, [4, 2, 1, 0], x, keys=keys, eta=1.0),
     ):
         np.testing.assert_array_equal(chain(X[1:2], KEYS[1:2])[0], chain(X, KEYS)[1])
 

@@ -26,7 +26,7 @@ FLAGS: dict[str, tuple[Any, Any, str]] = {  # name: (its definition or values, d
     "out": (flags.DEFINE_string, None, "file or folder to write"),
     "sampler": (configs.CHOICES["sampling.sampler"], None, "sampler; default: the config's"),
     "steps": (flags.DEFINE_integer, None, "steps of the sampler; default: the config's"),
-    "eta": (flags.DEFINE_float, None, "noise of ddim; default: the config's"),
+    "eta": (flags.DEFINE_float, None, "noise of ddim and dpmpp_2m, from 0 to 1; default: the config's"),
     "sigma": (configs.CHOICES["sampling.sigma"], None, "deviation of the reverse steps; default: the config's"),
     "grid": (configs.CHOICES["sampling.grid"], None, "the steps of ddim and dpmpp_2m; default: the config's"),
     "guidance": (flags.DEFINE_float, None, "weight of classifier-free guidance; default: the config's"),

@@ -123,7 +123,7 @@ def _about(config, workdir, step, params, seed, chosen):
         "sampler": sampler,
         "steps": parts.num_sampling_steps(config),
         "schedule": f"{config.schedule.name}, T = {num_steps}",
-        "eta": float(config.sampling.eta) if sampler == "ddim" else None,
+        "eta": _eta(config.sampling),
         "sigma": config.sampling.sigma if sampler == "ancestral" or config.sampling.sigma == "analytic" else None,
         **({"grid": config.sampling.grid} if config.sampling.grid != "default" else {}),
         "clip": config.sampling.clip,
@@ -132,6 +132,12 @@ def _about(config, workdir, step, params, seed, chosen):
         **({"data_dtype": config.data.dtype} if config.data.range and "int" in config.data.dtype else {}),
         **({} if chosen is None else of_classes),
     }
+
+
+def _eta(sampling):
+    """Returns the eta of ddim and dpmpp_2m; that of dpmpp_2m is None where it is 0, as in earlier versions."""
+    is_used = sampling.sampler == "ddim" or (sampling.sampler == "dpmpp_2m" and sampling.eta > 0)
+    return float(sampling.eta) if is_used else None
 
 
 def _share(sample_fn, params, seed, first, num, per_call, bar, chosen, finish):

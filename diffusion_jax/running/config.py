@@ -200,7 +200,7 @@ def with_sampling(
     """Returns a checked copy of the config with these values, unless None, in place of its own.
 
     Raises:
-      UserError: a value is invalid, eta is given for another sampler than ddim, or guidance for a run without classes.
+      UserError: a value is invalid, eta is given for the ancestral sampler, or guidance for a run without classes.
     """
     if sampler == "ancestral":  # the config may name a sampler of few steps
         steps, grid = steps or 0, grid or "default"
@@ -214,9 +214,9 @@ def with_sampling(
     check(config)
     if guidance is not None and not config.model.num_classes:
         raise UserError(f"guidance={guidance} needs a run with classes (config.model.num_classes): leave it out")
-    if eta is not None and config.sampling.sampler != "ddim":
+    if eta is not None and config.sampling.sampler == "ancestral":
         raise UserError(
-            f"eta={eta} applies to ddim, but the sampler is {config.sampling.sampler}: leave it out, or choose ddim"
+            f"eta={eta} applies to ddim and dpmpp_2m, but the sampler is ancestral: leave it out, or choose one of them"
         )
     return config
 

@@ -54,7 +54,9 @@ def test_image_i_is_the_same_for_any_number(run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{"sampler": "ddim", "eta": 0.5}, {"sampler": "dpmpp_2m"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"sampler": "ddim", "eta": 0.5}, {"sampler": "dpmpp_2m"}, {"sampler": "dpmpp_2m", "eta": 0.7}], ids=str
+)
 def test_other_samplers_are_exported(run, settings):
     export.export_sampler(run, str(run / "other.npz"), steps=5, **settings)
     sample_fn, params = diffusion_jax.load_exported(run / "other.npz")
