@@ -209,6 +209,7 @@ def test_double_precision_changes_no_sample(rough):
         for chain in (
             lambda: sampling.reverse_chain(network, rough, np.full(5, 0.1), X, KEYS),
             lambda: sampling.dpmpp_2m_chain(network, rough, [4, 2, 0], X),
+            lambda: sampling.dpmpp_2m_chain(network, rough, [4, 2, 0], X, keys=KEYS, eta=np.float64(0.5)),
             lambda: sampling.ddim_chain(network, rough, [4, 2, 0], X, KEYS, np.float64(0.5)),
         ):
             assert jax.eval_shape(chain) == jax.ShapeDtypeStruct(X.shape, np.float32)

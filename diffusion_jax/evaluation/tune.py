@@ -1,4 +1,4 @@
-"""How few steps are enough: samplers, grids and numbers of steps, compared with all T steps on one run.
+"""How few steps are enough: samplers, grids, noises and numbers of steps, compared with all T steps on one run.
 
 The results go to <workdir>/evaluation/<step>/tune.json, after each row, and tune.md.
 """
@@ -26,7 +26,15 @@ from diffusion_jax.running.workdir import absolute, read_config
 from diffusion_jax.sample import ema_params
 
 STEPS = (5, 10, 20, 50, 100, 250)
-GRIDS = (("dpmpp_2m", "log_snr"), ("ddim", "uniform"), ("ddim", "quadratic"), ("dpmpp_2m", "bound"), ("ddim", "bound"))
+SERIES = (  # sampler, grid, eta
+    ("dpmpp_2m", "log_snr", 0.0),
+    ("dpmpp_2m", "log_snr", 1.0),
+    ("ddim", "uniform", 0.0),
+    ("ddim", "uniform", 1.0),
+    ("ddim", "quadratic", 0.0),
+    ("dpmpp_2m", "bound", 0.0),
+    ("ddim", "bound", 0.0),
+)
 ERRORS = 2  # a row is no worse if its distance exceeds that of all steps by at most so many standard errors
 _ALL = {"sampler": "ancestral", "grid": "default"}
 
@@ -34,7 +42,7 @@ _ALL = {"sampler": "ancestral", "grid": "default"}
 def tune(workdir: epath.PathLike, *, num: int = 1024, seed: int = 0, step: int | None = None) -> list[dict[str, Any]]:
     """Measures the Fréchet distance in pixels of samples by all T steps, and by samplers of few steps.
 
-    Each sampler on each grid gets more steps, from STEPS, until its distance is no worse than that of all steps. A
+    Each sampler of SERIES gets more steps, from STEPS, until its distance is no worse than that of all steps. A
     second call with the same arguments goes on after the last row. Grids by the bound need an earlier evaluation, and
     are left out without one.
 
@@ -44,7 +52,8 @@ def tune(workdir: epath.PathLike, *, num: int = 1024, seed: int = 0, step: int |
       step: the step of the checkpoint; None is the last.
 
     Returns:
-      The rows of tune.json: sampler, grid, steps, frechet, standard_error, seconds, and no_worse (not of the first).
+      The rows of tune.json: sampler, grid, steps, frechet, standard_error, seconds, and of all but the first eta and
+      no_worse.
 
     Raises:
       UserError: there is no run or no checkpoint, the images are too large for distances in pixels, or there are
@@ -99,9 +108,9 @@ def tune(workdir: epath.PathLike, *, num: int = 1024, seed: int = 0, step: int |
 
 
 def _candidates(config, workdir, step) -> Iterator[dict[str, Any]]:
-    """Yields the sampler and the grid of each series of rows; those by the bound where it has been measured."""
-    for sampler, grid in GRIDS:
-        settings: dict[str, Any] = {"sampler": sampler, "grid": grid}
+    """Yields the sampler, the grid and eta of each series of rows; those by the bound where it has been measured."""
+    for sampler, grid, eta in SERIES:
+        settings: dict[str, Any] = {"sampler": sampler, "grid": grid, "eta": eta}
         try:
             measured.read(workdir, configs.with_sampling(config, steps=STEPS[0], **settings), step)
         except UserError as error:
@@ -111,10 +120,11 @@ def _candidates(config, workdir, step) -> Iterator[dict[str, Any]]:
 
 
 def _earlier(file, about):
-    """Returns the rows of an earlier call with the same arguments, or []."""
+    """Returns the rows of an earlier call with the same arguments, or []. Those of an earlier version lack eta."""
     try:
         content = json.loads(file.read_text())
-        return content["rows"] if content["about"] == about else []
+        rows = content["rows"] if content["about"] == about else []
+        return [row for row in rows if row["sampler"] == _ALL["sampler"] or "eta" in row]
     except (OSError, ValueError, KeyError, TypeError):
         return []
 
@@ -134,19 +144,20 @@ def _draw(config, workdir, step, params, seed, num):
 
 def markdown(rows: list[dict[str, Any]], num: int) -> str:
     """Returns the rows as a table, and the cheapest that is no worse than all steps."""
-    names = ("sampler", "grid", "steps", "seconds", "frechet", "no_worse")
+    names = ("sampler", "grid", "eta", "steps", "seconds", "frechet", "no_worse")
     cells = []
     for row in rows:
         distance = f"{row['frechet']:.4g} ± {row['standard_error']:.2g}"
         no_worse = "" if "no_worse" not in row else ("no", "yes")[row["no_worse"]]
-        cells.append([row["sampler"], row["grid"], row["steps"], f"{row['seconds']:.1f}", distance, no_worse])
+        eta = f"{row['eta']:g}" if "eta" in row else ""
+        cells.append([row["sampler"], row["grid"], eta, row["steps"], f"{row['seconds']:.1f}", distance, no_worse])
     enough = [row for row in rows if row.get("no_worse")]
     lines = [f"# How few steps are enough: {num:,} samples a row", "", *markdown_table(names, cells, str), ""]
     if not enough:
         return "\n".join([*lines, f"No sampler of up to {STEPS[-1]} steps is within {ERRORS} standard errors."]) + "\n"
     row = min(enough, key=lambda row: (row["steps"], row["frechet"]))
     verdict = (
-        f"--sampler={row['sampler']} --steps={row['steps']} --grid={row['grid']} is the cheapest that is no worse than "
-        f"all {rows[0]['steps']} steps, by at most {ERRORS} standard errors."
+        f"--sampler={row['sampler']} --steps={row['steps']} --grid={row['grid']} --eta={row['eta']:g} is the cheapest "
+        f"that is no worse than all {rows[0]['steps']} steps, by at most {ERRORS} standard errors."
     )
     return "\n".join([*lines, verdict]) + "\n"

@@ -8,11 +8,19 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import tune
 from diffusion_jax.evaluation.evaluate import evaluate
 
-ROW = {"sampler": "ddim", "grid": "uniform", "steps": 10, "seconds": 1.0, "frechet": 2.0, "standard_error": 0.1}
+ROW = {
+    "sampler": "ddim",
+    "grid": "uniform",
+    "eta": 1.0,
+    "steps": 10,
+    "seconds": 1.0,
+    "frechet": 2.0,
+    "standard_error": 0.1,
+}
 
 
 def test_the_cheapest_row_that_is_no_worse_is_named():
-    full = ROW | {"sampler": "ancestral", "steps": 1000}
+    full = {name: ROW[name] for name in ROW.keys() - {"eta"}} | {"sampler": "ancestral", "steps": 1000}
     rows = [
         full,
         ROW | {"no_worse": True},
@@ -20,7 +28,9 @@ def test_the_cheapest_row_that_is_no_worse_is_named():
         ROW | {"steps": 20, "no_worse": True},
     ]
     text = tune.markdown(rows, 512)
-    assert "--sampler=ddim --steps=10 --grid=uniform is the cheapest that is no worse than all 1000 steps" in text
+    assert (
+        "--sampler=ddim --steps=10 --grid=uniform --eta=1 is the cheapest that is no worse than all 1000 steps" in text
+    )
     assert text.count("| ddim ") == 3 and "2 ± 0.1" in text
     assert "No sampler of up to 250 steps" in tune.markdown(rows[:1], 512)
 
@@ -30,6 +40,9 @@ def test_rows_of_other_samples_are_not_continued(tmp_path):
     assert tune._earlier(file, {"num": 4}) == []
     file.write_text(json.dumps({"about": {"num": 4}, "rows": [ROW]}))
     assert tune._earlier(file, {"num": 4}) == [ROW] and tune._earlier(file, {"num": 5}) == []
+    full, old = {"sampler": "ancestral", "steps": 1000}, {"sampler": "ddim", "grid": "uniform", "steps": 10}
+    file.write_text(json.dumps({"about": {"num": 4}, "rows": [full, old, ROW]}))
+    assert tune._earlier(file, {"num": 4}) == [full, ROW]
     file.write_text("[")
     assert tune._earlier(file, {"num": 4}) == []
 
@@ -51,9 +64,9 @@ def test_every_sampler_gets_steps_until_it_is_no_worse(tmp_path, monkeypatch, sm
     evaluate(tmp_path, num=8)
     rows = tune.tune(tmp_path, num=64)
     assert rows[0]["sampler"] == "ancestral" and rows[0]["steps"] == 20 and "no_worse" not in rows[0]
-    series = {(sampler, grid): [] for sampler, grid in tune.GRIDS}
+    series = {of: [] for of in tune.SERIES}
     for row in rows[1:]:
-        series[row["sampler"], row["grid"]].append(row)
+        series[row["sampler"], row["grid"], row["eta"]].append(row)
     for of_grid in series.values():
         assert [row["steps"] for row in of_grid] == [5, 10][: len(of_grid)]
         assert not any(row["no_worse"] for row in of_grid[:-1])
