@@ -252,7 +252,7 @@ def dpmpp_2m_chain(
       [B, ...] x_{ts[-1]}.
     """
     grid, eta = _checked_grid(s, ts), _checked_eta(eta)
-    if is_random := isinstance(eta, jax.core.Tracer) or eta > 0:
+    if is_random := isinstance(eta, jax.core.Tracer) or bool(eta):
         _check_keys(x, keys)
     s = jax.tree.map(jnp.asarray, s)
     log_snr = jnp.log(s.alpha_bar) - jnp.log(jnp.maximum(s.beta_bar, jnp.finfo(jnp.float32).tiny))

@@ -152,6 +152,21 @@ MUTANTS = {
         ("sampling", "weight * (x_0 - x_0_before)", "weight * (x_0_before - x_0)"),
         ("sampling", "(s.alpha_bar[u] - s.alpha_bar[t] * share) * blend", "(s.alpha_bar[u] - s.alpha_bar[t]) * blend"),
         ("sampling", "return (x, x_0, h), (x, x_0)", "return (x, blend, h), (x, x_0)"),
+        ("sampling", "eta * jnp.clip(h, 0.0, 88.0)", "jnp.clip(h, 0.0, 88.0)"),
+        ("sampling", "share *= jnp.exp(-forgotten)", "share *= jnp.exp(-2 * forgotten)"),
+        ("sampling", "            share *= jnp.exp(-forgotten)\n", ""),
+        ("sampling", "jnp.expm1(-2 * forgotten)", "jnp.expm1(-forgotten)"),
+        ("sampling", "jnp.sqrt(-jnp.expm1(-2 * forgotten))", "-jnp.expm1(-2 * forgotten)"),
+        ("sampling", "x += s.beta_bar[u] * jnp.sqrt", "x += s.beta_bar[t] * jnp.sqrt"),
+    ],
+    "tests/test_fast_sampling.py::test_dpmpp_2m_without_noise_draws_none": [
+        ("sampling", "isinstance(eta, jax.core.Tracer) or bool(eta)", "True"),
+        ("sampling", "isinstance(eta, jax.core.Tracer) or bool(eta)", "isinstance(eta, jax.core.Tracer) or eta >= 1"),
+    ],
+    "tests/test_fast_sampling.py::test_dpmpp_2m_noise_is_finite_at_every_step": [
+        ("sampling", "jnp.clip(h, 0.0, 88.0)", "jnp.minimum(h, 88.0)"),
+        ("sampling", "jnp.clip(h, 0.0, 88.0)", "jnp.maximum(h, 0.0)"),
+        ("sampling", "jnp.clip(h, 0.0, 88.0)", "jnp.clip(h, 0.0, 1.0)"),
     ],
     "tests/test_fast_sampling.py::test_a_window_observes_every_kth_step_and_changes_no_bit": [
         ("sampling", "i % window.every == 0", "(i - 1) % window.every == 0"),

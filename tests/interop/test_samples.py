@@ -176,6 +176,10 @@ def test_samples_state_their_origin(workdir, tmp_path):
     chain = {"sampler": "ddim", "steps": 4, "schedule": "su_linear, T = 20", "eta": 1.0}
     chain |= {"sigma": None, "clip": True, "dtype": "float32"}
     assert about == {"workdir": workdir.name, "step": 0, "seed": 1, "first": 0, "num": 5} | chain
+    for eta, stated in ((0.0, None), (1.0, 1.0)):  # without noise as earlier versions stated it
+        write_samples(workdir, 1, 1, str(tmp_path / "samples.npz"), sampler="dpmpp_2m", steps=2, eta=eta)
+        with np.load(tmp_path / "samples.npz") as file:
+            assert json.loads(str(file["about"]))["eta"] == stated
     write_samples(workdir, 2, 1, f"{tmp_path}/shards/")
     of_shards = json.loads((tmp_path / "shards" / "samples.json").read_text())
     assert of_shards["checksum"] == checksum and of_shards["sigma"] == "beta" and of_shards["steps"] == 20
@@ -232,4 +236,5 @@ def test_unusable_arguments_are_refused(workdir, settings, message):
 
 
 def test_numbers_of_numpy_are_accepted(workdir):
-    sample.load(workdir, num=np.int64(2), sampler="ddim", steps=np.int32(3), eta=np.float32(0.5), clip=False)
+    for sampler in ("ddim", "dpmpp_2m"):
+        sample.load(workdir, num=np.int64(2), sampler=sampler, steps=np.int32(3), eta=np.float32(0.5), clip=False)
