@@ -29,6 +29,7 @@ STEPS = (5, 10, 20, 50, 100, 250)
 SERIES = (  # sampler, grid, eta
     ("dpmpp_2m", "log_snr", 0.0),
     ("dpmpp_2m", "log_snr", 1.0),
+    ("dpmpp_2m", "uniform", 1.0),
     ("ddim", "uniform", 0.0),
     ("ddim", "uniform", 1.0),
     ("ddim", "quadratic", 0.0),
