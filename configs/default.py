@@ -78,6 +78,7 @@ def get_config() -> ConfigDict:
     train.keep_checkpoints = 3  # number of the latest checkpoints to keep
     train.evaluate_every = 0  # steps between evaluations during training (docs/evaluation.md); 0: never
     train.sample_every = 20_000  # steps between grids of samples; 0: only at the end
+    train.snapshot_every = 0  # steps between snapshots for averages of any length (docs/averages.md); 0: never
 
     config.sampling = sampling = ConfigDict()
     sampling.sampler = "ancestral"  # ancestral (sigma, all steps), ddim or dpmpp_2m (both with eta)

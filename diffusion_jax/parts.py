@@ -18,8 +18,8 @@ from diffusion_jax import losses, process, sampling, step, unet
 from diffusion_jax import schedule as schedules
 from diffusion_jax.data import cache, sources
 from diffusion_jax.errors import UserError
+from diffusion_jax.running import averages, measured
 from diffusion_jax.running import config as configs
-from diffusion_jax.running import measured
 from diffusion_jax.running.measured import Measured
 
 _SCHEDULES: dict[str, Callable[[int], schedules.Schedule]] = {
@@ -63,6 +63,7 @@ class Parts:
       optimizer: clipping and Adam.
       learning_rate: step -> learning rate.
       train_step: (state, (batch, indices)) -> (state, metrics), see `step.make_step`.
+      num_averages: power-function averages in the state, for train.snapshot_every.
       clip: bounds of the predicted x_0 in the chain, or None.
       chain: the sampler, see `sampling.make_sample_fn`.
       num_samples: images per call of the sampler.
@@ -80,6 +81,7 @@ class Parts:
     optimizer: optax.GradientTransformation
     learning_rate: optax.Schedule
     train_step: Callable
+    num_averages: int
     clip: tuple[float, float] | None
     chain: Callable
     num_samples: int
@@ -99,12 +101,12 @@ class Parts:
         )
 
     def init_state(self) -> step.TrainState:
-        """Returns the state before the first step as NumPy arrays; it depends on the seed alone."""
+        """Returns the state before the first step as NumPy arrays, see `step.init_state`."""
         return step.init_state(self.model, self.optimizer, self.image_shape, self.seed)
 
     def abstract_state(self) -> step.TrainState:
-        """Returns the shapes and dtypes of `init_state` without its arrays."""
-        return step.abstract_state(self.model, self.optimizer, self.image_shape)
+        """Returns the shapes and dtypes of the training state without its arrays."""
+        return step.abstract_state(self.model, self.optimizer, self.image_shape, self.num_averages)
 
 
 def build(config: ConfigDict, of_each_t: Measured | None = None) -> Parts:
@@ -130,6 +132,7 @@ def build(config: ConfigDict, of_each_t: Measured | None = None) -> Parts:
         optimizer=optimizer(config),
         learning_rate=learning_rate(config),
         train_step=train_step(config),
+        num_averages=len(power_exponents(config)),
         clip=clip(config),
         chain=chain(config, of_each_t),
         num_samples=config.sampling.num,
@@ -297,12 +300,18 @@ def train_step(config: ConfigDict) -> Callable:
         num_classes=config.model.num_classes,
         label_dropout=config.train.label_dropout,
         weight=weight(config),
+        power_exponents=power_exponents(config),
     )
+
+
+def power_exponents(config: ConfigDict) -> tuple[float, ...]:
+    """Returns the exponents of the averages beside the state, train.snapshot_every; () without."""
+    return averages.EXPONENTS if config.train.snapshot_every else ()
 
 
 def abstract_state(config: ConfigDict) -> step.TrainState:
     """Returns the shapes and dtypes of the training state; touches no device."""
-    return step.abstract_state(model(config), optimizer(config), image_shape(config))
+    return step.abstract_state(model(config), optimizer(config), image_shape(config), len(power_exponents(config)))
 
 
 def num_parameters(config: ConfigDict) -> int:

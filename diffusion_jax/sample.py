@@ -7,7 +7,7 @@ from etils import epath
 from diffusion_jax import parts
 from diffusion_jax.errors import UserError
 from diffusion_jax.parts import Parts
-from diffusion_jax.running import checkpoint, history, measured, watch
+from diffusion_jax.running import checkpoint, history, measured, snapshots, watch
 from diffusion_jax.running import config as configs
 from diffusion_jax.running import workdir as workdirs
 from diffusion_jax.schedule import Schedule
@@ -27,6 +27,7 @@ def load(
     sigma: str | Callable | None = None,
     grid: str | None = None,
     step: int | None = None,
+    ema: float | None = None,
     progress: bool = False,
 ) -> tuple[Callable, dict]:
     """Loads the sampler and the parameters of the last checkpoint, for a notebook.
@@ -55,6 +56,8 @@ def load(
       grid: "uniform", "quadratic", "log_snr" or "bound", the steps of ddim and dpmpp_2m. This one and sigma "analytic"
         use what the last `--mode=evaluate` measured.
       step: the step of the checkpoint; None is the last.
+      ema: the relative length of another average of the parameters, up to 0.2886, for a run with train.snapshot_every:
+        the deviation of its weights over the steps, divided by the step. None is that of train.ema_decay.
       progress: True shows a bar of the steps with speed and time left; the images stay the same.
 
     Returns:
@@ -68,14 +71,14 @@ def load(
     settings = sampler, steps, eta, clip, dtype, num, guidance, name, grid
     config = configs.with_sampling(workdirs.read_config(workdir), *settings)
     config = configs.with_functions(config, schedule=schedule, sigma=own)
-    run = parts.build(config, measured.read(workdir, config, step))
+    run = parts.build(config, measured.read(workdir, config, step, ema))
     window = watch.progress_window(run.num_sampling_steps, run.num_samples) if progress else None
     sample_fn, text = run.sample_fn(window=window), f"compiling, and drawing {run.num_samples:,} images"
-    return sample_fn if progress else watch.told(sample_fn, text), ema_params(run, workdir, step)[1]
+    return sample_fn if progress else watch.told(sample_fn, text), ema_params(run, workdir, step, ema)[1]
 
 
 def load_network(
-    workdir: epath.PathLike, step: int | None = None, *, schedule: Callable | None = None
+    workdir: epath.PathLike, step: int | None = None, *, schedule: Callable | None = None, ema: float | None = None
 ) -> tuple[Callable, dict, Schedule]:
     """Loads the network of the last checkpoint, or that of `step`, for a sampler of your own.
 
@@ -87,20 +90,22 @@ def load_network(
       UserError: `workdir` holds no run or no checkpoint.
     """
     run = parts.build(configs.with_functions(workdirs.read_config(workdir), schedule=schedule))
-    return run.network, ema_params(run, workdir, step)[1], run.schedule
+    return run.network, ema_params(run, workdir, step, ema)[1], run.schedule
 
 
-def ema_params(run: Parts, workdir: epath.PathLike, step: int | None = None) -> tuple[int, dict]:
+def ema_params(
+    run: Parts, workdir: epath.PathLike, step: int | None = None, ema: float | None = None
+) -> tuple[int, dict]:
     """Returns (step, averaged parameters) of the last checkpoint, or that of `step`; reads nothing else of it.
 
     Raises:
-      UserError: there is no checkpoint, none can be read, or it does not belong to config.json.
+      UserError: there is no checkpoint, none can be read, it is not of config.json's run; see `snapshots.average`.
     """
-    like = run.abstract_state()._replace(params=None, opt_state=None)
+    like = snapshots.needed(run.abstract_state(), ema)
     with checkpoint.open_manager(workdir, read_only=True) as manager:
         state = checkpoint.restore(manager, like) if step is None else checkpoint.restore_step(manager, like, step)
         if state is None:
             raise UserError(f"--workdir={workdir} holds no checkpoint yet: train first")
         about = checkpoint.read_about(manager, int(state.step))
-    history.identity(workdirs.absolute(workdir), workdirs.read_config(workdir), about, int(state.step))
-    return int(state.step), state.ema_params
+    folder, config, number = workdirs.absolute(workdir), workdirs.read_config(workdir), int(state.step)
+    return number, snapshots.average(folder, history.identity(folder, config, about, number), state, ema)

@@ -1,6 +1,6 @@
 """The train step of Ho et al. (2020), a function of (state, batch); `running.dispatch` takes it on all devices."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +10,7 @@ import optax
 from jax.typing import ArrayLike
 
 from diffusion_jax.data import pixels
-from diffusion_jax.running import gradients
+from diffusion_jax.running import averages, gradients
 from diffusion_jax.schedule import Schedule
 from diffusion_jax.unet import UNet
 
@@ -31,12 +31,13 @@ class TrainState(NamedTuple):
     params: Any
     ema_params: Any
     opt_state: Any
+    averages: Any = None  # a tuple of pytrees, one for each power-function average, see `running.averages`
 
 
 def init_state(
     model: UNet, optimizer: optax.GradientTransformation, image_shape: tuple[int, ...], seed: int
 ) -> TrainState:
-    """Returns the state before the first step as NumPy arrays; it depends on the seed alone."""
+    """Returns the state before the first step as NumPy arrays, without averages; it depends on the seed alone."""
     # On the CPU LLVM's later passes take three quarters of the compile time, for a program that runs once.
     quick: dict[str, str | bool] = {"xla_backend_optimization_level": "1"} if jax.default_backend() == "cpu" else {}
     program = jax.jit(lambda: _init(model, optimizer, image_shape, seed)).lower().compile(compiler_options=quick)
@@ -45,10 +46,12 @@ def init_state(
     return TrainState(np.zeros((), np.int32), params, jax.tree.map(np.copy, params), opt_state)
 
 
-def abstract_state(model: UNet, optimizer: optax.GradientTransformation, image_shape: tuple[int, ...]) -> TrainState:
-    """Returns the shapes and dtypes of `init_state` without its arrays."""
+def abstract_state(
+    model: UNet, optimizer: optax.GradientTransformation, image_shape: tuple[int, ...], num_averages: int = 0
+) -> TrainState:
+    """Returns the shapes and dtypes of a state without its arrays."""
     params, opt_state = jax.eval_shape(lambda: _init(model, optimizer, image_shape, 0))
-    return TrainState(jax.ShapeDtypeStruct((), np.int32), params, params, opt_state)
+    return TrainState(jax.ShapeDtypeStruct((), np.int32), params, params, opt_state, (params,) * num_averages or None)
 
 
 def _init(model, optimizer, image_shape, seed):
@@ -73,6 +76,7 @@ def make_step(
     num_classes: int = 0,
     label_dropout: float = 0.0,
     weight: ArrayLike | None = None,
+    power_exponents: Sequence[float] = (),
 ) -> Callable:
     """Returns the step of one device, to be mapped over AXIS: (state, (batch, indices)) -> (state, metrics).
 
@@ -95,6 +99,7 @@ def make_step(
       label_dropout: the probability that a label becomes num_classes, ∅.
       weight: [T + 1], the weight of a loss in the gradient by its t. The metrics tell the loss without it, and the mean
         with it as weighted_loss. None is 1.
+      power_exponents: of state.averages, see `averages.updated`. A skipped step counts in n, but is not averaged.
 
     The step takes a batch {"image": uint8 [B, H, W, C], …}, or float32 in [−1, 1], and indices int [B], the device's
     share of the global batch; the state has no device axis (see `replicate`). Its metrics are the same on all devices:
@@ -138,7 +143,8 @@ def make_step(
         with jax.named_scope("average"):
             warm = jnp.maximum(1 - ema_decay, 9 / (10 + state.step.astype(jnp.float32)))
             ema_params = optax.incremental_update(params, state.ema_params, warm if ema_warmup else 1 - ema_decay)
-        new = TrainState(state.step + 1, params, ema_params, opt_state)
+            powers = state.averages and averages.updated(state.averages, params, state.step + 1, power_exponents)
+        new = TrainState(state.step + 1, params, ema_params, opt_state, powers)
         # A non-finite number would stay in Adam's moments and in the EMA for ever, so only the step advances.
         # (The norm of the new parameters would show it too, but costs another pass over all of them.)
         grad_norm = optax.tree.norm(grads)

@@ -17,7 +17,7 @@ from diffusion_jax import parts
 from diffusion_jax.data import pipeline, pixels
 from diffusion_jax.pictures import grids
 from diffusion_jax.planning import fit
-from diffusion_jax.running import checkpoint, dispatch, due, history, hosts
+from diffusion_jax.running import checkpoint, dispatch, due, history, hosts, snapshots
 from diffusion_jax.running import config as configs
 from diffusion_jax.running import workdir as workdirs
 from diffusion_jax.running.lock import Lock
@@ -84,7 +84,7 @@ def _loop(config, run, folder, images, lock, manager, state, about, sampler, beg
     """Takes the steps that are left, saves the last state and returns it, NumPy arrays."""
     start, pending = int(state.step), about.pop("metrics", ())
     indices = pipeline.split(pipeline.indices(config.train.batch_size))
-    every = [config.train[f"{kind}_every"] for kind in ("sample", "evaluate", "checkpoint")]
+    every = [config.train[f"{kind}_every"] for kind in ("sample", "evaluate", "snapshot", "checkpoint")]
     ends = [config.train.steps_per_dispatch, *every]
     dispatches = functools.partial(due.dispatches, start, config.train.num_steps, ends)
     of_data = {"on_device": config.data.on_device, "seed": config.seed, "batch_size": config.train.batch_size}
@@ -130,14 +130,17 @@ def _loop(config, run, folder, images, lock, manager, state, about, sampler, beg
 
 
 def _looks(config, run, images, folder, sampler, log, signals, manager):
-    """Returns look(state, step), which evaluates and draws a grid where they are due and not done yet."""
+    """Returns look(state, step), which keeps the averages, evaluates and draws a grid where due and not done yet."""
     if config.train.evaluate_every:
         from diffusion_jax.evaluation.monitor import build  # imports SciPy and scikit-learn, which takes a second
 
         monitor = build(config, run, images)
 
     def look(state, number):
-        draws, evaluates = (due.is_due(number, [config.train[f"{kind}_every"]]) for kind in ("sample", "evaluate"))
+        every = [config.train[f"{kind}_every"] for kind in ("snapshot", "sample", "evaluate")]
+        keeps, draws, evaluates = (due.is_due(number, [each]) for each in every)
+        if keeps:
+            hosts.on_main(lambda: snapshots.write(folder, number, state.averages))
         if not (draws or evaluates):
             return
         checkpoint.wait(manager)
@@ -182,9 +185,11 @@ def _resume(config, run, folder, manager):
     about = {} if state is None else checkpoint.read_about(manager, int(state.step))
     identity = history.identity(folder, config, about, None if state is None else int(state.step))
     state = waiting("initialising the network", run.init_state) if state is None else state
+    state = snapshots.with_averages(state, run.num_averages)
     start = int(state.step)
     hosts.on_main(lambda: workdirs.write_config(folder, config))
     changes = hosts.on_main(lambda: history.record(folder, identity, start, config))
+    hosts.on_main(lambda: snapshots.resume(folder, config.train.snapshot_every, config.train.num_steps, state))
     if jax.process_index() == 0:
         num_parameters = sum(x.size for x in jax.tree.leaves(state.params))
         devices = f"{jax.device_count()} {jax.devices()[0].platform} device(s)"

@@ -23,6 +23,7 @@ FLAGS: dict[str, tuple[Any, Any, str]] = {  # name: (its definition or values, d
     "num": (flags.DEFINE_integer, None, "number of images to sample (default 64) or evaluate (all); rows of a figure"),
     "seed": (flags.DEFINE_integer, 0, "seed of the samples or of the evaluation"),
     "step": (flags.DEFINE_integer, None, "step of the checkpoint; default: the last"),
+    "ema": (flags.DEFINE_float, None, "relative length of another average, e.g. 0.1; for train.snapshot_every"),
     "out": (flags.DEFINE_string, None, "file or folder to write"),
     "sampler": (configs.CHOICES["sampling.sampler"], None, "sampler; default: the config's"),
     "steps": (flags.DEFINE_integer, None, "steps of the sampler; default: the config's"),

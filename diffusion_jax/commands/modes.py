@@ -22,7 +22,7 @@ def _prepare(args):
 def _sample(args):
     from diffusion_jax.interop.samples import write_samples
 
-    settings = {name: args[name].value for name in ("labels", "step", *_SAMPLER)}
+    settings = {name: args[name].value for name in ("labels", "step", "ema", *_SAMPLER)}
     write_samples(args.workdir, args.num or 64, args.seed, args.out or "samples.png", **settings)
 
 
@@ -30,20 +30,22 @@ def _show(args):
     from diffusion_jax.pictures.shows import show
 
     out = args.out or f"{args.show}.{'gif' if args.show == 'animation' else 'png'}"
-    show(args.workdir, args.show, args.seed, out, args.num, args.images, args.labels, args.guidance, args.step)
+    show(
+        args.workdir, args.show, args.seed, out, args.num, args.images, args.labels, args.guidance, args.step, args.ema
+    )
 
 
 def _export(args):
     from diffusion_jax.interop.export import write_sampler
 
-    settings = {name: args[name].value for name in ("format", "step", *_SAMPLER)}
+    settings = {name: args[name].value for name in ("format", "step", "ema", *_SAMPLER)}
     write_sampler(args.workdir, args["from"].value, args.out or "sampler.npz", **settings)
 
 
 def _export_diffusers(args):
     from diffusion_jax.interop.diffusers import export_diffusers
 
-    export_diffusers(args.workdir, args.out or "diffusers", args.step)
+    export_diffusers(args.workdir, args.out or "diffusers", args.step, args.ema)
 
 
 def _import(args):
@@ -56,7 +58,7 @@ def _evaluate(args):
     from diffusion_jax.evaluation.evaluate import evaluate
 
     of_samples = {"samples": args.samples, "inception_path": args.inception, "reference": args.reference}
-    asked = {"splits": tuple(args.splits), "labels": tuple(args.labels), "sigma": args.sigma}
+    asked = {"splits": tuple(args.splits), "labels": tuple(args.labels), "sigma": args.sigma, "ema": args.ema}
     evaluate(args.workdir, seed=args.seed, num=args.num, step=args.step, quick=args.quick, **asked, **of_samples)
 
 
@@ -120,21 +122,21 @@ MODES = {
         "Writes samples of the last checkpoint: a grid (.png), an array (.npz) or shards (folder/).",
         "--mode=sample --workdir=runs/digits --num=64 --seed=0 --out=samples.png",
         needs=("workdir",),
-        takes=("num", "seed", "step", "out", "labels", *_SAMPLER, "show"),
+        takes=("num", "seed", "step", "ema", "out", "labels", *_SAMPLER, "show"),
     ),
     "sample --show": Mode(
         _show,
         "Draws a figure of what the model can do, with all steps of the ancestral sampler.",
         "--mode=sample --workdir=runs/digits --show=interpolation",
         needs=("workdir", "show"),
-        takes=("num", "seed", "step", "out", "images", "labels", "guidance"),
+        takes=("num", "seed", "step", "ema", "out", "images", "labels", "guidance"),
     ),
     "evaluate": Mode(
         _evaluate,
         "Measures bits/dim of the last checkpoint, and the quality of samples.",
         "--mode=evaluate --workdir=runs/digits --samples=samples.npz",
         needs=("workdir",),
-        takes=("num", "seed", "step", "quick", "splits", "labels", "samples", "inception", "reference", "sigma"),
+        takes=("num", "seed", "step", "ema", "quick", "splits", "labels", "samples", "inception", "reference", "sigma"),
     ),
     "tune": Mode(
         _tune,
@@ -156,14 +158,14 @@ MODES = {
         "Writes the sampler of a run, or of an older such file (--from), as one file that JAX and NumPy open.",
         "--mode=export --workdir=runs/digits --out=sampler.npz",
         needs=(),
-        takes=("workdir", "from", "step", "out", "format", *_SAMPLER),
+        takes=("workdir", "from", "step", "ema", "out", "format", *_SAMPLER),
     ),
     "export --format=diffusers": Mode(
         _export_diffusers,
         "Writes a folder for diffusers' DDPMPipeline, which has a sampler of its own.",
         "--mode=export --format=diffusers --workdir=runs/digits --out=digits-diffusers",
         needs=("workdir", "format"),
-        takes=("step", "out"),
+        takes=("step", "ema", "out"),
     ),
     "import": Mode(
         _import,

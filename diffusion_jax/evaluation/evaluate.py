@@ -21,11 +21,11 @@ from diffusion_jax.evaluation.meaning import meaning, verdicts, with_reasons
 from diffusion_jax.evaluation.report import report
 from diffusion_jax.pictures import grids
 from diffusion_jax.pictures.shows import read_images, show
-from diffusion_jax.running import checkpoint, files, measured
+from diffusion_jax.running import checkpoint, files, measured, snapshots
 from diffusion_jax.running import config as configs
 from diffusion_jax.running.measured import stem
 from diffusion_jax.running.tables import markdown_table
-from diffusion_jax.running.workdir import absolute, read_config
+from diffusion_jax.running.workdir import evaluation_folder, read_config
 from diffusion_jax.sample import ema_params
 
 _SECTIONS = {"samples": "Samples", "samples_to_statistics": "Samples against saved statistics"}
@@ -45,6 +45,7 @@ def evaluate(
     step: int | None = None,
     quick: bool = False,
     sigma: str | None = None,
+    ema: float | None = None,
 ) -> dict[str, Any]:
     """Evaluates the last checkpoint of a run; resumes an evaluation with the same arguments.
 
@@ -60,6 +61,7 @@ def evaluate(
       quick: True measures bound.QUICK images of each split, unless `num` is given, and bound.TERMS of the T terms of
         each, see `bound.evaluate_split`, and writes neither the statistics of the split nor progressive.png.
       sigma: the deviations of the bound in place of the config's; "analytic" takes those of an earlier evaluation.
+      ema: the relative length of a post-hoc average, see `diffusion_jax.load`; its files go to <step>-ema<length>/.
 
     Returns:
       The content of evaluation.json.
@@ -69,6 +71,7 @@ def evaluate(
         been measured then.
     """
     _check_arguments(seed, num, splits)
+    snapshots.check(ema)
     num = bound.QUICK if quick and num is None else num
     config = configs.with_sampling(read_config(workdir), sigma=sigma)
     if config.data.range:
@@ -76,18 +79,20 @@ def evaluate(
             f"--mode=evaluate measures images of 256 levels, but config.data.range={tuple(config.data.range)} makes "
             "them float32, which no bits/dim counts: compare samples in Python, or train on uint8"
         )
-    run = parts.build(config, measured.read(workdir, config, step))
+    run = parts.build(config, measured.read(workdir, config, step, ema))
     densities = _densities(config, labels)
     generated, extractor, saved = _read_samples(config, run.image_shape, samples, inception_path, reference)
-    step, params = ema_params(run, workdir, step)
+    step, params = ema_params(run, workdir, step, ema)
     datasets = _datasets(config, workdir, splits)
     asked = None
     if generated is not None and saved is None:
         asked = _asked(samples, datasets)
         quality.check_sizes(extractor.num_features, len(generated), len(next(iter(datasets.values()))))
-    folder = absolute(workdir) / "evaluation" / str(step)
+    folder = evaluation_folder(workdir, step, ema)
     sigma_name, deviations = _deviations(config, run)
-    result = {"step": step, "seed": seed, "protocol": _protocol(run, sigma_name, seed, densities, quick), "splits": {}}
+    protocol = _protocol(run, sigma_name, seed, densities, quick)
+    protocol |= {} if ema is None else {"parameters": f"post-hoc EMA (relative length {float(ema)})"}
+    result = {"step": step, "seed": seed, "protocol": protocol, "splits": {}}
     result |= _earlier_samples(folder)
     for split, dataset in datasets.items():
         chosen = np.sort(np.random.default_rng(seed).permutation(len(dataset))[:num])
@@ -106,7 +111,7 @@ def evaluate(
     if jax.process_index() == 0:
         _write(folder, result)
     if not quick:
-        show(workdir, "progressive", seed, str(folder / "progressive.png"), step=step)
+        show(workdir, "progressive", seed, str(folder / "progressive.png"), step=step, ema=ema)
     if jax.process_index() == 0:
         report(workdir)
         sizes = {path.name: path.stat().length for path in sorted(folder.iterdir()) if not path.is_dir()}

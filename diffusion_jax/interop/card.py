@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import parts
 from diffusion_jax.data.sources import name_of
-from diffusion_jax.running.workdir import absolute
+from diffusion_jax.running.workdir import absolute, evaluation_folder
 
 _NUMBERS = (
     "bits_per_dim",
@@ -27,7 +27,9 @@ _USE = {
 }
 
 
-def model_card(config: ConfigDict, workdir: epath.PathLike, step: int, out: str, library: str) -> str:
+def model_card(
+    config: ConfigDict, workdir: epath.PathLike, step: int, out: str, library: str, ema: float | None = None
+) -> str:
     """Returns the model card of checkpoint `step` as Markdown with a YAML header, to be completed by its author.
 
     It names no path of this machine. Its numbers are those of the evaluation of the same step.
@@ -35,6 +37,7 @@ def model_card(config: ConfigDict, workdir: epath.PathLike, step: int, out: str,
     Args:
       out: the exported file or folder.
       library: "jax" or "diffusers".
+      ema: the relative length of a post-hoc average; None is that of train.ema_decay.
     """
     config = config.copy_and_resolve_references()
     config.model.attention = "xla"  # cuDNN may be missing here
@@ -43,6 +46,7 @@ def model_card(config: ConfigDict, workdir: epath.PathLike, step: int, out: str,
     data = data.format("×".join(map(str, size)))
     source = epath.Path(name_of(config.data.source, config.data.path)).name  # without the folders of this machine
     classes = f", {config.model.num_classes} classes" if config.model.num_classes else ""
+    average = f"an average with decay {train.ema_decay:g}" if ema is None else f"a post-hoc average of length {ema:g}"
     use = _USE[library].format(out=epath.Path(out).name, num_steps=config.schedule.num_steps)
     return f"""---
 license: unknown  # fill in: the rights in the training images bind the weights too
@@ -59,11 +63,11 @@ diffusion_jax.
 - **Network**: Ho et al.'s UNet, {parts.num_parameters(config):,} parameters; it predicts {config.model.prediction}.
 - **Schedule**: {config.schedule.name}, T = {config.schedule.num_steps}.
 - **Training**: {step:,} steps of {train.batch_size} images, loss {train.loss}, Adam with learning rate
-  {train.learning_rate:g}; the weights are an average with decay {train.ema_decay:g}.
+  {train.learning_rate:g}; the weights are {average}.
 
 ## Numbers
 
-{_numbers(absolute(workdir) / "evaluation" / str(step) / "evaluation.json")}
+{_numbers(evaluation_folder(workdir, step, ema) / "evaluation.json")}
 
 ## Use
 

@@ -473,7 +473,7 @@ def _to_flax(file, name, array, shape):
 # ---------------------------------------------------------------- export
 
 
-def export_diffusers(workdir: epath.PathLike, out: str, step: int | None = None) -> None:
+def export_diffusers(workdir: epath.PathLike, out: str, step: int | None = None, ema: float | None = None) -> None:
     """Writes the averaged parameters of the last checkpoint, or `step`, for diffusers' `DDPMPipeline.from_pretrained`.
 
     The pipeline runs the ancestral chain with the run's sigma, whatever the run's sampling.sampler. Schedules
@@ -497,7 +497,8 @@ def export_diffusers(workdir: epath.PathLike, out: str, step: int | None = None)
         f"scheduler/{_SCHEDULER}": _scheduler_config(config),
     }
     hosts.on_main(lambda: _check_folder(folder, out))
-    step, params = ema_params(parts.build(config), workdir, step)
+    step, params = ema_params(parts.build(config), workdir, step, ema)
+    card = model_card(config, workdir, step, out, "diffusers", ema)
 
     def write():
         try:
@@ -505,7 +506,7 @@ def export_diffusers(workdir: epath.PathLike, out: str, step: int | None = None)
                 write_unet(config, params, partial / "unet")
                 for name, content in configs.items():
                     _write_json(partial / name, content)
-                files.write_text(partial / "README.md", model_card(config, workdir, step, out, "diffusers"))
+                files.write_text(partial / "README.md", card)
         except OSError as error:
             raise UserError(f"--out={out} cannot be written ({one_line(error)}): give another folder") from None
         print(f"diffusers model of step {step}: {out}; complete its model card, README.md")

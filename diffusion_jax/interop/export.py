@@ -44,7 +44,13 @@ _PATHS = ("path", "cache_dir", "manual_dir")  # keys of config.data
 
 
 def write_sampler(
-    workdir: str | None, source: str | None, out: str, format: str | None, step: int | None, **settings: Any
+    workdir: str | None,
+    source: str | None,
+    out: str,
+    format: str | None,
+    step: int | None,
+    ema: float | None,
+    **settings: Any,
 ) -> None:
     """Writes the sampler of the run in `workdir`, or of the file `source`: one of them is None or "".
 
@@ -56,18 +62,21 @@ def write_sampler(
     if bool(source) == bool(workdir):
         raise UserError("--mode=export takes either --workdir=RUN or --from=SAMPLER.npz: give one of them")
     if workdir:
-        export_sampler(workdir, out, step, **settings)
-    elif step is not None:
-        raise UserError(f"--step={step} goes with --workdir=RUN: leave it out")
+        export_sampler(workdir, out, step, ema, **settings)
+    elif (step, ema) != (None, None):
+        given = f"--ema={ema}" if step is None else f"--step={step}"
+        raise UserError(f"{given} goes with --workdir=RUN: leave it out")
     else:
         export_again(source, out, **settings)
 
 
-def export_sampler(workdir: epath.PathLike, out: str, step: int | None = None, **settings: Any) -> None:
+def export_sampler(
+    workdir: epath.PathLike, out: str, step: int | None = None, ema: float | None = None, **settings: Any
+) -> None:
     """Writes the sampler of the last checkpoint as one file, see `export`.
 
     Args:
-      step: the step of the checkpoint; None is the last.
+      step, ema: see `diffusion_jax.load`.
       settings: sampler, steps and eta of `diffusion_jax.load`.
 
     Raises:
@@ -76,9 +85,10 @@ def export_sampler(workdir: epath.PathLike, out: str, step: int | None = None, *
     own = configs.with_sampling(read_config(workdir), **settings)
     config = _portable(own.copy_and_resolve_references())
     hosts.on_main(lambda: _check_out(out))
-    of_each_t = measured.read(workdir, config, step)
-    step, params = ema_params(parts.build(config, of_each_t), workdir, step)
-    hosts.on_main(lambda: export(config, params, step, out, model_card(own, workdir, step, out, "jax"), of_each_t))
+    of_each_t = measured.read(workdir, config, step, ema)
+    step, params = ema_params(parts.build(config, of_each_t), workdir, step, ema)
+    card = model_card(own, workdir, step, out, "jax", ema)
+    hosts.on_main(lambda: export(config, params, step, out, card, of_each_t))
 
 
 def export_again(source: epath.PathLike, out: str, **settings: Any) -> None:

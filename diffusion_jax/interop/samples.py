@@ -32,6 +32,7 @@ def write_samples(
     out: str,
     labels: Sequence[str | int] = (),
     step: int | None = None,
+    ema: float | None = None,
     **settings: Any,
 ) -> None:
     """Writes `num` images: a grid if `out` ends in .png, an array [num, H, W, C] if in .npz, shards if in "/".
@@ -48,7 +49,7 @@ def write_samples(
     Args:
       labels: the classes to draw, by name or number: image i has class labels[i mod len(labels)]; () for all. The .npz
         has the class of each image as "labels", and the grid a row for each class.
-      step: the step of the checkpoint; None is the last.
+      step, ema: see `diffusion_jax.load`.
       settings: sampler, steps, eta, guidance, sigma and grid of `load`.
 
     Raises:
@@ -59,12 +60,12 @@ def write_samples(
     config = with_sampling(read_config(workdir), **settings)
     hosts.on_main(lambda: _check(num, seed, out, path))
     replaces = hosts.on_main(lambda: path.is_file())
-    chosen, run = choose(config, labels), parts.build(config, measured.read(workdir, config, step))
+    chosen, run = choose(config, labels), parts.build(config, measured.read(workdir, config, step, ema))
     per_call = -(-min(num, run.num_samples) // jax.process_count())
-    step, params = ema_params(run, workdir, step)
+    step, params = ema_params(run, workdir, step, ema)
     shape, of_num = (per_call, *run.image_shape), functools.partial(run.sample_fn, per_call)
     sample_fn = watch.Sampler(of_num, shape, run.num_sampling_steps, params, flags="")
-    about = _about(config, workdir, step, params, seed, chosen)
+    about = _about(config, workdir, step, params, seed, chosen, ema)
     params = jax.device_put(params)
     finish = pixels.to_uint8
     if config.data.range and not out.endswith(".png"):
@@ -106,7 +107,7 @@ def _labels(chosen, first, num):
     return None if chosen is None else np.array(chosen, np.int32)[np.arange(first, first + num) % len(chosen)]
 
 
-def _about(config, workdir, step, params, seed, chosen):
+def _about(config, workdir, step, params, seed, chosen, ema):
     """Returns everything that samples depend on, as a dict for JSON. Unused settings are None."""
     checksums = json.dumps(checkpoint.checksums(params), sort_keys=True)
     sampler, num_steps = config.sampling.sampler, config.schedule.num_steps
@@ -131,6 +132,7 @@ def _about(config, workdir, step, params, seed, chosen):
         **({"range": list(config.data.range)} if config.data.range else {}),
         **({"data_dtype": config.data.dtype} if config.data.range and "int" in config.data.dtype else {}),
         **({} if chosen is None else of_classes),
+        **({} if ema is None else {"ema": float(ema)}),
     }
 
 

@@ -51,6 +51,7 @@ def show(
     labels: Sequence[str] = (),
     guidance: float | None = None,
     step: int | None = None,
+    ema: float | None = None,
 ) -> None:
     """Writes one of SHOWS: a labelled picture, or an animation.
 
@@ -62,7 +63,7 @@ def show(
         and samples for "variations".
       labels: classes of a run with classes, by name or number: image i of a call has class labels[i mod len(labels)].
         () draws without a class.
-      guidance, step: see `diffusion_jax.load`.
+      guidance, step, ema: see `diffusion_jax.load`.
 
     Raises:
       UserError: there is no checkpoint, there are too few images, or `out` has another suffix.
@@ -73,7 +74,7 @@ def show(
     if num is not None:
         check_integer("--num", num, 1, 2**32)
     check_seed(seed)
-    run = _Run(workdir, seed, path, labels, guidance, step)
+    run = _Run(workdir, seed, path, labels, guidance, step, ema)
     SHOWS[name](run, out, *() if num is None else (num,))
     if jax.process_index() == 0:
         print(f"{name} of step {run.step}: {out}")
@@ -82,13 +83,13 @@ def show(
 class _Run:
     """A run's network, schedule and images, for the functions of `figures`, `edits` and `sampling`."""
 
-    def __init__(self, workdir, seed, path, labels=(), guidance=None, step=None):
+    def __init__(self, workdir, seed, path, labels=(), guidance=None, step=None, ema=None):
         self._config = with_sampling(read_config(workdir), guidance=guidance)
         chosen = choose(self._config, labels)
         self._labels = jnp.array(chosen) if labels else None
         self._parts = parts.build(self._config)
         self.has_alpha = not self._config.data.dtype  # of pictures with four channels
-        self.step, self._params = sample.ema_params(self._parts, workdir, step)
+        self.step, self._params = sample.ema_params(self._parts, workdir, step, ema)
         self.s, self.shape = self._parts.schedule, self._parts.image_shape
         self._seed, self._key = seed, jax.random.key(seed)
         self._workdir, self.path = workdir, path

@@ -193,6 +193,7 @@ def restore(manager: ocp.CheckpointManager, like: Any, set_aside: bool = False) 
 
     Args:
       like: the saved NamedTuple's structure, with arrays or their shapes as leaves. A field that is None is not read.
+        A field that the checkpoint was saved without is None in the result.
       set_aside: True renames damaged checkpoints to "damaged-<step>", so that the run can save those steps again.
 
     Raises:
@@ -255,17 +256,18 @@ def _read(manager, step, like, doing="reading"):
 
 def _read_quietly(manager, step, like):
     item = {name: value for name, value in like._asdict().items() if value is not None}
+    wanted = {f".{name}" for name in item}
     with _damage_in_any_process():
-        _probe(manager.directory / str(step) / "state", set(item))
+        there = _probe(manager.directory / str(step) / "state", set(item))
     with _damage_in_any_process():
+        item = {name: value for name, value in item.items() if name in there}
         args = ocp.args.PyTreeRestore(
             item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
         )
         restored = manager.restore(step, args=ocp.args.Composite(state=args, checksums=ocp.args.JsonRestore()))
         state = type(like)(**(dict.fromkeys(like._fields) | restored["state"]))
         actual, stored = checksums(state), restored["checksums"]
-        names = {f".{name}" for name in item}
-        expected = {path: crc for path, crc in stored.items() if re.match(r"\.\w+", path)[0] in names}
+        expected = {path: crc for path, crc in stored.items() if re.match(r"\.\w+", path)[0] in wanted}
         wrong = [path for path in actual.keys() | expected.keys() if actual.get(path) != expected.get(path)]
         if wrong:
             raise ValueError(f"the checksum of {min(wrong)} is wrong")
@@ -287,7 +289,9 @@ def _damage_in_any_process():
 
 
 def _probe(folder, names):
-    """Reads every value of some fields of the state's database, one by one, so that a damaged file raises one error.
+    """Reads every value of some fields of the state's database, one by one, and returns the names of all fields in it.
+
+    A damaged file then raises one error.
 
     Orbax reads all leaves at once, and for a damaged file tensorstore's threads print hundreds of tracebacks.
     """
@@ -296,9 +300,11 @@ def _probe(folder, names):
     keys = database.list().result()
     if not keys:
         raise ValueError("it contains no arrays")
-    for key in keys:
-        if re.match(r"[^./]+", key.decode())[0] in names:  # "ema_params.conv_in.kernel/0.0"
+    fields = [re.match(r"[^./]+", key.decode())[0] for key in keys]  # "ema_params.conv_in.kernel/0.0"
+    for key, field in zip(keys, fields, strict=True):
+        if field in names:
             database.read(key).result()
+    return {*fields}
 
 
 def _set_aside(manager, step):

@@ -55,6 +55,7 @@ RANGES = {  # the smallest and the largest integer; configs also come with the w
     "train.keep_checkpoints": (1, _INT32),
     "train.evaluate_every": (0, _INT32),
     "train.sample_every": (0, _INT32),
+    "train.snapshot_every": (0, _INT32),
     "sampling.num": (1, _INT32),
 }
 LONGEST = 2**20  # the largest length of a signal; a minute of audio has about as many numbers

@@ -8,7 +8,7 @@ from etils import epath
 from ml_collections import ConfigDict  # noqa: TID251 (the type of a config)
 
 from diffusion_jax.errors import UserError, one_line
-from diffusion_jax.running.workdir import absolute
+from diffusion_jax.running.workdir import evaluation_folder
 
 
 class Measured(NamedTuple):
@@ -25,21 +25,26 @@ def needed(config: ConfigDict) -> str:
     return "sigma=analytic" if config.sampling.sigma == "analytic" and config.sampling.sampler != "dpmpp_2m" else ""
 
 
-def read(workdir: epath.PathLike, config: ConfigDict, step: int | None = None) -> Measured | None:
+def read(
+    workdir: epath.PathLike, config: ConfigDict, step: int | None = None, ema: float | None = None
+) -> Measured | None:
     """Returns the means over the images of data.split, or None if the sampler does not need them.
 
     Args:
       step: the step whose evaluation is read; None is the last that was evaluated.
+      ema: the relative length of the post-hoc average that was evaluated; None is that of train.ema_decay.
 
     Raises:
       UserError: it needs them, and no step, or not this one, was evaluated at all t.
     """
     if not (key := needed(config)):
         return None
-    folder, name = absolute(workdir) / "evaluation", f"bound-{stem(config.data.split)}.npz"
-    found = {int(file.parent.name): file for file in folder.glob(f"*/{name}") if file.parent.name.isdecimal()}
+    folder, name = evaluation_folder(workdir, "*", ema), f"bound-{stem(config.data.split)}.npz"
+    suffix, files = folder.name.removeprefix("*"), folder.parent.glob(f"{folder.name}/{name}")
+    by_step = {file.parent.name.removesuffix(suffix): file for file in files}
+    found = {int(number): file for number, file in by_step.items() if number.isdecimal()}
     if not found or step not in (None, *found):
-        of = "" if step is None else f" --step={step}"
+        of = ("" if step is None else f" --step={step}") + ("" if ema is None else f" --ema={ema}")
         raise UserError(
             f"--{key} needs the errors of the network at each t: measure them with --mode=evaluate "
             f"--workdir={workdir}{of} --num=256 (--quick does not)"

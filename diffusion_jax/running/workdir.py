@@ -1,7 +1,7 @@
 """The workdir of a run: its path and its config.
 
 config.json · checkpoints/<step>/ · metrics.jsonl · samples/<step>.png · TensorBoard events; evaluation adds
-evaluation/<step>/ and report.html, and a training on arrays images.npz.
+evaluation/<step>/ and report.html, a training on arrays images.npz, and train.snapshot_every averages/<step>.npz.
 """
 
 import json
@@ -28,6 +28,11 @@ def absolute(workdir: epath.PathLike) -> epath.Path:
     if path.exists() and not path.is_dir():
         raise UserError(f"--workdir={workdir} is a file: give a folder")
     return path
+
+
+def evaluation_folder(workdir: epath.PathLike, step: int | str, ema: float | None = None) -> epath.Path:
+    """Returns the folder of an evaluation: evaluation/<step>, or evaluation/<step>-ema0.1 of a post-hoc average."""
+    return absolute(workdir) / "evaluation" / (f"{step}" if ema is None else f"{step}-ema{float(ema)}")
 
 
 def check_name(folder: epath.Path) -> None:
