@@ -113,6 +113,27 @@ def test_a_weight_by_t_shapes_the_gradient_and_not_the_loss_of_the_metrics():
     np.testing.assert_allclose(half["grad_norm"], by_hand["grad_norm"], rtol=1e-5)
 
 
+@pytest.mark.parametrize("done", [0, 5, 800_000])
+def test_power_function_averages_move_by_their_rate(done):
+    """By (1 − (1 − 1/n)^(γ+1)) of the way to the new parameters, n steps done; the rest of the state is as without."""
+    config, exponents = tiny_config(train__warmup_steps=0), (16.97, 6.94)
+    before, trees = linear_state(parts.optimizer(config), done), []
+    for i in range(2):
+        trees.append(jax.tree.map(lambda x: np.full_like(x, 3 + i), before.params))  # noqa: B023
+    plain, with_averages = (
+        jax.device_get(dispatch.pmapped(make_step(config, apply_fn=linear, **how))(dispatch.replicate(start), batch()))
+        for how, start in [({}, before), ({"power_exponents": exponents}, before._replace(averages=tuple(trees)))]
+    )
+    assert plain[0].averages is None
+    assert_same(with_averages[0]._replace(averages=None), plain[0])
+    assert_same(with_averages[1], plain[1])
+    for old, new, gamma in zip(trees, with_averages[0].averages, exponents, strict=True):
+        share = 1 - (1 - 1 / np.float64(done + 1)) ** (gamma + 1)
+        for a, b, p in zip(*map(jax.tree.leaves, (old, new, plain[0].params)), strict=True):
+            # float32 keeps 2^-23 of a value, of which a step of 1e-5 is a few hundred units
+            np.testing.assert_allclose(b - a, share * (p - a), rtol=1e-5, atol=2.5e-7)
+
+
 @pytest.mark.parametrize("done", [0, 5, 12_000])
 def test_the_decay_of_the_average_rises_with_the_steps_done(done):
     """To min(decay, (1 + n)/(10 + n)) after n steps, however often the run resumed."""
@@ -231,11 +252,12 @@ def test_t_is_drawn_as_often_as_told():
 def test_a_bad_step_leaves_everything_but_the_step():
     config = tiny_config()
     before = linear_state(parts.optimizer(config))
+    before = before._replace(averages=(jax.tree.map(np.copy, before.params),))
 
     def infinite(eps_bar_fn, s, x_0, t, keys):
         return jnp.full(t.shape, jnp.inf) * eps_bar_fn(x_0, t).mean()
 
-    take = dispatch.pmapped(make_step(config, infinite, linear))
+    take = dispatch.pmapped(make_step(config, infinite, linear, power_exponents=(6.94,)))
     after, metrics = take(dispatch.replicate(before), batch())
     assert_same(jax.device_get(after), before._replace(step=np.int32(1)))
     assert metrics["skipped"][0] == 1

@@ -11,7 +11,7 @@ from conftest import Examples
 
 import diffusion_jax
 from benchmarks import all as benchmarks
-from tools import guidance_sweep, hub_logits, mutate
+from tools import ema_sweep, guidance_sweep, hub_logits, mutate
 
 
 def test_every_mutant_can_be_planted():
@@ -91,3 +91,15 @@ def test_a_sweep_of_guidance_makes_a_table_and_a_chart(tmp_path):
     assert rows[0.0]["frechet"][0] > rows[1.5]["frechet"][0] and rows[1.5]["settings"]["classifiers"]["fit"] == 160
     guidance_sweep.write_chart(rows, str(tmp_path / "guidance.svg"))
     assert "Fréchet distance" in (tmp_path / "guidance.svg").read_text()
+
+
+def test_a_sweep_of_lengths_makes_a_table_and_a_chart(tmp_path):
+    real = np.random.default_rng(0).integers(0, 256, (60, 2, 2, 1)).astype(np.uint8)
+    rows = [
+        ema_sweep.measure(real[i : i + 50] // d, real, ema) for i, d, ema in ((0, 3, None), (5, 1, 0.05), (0, 2, 0.1))
+    ]
+    assert rows[1][1] < rows[2][1] < rows[0][1]
+    table = ema_sweep.table(rows, 0.995)
+    assert len(table) == 5 and table[2].startswith("| decay 0.995 ") and table[3].startswith("| 0.05 ")
+    ema_sweep.write_chart(rows, 0.995, str(tmp_path / "ema.svg"))
+    assert "post-hoc average" in (tmp_path / "ema.svg").read_text()

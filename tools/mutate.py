@@ -396,6 +396,59 @@ MUTANTS = {
     "tests/data/test_order.py::test_each_epoch_is_a_permutation": [
         ("data/order", "where(x < num, x, permuted(x))", "where(x < num, x, permuted(x) % num)"),
     ],
+    "tests/running/test_averages.py::test_the_exponent_gives_a_profile_of_the_relative_length": [
+        ("running/averages", "sigma_rel**-2.0", "sigma_rel**-1.0"),
+        ("running/averages", "[1, 7, 16 - t, 12 - t]", "[1, 7, 16 - t, 12]"),
+        ("running/averages", "np.max(np.roots", "np.min(np.roots"),
+    ],
+    "tests/running/test_averages.py::test_the_exponents_of_the_paper": [
+        ("running/averages", "(0.05, 0.10)", "(0.05, 0.11)"),
+    ],
+    "tests/running/test_averages.py::test_the_inner_product_is_the_integral": [
+        ("running/averages", "gamma_b, -gamma_a)", "gamma_a, -gamma_b)"),
+        ("running/averages", "np.maximum(t_a, t_b)", "np.minimum(t_a, t_b)"),
+        ("running/averages", "(gamma_a + gamma_b + 1)", "(gamma_a + gamma_b + 2)"),
+        ("running/averages", "(gamma_a + 1) * (gamma_b + 1)", "(gamma_a + 1) * gamma_b"),
+    ],
+    "tests/running/test_averages.py::test_the_rate_keeps_its_digits_in_float32": [
+        ("running/averages", "-jnp.expm1((gamma + 1) * jnp.log1p(-1 / n))", "1 - (1 - 1 / n) ** (gamma + 1)"),
+        ("running/averages", "jnp.log1p(-1 / n)", "jnp.log1p(-1 / (n + 1))"),
+    ],
+    "tests/running/test_averages.py::test_an_average_weights_each_step_by_the_integral_of_its_profile": [
+        ("running/averages", "-jnp.expm1((gamma + 1)", "-jnp.expm1(gamma"),
+        ("running/averages", "share * (new - old)", "share * new"),
+    ],
+    "tests/running/test_averages.py::test_the_fit_is_the_nearest_whose_weights_sum_to_1": [
+        ("running/averages", "gram[n, :n] = gram[:n, n] = 1", "gram[n, n] = 1"),
+        ("running/averages", "np.append(cross, 1.0)", "np.append(cross, 0.0)"),
+        ("running/averages", "- 2 * weights @ cross", "- weights @ cross"),
+        ("running/averages", "/ norm))", "))"),
+        (
+            "running/averages",
+            "inner_product(t, gamma, t_wanted, gamma_wanted)",
+            "inner_product(t, gamma, t_wanted, gamma)",
+        ),
+    ],
+    "tests/test_step.py::test_power_function_averages_move_by_their_rate": [
+        ("step", "params, state.step + 1, power_exponents", "params, state.step, power_exponents"),
+        ("step", "averages.updated(state.averages, params", "averages.updated(state.averages, state.params"),
+    ],
+    "tests/running/test_snapshots.py::test_post_hoc_averages_are_the_weighted_sums_of_the_files": [
+        ("running/snapshots", "weights.reshape(-1, len(last))", "weights.reshape(len(last), -1).T"),
+        ("running/snapshots", "step, averages.exponent(ema))", "step + 1, averages.exponent(ema))"),
+        ("running/snapshots", "np.tile(averages.EXPONENTS", "np.tile(averages.EXPONENTS[::-1]"),
+        ("running/snapshots", "run, newest) if number < step else newest", "run, newest) if number > 2 else newest"),
+    ],
+    "tests/running/test_snapshots.py::test_a_resumed_run_has_the_same_averages_and_files": [
+        ("running/snapshots", "(number for number in steps(folder) if number > step)", "()"),
+        ("running/snapshots", "in steps(folder) if number < step]", "in steps(folder)]"),
+    ],
+    "tests/running/test_snapshots.py::test_a_snapshot_that_a_kill_cut_off_is_made_at_the_next_start": [
+        ("running/snapshots", "if due.is_due(step, [every]):", "if False:"),
+    ],
+    "tests/running/test_snapshots.py::test_averages_start_with_the_run_or_not_at_all": [
+        ("running/snapshots", "    if int(state.step):", "    if False:"),
+    ],
 }
 
 
