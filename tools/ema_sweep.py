@@ -2,7 +2,7 @@
 
     python -m tools.ema_sweep --workdir=runs/digits --lengths=0.03,0.05,0.1,0.2 --num=1797 --out=ema.png
 
-For each length it draws the same latents, prints a row of a Markdown table, and last writes a chart. The distance is the
+For each length it draws from the same latents and prints the table so far. Last it writes a chart. The distance is the
 Fréchet distance of pixels to config.data.split. The first row is the average of config.train.ema_decay.
 """
 
@@ -36,7 +36,7 @@ def table(rows: list[Row], decay: float) -> list[str]:
 
 
 def write_chart(rows: list[Row], decay: float, out: str) -> None:
-    """Writes the distance over the length as .svg or .png, with standard errors, and a line for the ordinary average."""
+    """Writes the distance over the length as .svg or .png, with standard errors and the ordinary average as a line."""
     (_, ordinary, _), *others = rows
     length, distance, error = np.array(others, np.float64).T
     level = np.array([length[[0, -1]], [ordinary, ordinary]])
