@@ -67,9 +67,10 @@ def write(folder: epath.Path, step: int, trees: tuple) -> None:
     Raises:
       UserError: the file cannot be written.
     """
-    file, arrays = _file(folder, step), _flat(trees)
+    file = _file(folder, step)
     if file.exists():
         return
+    arrays = _flat(trees)
     about = np.array(json.dumps({"run": history.read(folder)["run"], "step": step}))
     try:
         with files.replacing(file) as opened:
