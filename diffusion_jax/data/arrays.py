@@ -131,9 +131,10 @@ def _check(file, shape, dtype, row, bounds, channels, size):
     if axes == 2 and len(shape) == 4 and shape[1] in (1, 3, 4) and shape[3] > 4:
         raise UserError(f"{name}, which looks like [N, C, H, W]: give array.transpose(0, 2, 3, 1)")
     if dtype != np.uint8 and bounds is None:
-        seen = [row(i) for i in range(min(_SEEN, shape[0]))]
-        low, high = min(map(np.min, seen)), max(map(np.max, seen))
-        raise UserError(f"{name} from {low:g} to {high:g}: give the numbers that become -1 and 1, config.data.range")
+        raise UserError(
+            f"{name}{_extent(row, shape[0])}: give the numbers that become -1 and 1, e.g. "
+            "--config.data.range='(0, 4095)'"
+        )
     own_size, own = shape[1 : 1 + axes], shape[-1] if len(shape) == 2 + axes else 1
     if size not in (None, own_size):
         raise UserError(
@@ -144,11 +145,20 @@ def _check(file, shape, dtype, row, bounds, channels, size):
         raise UserError(f"{name}, {own} channels, but config.data.channels={channels}: give {own}")
 
 
+def _extent(row, num):
+    """Returns " from LOW to HIGH", the finite values of the first images, or "" if there are none."""
+    seen = [image[np.isfinite(image)] for image in map(row, range(min(_SEEN, num)))]
+    seen = [values for values in seen if values.size]
+    return f" from {min(map(np.min, seen)):g} to {max(map(np.max, seen)):g}" if seen else ""
+
+
 def _mapped(image, low, high):
     """Maps low..high to float32 in −1..1; raises ValueError for values outside."""
     image = image.astype(np.float64)
+    if num := np.isnan(image).sum():
+        raise ValueError(f"{num:,} of {image.size:,} values are NaN, which config.data.range cannot map")
     least, most, tolerance = image.min(), image.max(), 1e-6 * (high - low)
-    if not (low - tolerance <= least and most <= high + tolerance):  # also refuses NaN
+    if not (low - tolerance <= least and most <= high + tolerance):
         raise ValueError(
             f"values from {least:g} to {most:g} are outside config.data.range=({low:g}, {high:g}), which may be wider"
         )

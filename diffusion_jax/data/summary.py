@@ -19,8 +19,8 @@ class Summary(NamedTuple):
     """Numbers of a set of images."""
 
     num: int  # images
-    lowest: int  # value of a pixel in any channel, 0..255
-    highest: int
+    lowest: tuple[int, ...]  # value of each channel, 0..255
+    highest: tuple[int, ...]
     means: tuple[float, ...]  # of each channel, 0..255
     nearly_constant: int  # images whose channels each vary by at most NEARLY_CONSTANT levels
     copies: int  # images with the same pixels as an earlier one
@@ -32,8 +32,8 @@ class _Block(NamedTuple):
     """Numbers of a block of images, from which those of all blocks follow exactly."""
 
     num_pixels: int
-    lowest: int
-    highest: int
+    lowest: np.ndarray  # uint8 [C]
+    highest: np.ndarray
     sums: np.ndarray  # uint64 [C]
     nearly_constant: int
     hashes: np.ndarray  # int64 [n]
@@ -54,8 +54,8 @@ def summarize(batches: Iterable[dict[str, np.ndarray]]) -> Summary:
     means = sum(block.sums for block in blocks) / sum(block.num_pixels for block in blocks)
     return Summary(
         num=len(hashes),
-        lowest=min(block.lowest for block in blocks),
-        highest=max(block.highest for block in blocks),
+        lowest=tuple(np.min([block.lowest for block in blocks], axis=0).tolist()),
+        highest=tuple(np.max([block.highest for block in blocks], axis=0).tolist()),
         means=tuple(means.tolist()),
         nearly_constant=sum(block.nearly_constant for block in blocks),
         copies=len(hashes) - len(np.unique(hashes)),
@@ -71,8 +71,8 @@ def _block(x):
     sums = x.sum(0, dtype=np.uint64).sum((0, 1))
     return _Block(
         num_pixels=x[..., 0].size,
-        lowest=int(low.min()),
-        highest=int(high.max()),
+        lowest=low.min(0),
+        highest=high.max(0),
         sums=sums,
         nearly_constant=int(((high - low).max(-1) <= NEARLY_CONSTANT).sum()),
         hashes=np.array([hash(image.tobytes()) for image in x]),  # SipHash: 64 bits, and the fastest at hand
@@ -90,23 +90,43 @@ def class_counts(labels: np.ndarray, classes: Sequence[str]) -> dict[str, int]:
     return dict(zip(classes, np.bincount(labels, minlength=len(classes)).tolist(), strict=True))
 
 
-def warnings(summary: Summary, counts: Mapping[str, int]) -> list[str]:
+def warnings(
+    summary: Summary, counts: Mapping[str, int], *, has_alpha: bool = False, has_range: bool = False
+) -> list[str]:
     """Returns a line for each thing that looks like a mistake: what was found, and what to do.
 
     Args:
       counts: the number of images of each class, see `class_counts`; {} if the images are a part of the data set.
+      has_alpha: True if the last of four channels is alpha.
+      has_range: True if config.data.range made the levels.
     """
-    return [*_about_values(summary), *_about_images(summary), *_about_classes(counts)]
+    values, images = _about_values(summary, has_alpha, has_range), _about_images(summary)
+    return [*values, *images, *_about_classes(counts)]
 
 
-def _about_values(summary):
-    low, high = summary.lowest, summary.highest
-    if high <= UNSCALED:
+def _about_values(summary, has_alpha, has_range):
+    low, high = min(summary.lowest), max(summary.highest)
+    if has_range and high - low < NARROW:
+        yield f"all values are in {low}..{high} of 256 levels: narrow config.data.range"
+    elif high <= UNSCALED:
         yield f"no value is above {high}, of 255: if the values were in [0, 1], multiply them by 255 in the files"
     elif high - low < NARROW:
         yield f"all values are in {low}..{high}, of 0..255: stretch them in the files"
     if summary.is_grey:
         yield "the three channels are equal in every pixel: set --config.data.channels=1"
+    elif low < high:
+        yield from _about_channels(summary, has_alpha, has_range)
+
+
+def _about_channels(summary, has_alpha, has_range):
+    span = max(summary.highest) - min(summary.lowest)
+    for i, (low, high) in enumerate(zip(summary.lowest, summary.highest, strict=True)):
+        if has_alpha and i == 3 and low == high == 255:
+            yield "alpha is 255 in every pixel: set --config.data.channels=3"
+        elif low == high:
+            yield f"channel {i}, counted from 0, is {low} in every pixel: leave it out of the files"
+        elif has_range and high - low < NARROW <= span:  # else `_about_values` has said so
+            yield f"channel {i}, counted from 0, is in {low}..{high} of 256 levels: scale it in the file"
 
 
 def _about_images(summary):
@@ -115,7 +135,7 @@ def _about_images(summary):
         yield f"all {num:,} images are identical: check the files"
     elif copies >= COPIES_SHARE * num:
         yield f"{copies:,} of {num:,} images ({copies / num:.1%}) are exact copies of others: remove the copies"
-    varies = summary.highest - summary.lowest > NEARLY_CONSTANT  # else `_about_values` has said so
+    varies = max(summary.highest) - min(summary.lowest) > NEARLY_CONSTANT  # else `_about_values` has said so
     if varies and constant >= CONSTANT_SHARE * num:
         yield (
             f"{constant:,} of {num:,} images have nearly one colour only (each channel varies by at most "

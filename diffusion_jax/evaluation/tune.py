@@ -64,7 +64,10 @@ def tune(workdir: epath.PathLike, *, num: int = 1024, seed: int = 0, step: int |
         raise UserError("--mode=tune takes one process: leave out --num_processes")
     config = read_config(workdir)
     if config.data.range:
-        raise UserError(f"--mode=tune compares images of 256 levels, not config.data.range={tuple(config.data.range)}")
+        raise UserError(
+            f"--mode=tune compares images of 256 levels, but config.data.range={tuple(config.data.range)} makes them "
+            "float32: choose a sampler by eye, or train on uint8"
+        )
     if (size := math.prod(parts.image_shape(config))) > quality.MAX_FEATURES:
         raise UserError(
             f"--mode=tune compares pixels, and these images have {size:,} values, more than {quality.MAX_FEATURES:,}: "

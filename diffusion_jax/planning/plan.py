@@ -239,7 +239,8 @@ def lower_train_step(config: ConfigDict, devices: Sequence[jax.Device], batch_pe
     step, num_images, in_spec = run.train_step, num, _SPLIT
     if config.data.on_device:
         step, num_images, in_spec = resident(step, 1, config.seed, num), len(parts.source(config)), _REPLICATED
-    batch = {"image": jax.ShapeDtypeStruct((num_images, *run.image_shape), jnp.uint8)}
+    dtype = jnp.float32 if config.data.range else jnp.uint8  # see `arrays`
+    batch = {"image": jax.ShapeDtypeStruct((num_images, *run.image_shape), dtype)}
     batch |= {"label": jax.ShapeDtypeStruct((num_images,), jnp.int32)} if run.num_classes else {}
     args = (run.abstract_state(), batch, jax.ShapeDtypeStruct((num,), jnp.int32))
     in_specs = (_REPLICATED, in_spec, _SPLIT)

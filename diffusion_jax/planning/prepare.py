@@ -48,7 +48,9 @@ def prepare(config: ConfigDict, out: str = "prepared.png") -> None:
     print(_text(found, counts, count))
     if images.dtype != np.uint8:
         print(f"  0..255 are 256 levels of config.data.range={tuple(config.data.range)}")
-    for text in summary.warnings(found, counts if found.num == count else {}):
+    has_alpha, has_range = not images.array_dtype and shape[-1] == 4, bool(config.data.range)
+    complete = counts if found.num == count else {}
+    for text in summary.warnings(found, complete, has_alpha=has_alpha, has_range=has_range):
         print(f"warning: {text}")
     chosen = indices[summary.spread(found.num, found.labels, PICTURES)]
     x = pixels.to_uint8(images.examples(chosen)["image"])
@@ -92,10 +94,9 @@ def _batches(images: Cached | OnTheFly, indices: np.ndarray) -> Iterator[dict[st
 def _text(found: summary.Summary, counts: dict[str, int], count: int) -> str:
     """Returns lines with the values and the classes, and over how many of the `count` images they are."""
     over = f"all {count:,} images" if found.num == count else f"{found.num:,} of the images, drawn at random"
-    means = ", ".join(f"{mean:.1f}" for mean in found.means)
-    return (
-        f"over {over}:\n  values: {found.lowest}..{found.highest}, mean of each channel {means}\n  {_classes(counts)}"
-    )
+    channels = zip(found.lowest, found.highest, found.means, strict=True)
+    values = ", ".join(f"{low}..{high} (mean {mean:.1f})" for low, high, mean in channels)
+    return f"over {over}:\n  values of each channel: {values}\n  {_classes(counts)}"
 
 
 def _classes(counts):

@@ -63,9 +63,17 @@ def test_values_outside_of_the_range_are_unreadable_images(tmp_path):
     values[1, 2, 2], values[2, 0, 0] = 1.5, np.nan
     source = arrays(saved(tmp_path, values), (-1, 1))
     assert source[0].shape == (4, 4, 1)
-    for i in (1, 2):
-        with pytest.raises(ValueError, match=r"values from \S+ to \S+ are outside config\.data\.range=\(-1, 1\)"):
-            source[i]
+    with pytest.raises(ValueError, match=r"values from 0 to 1\.5 are outside config\.data\.range=\(-1, 1\)"):
+        source[1]
+    with pytest.raises(ValueError, match=r"^1 of 16 values are NaN, which config\.data\.range cannot map$"):
+        source[2]
+
+
+def test_the_extent_of_an_array_without_a_range_is_that_of_its_finite_values(tmp_path):
+    values = np.linspace(-2, 5, 48, dtype=np.float32).reshape(3, 4, 4)
+    values[0], values[1, 0, 0] = np.nan, np.inf
+    with pytest.raises(UserError, match=r"float32 \[3, 4, 4\] from 0\.53\d+ to 5: give the numbers .*range='\(0, 4095\)'"):
+        arrays(saved(tmp_path, values))
 
 
 def test_labels_are_classes(tmp_path):
@@ -117,7 +125,7 @@ BAD = {
     "one image": (np.ones((8, 8), np.uint8), None, r"holds uint8 \[8, 8\], not images"),
     "images without a width": (np.ones((3, 4, 0, 1), np.uint8), None, r"holds uint8 \[3, 4, 0, 1\], not images"),
     "integers without a range": (np.full((2, 4, 4), 999, np.uint16), None, r"uint16 .* from 999 to 999: give the"),
-    "nothing but NaN": (np.full((2, 4, 4), np.nan), None, r"float64 \[2, 4, 4\] from nan to nan: give the"),
+    "nothing but NaN": (np.full((2, 4, 4), np.nan), None, r"float64 \[2, 4, 4\]: give the"),
     "objects": (np.array([[[None]]]), None, r"holds Python objects\): write it again"),
 }
 

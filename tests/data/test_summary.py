@@ -20,7 +20,7 @@ def warned(images, counts=()):
 def test_numbers_of_the_images():
     dark = COLOUR // 4 + np.uint8([10, 20, 30])
     found = summarized(np.concatenate([dark, dark[:3]]))
-    assert (found.num, found.lowest, found.highest, found.copies) == (203, 10, 93, 3)
+    assert (found.num, found.lowest, found.highest, found.copies) == (203, (10, 20, 30), (73, 83, 93), 3)
     np.testing.assert_allclose(found.means, np.concatenate([dark, dark[:3]]).mean((0, 1, 2)))
     assert not found.nearly_constant and not found.is_grey and found.labels is None
 
@@ -84,6 +84,24 @@ FAULTS = {
 def test_each_fault_is_warned_of(name):
     images, expected = FAULTS[name]
     assert warned(images) == expected
+
+
+def test_channels_of_one_value_are_named_and_those_that_a_range_leaves_narrow():
+    pixels = np.concatenate([COLOUR, np.full_like(COLOUR[..., :1], 255)], axis=-1)
+    found = summarized(pixels)
+    (text,) = summary.warnings(found, {})
+    assert text == "channel 3, counted from 0, is 255 in every pixel: leave it out of the files"
+    assert summary.warnings(found, {}, has_alpha=True) == ["alpha is 255 in every pixel: set --config.data.channels=3"]
+    pixels[0, 0, 0, 3] = 254
+    assert warned(pixels) == [] == summary.warnings(summarized(pixels), {}, has_alpha=True)
+    (text,) = summary.warnings(summarized(pixels), {}, has_range=True)
+    assert text == "channel 3, counted from 0, is in 254..255 of 256 levels: scale it in the file"
+
+
+def test_narrow_levels_of_a_range_are_mended_by_the_range():
+    for images in (COLOUR // 9 + 100, COLOUR // 32):
+        (text,) = summary.warnings(summarized(images), {}, has_range=True)
+        assert text == f"all values are in {images.min()}..{images.max()} of 256 levels: narrow config.data.range"
 
 
 def test_classes_with_one_image_or_none_are_named():

@@ -267,6 +267,19 @@ def test_planned_programs_of_a_run_with_classes():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("size, bounds, dtype", [((16,), (-1.0, 1.0), "float32"), ((4, 4, 4), (), "uint8")])
+def test_planned_programs_of_signals_and_volumes(size, bounds, dtype):
+    """A run on floats has them in the device's memory."""
+    config, device = tiny_config(data__image_size=size, data__range=bounds, data__channels=2), jax.devices()[:1]
+    lowered = plan.lower_train_step(config, device, 2)
+    image = lowered.in_avals[0][1]["image"]
+    assert (image.shape, image.dtype) == ((2, *size, 2), dtype)
+    assert plan.lower_chain(config, device, 2).out_info.shape == (2, *size, 2)
+    needs = plan._measure("cpu", lowered, None, 1, 1, 1)
+    assert needs["per_chip"]["flops"] > 0 and needs["memory"]["arguments"] > image.size * image.dtype.itemsize
+
+
+@pytest.mark.slow
 def test_planned_chain_with_classes_equals_that_of_sampling():
     config = tiny_config(model__num_classes=10, sampling__guidance=2.0)
     shapes, rng = parts.abstract_state(config).params, np.random.default_rng(0)

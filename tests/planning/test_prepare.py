@@ -43,7 +43,7 @@ def test_the_digits_are_described(printed, tmp_path):
     assert cache == f"cache: {place}; unreadable images skipped: 0"
     assert rest == [
         "over all 1,797 images:",
-        "  values: 0..255, mean of each channel 77.9",
+        "  values of each channel: 0..255 (mean 77.9)",
         "  10 classes: 0 (178), 1 (182), 2 (177), 3 (183), 4 (181), 5 (182), 6 (181), 7 (179), 8 (174), 9 (180)",
         f"16 of the images: {tmp_path / 'x.png'}",
     ]
@@ -67,14 +67,25 @@ def test_own_images_in_colour_with_warnings_and_a_damaged_one(printed, folder, t
     (folder / "cat" / "cut.png").write_bytes((folder / "cat" / "000.png").read_bytes()[:60])
     lines = printed(data__path=str(folder), data__channels=3, data__skip_corrupt=True)
     assert any(line.endswith("unreadable images skipped: 1") for line in lines)
-    means = ", ".join(f"{mean:.1f}" for mean in PICTURES.mean((0, 1, 2)))
+    values = ", ".join(f"0..255 (mean {mean:.1f})" for mean in PICTURES.mean((0, 1, 2)))
     assert lines[-5:] == [
         "over all 120 images:",
-        f"  values: 0..255, mean of each channel {means}",
+        f"  values of each channel: {values}",
         "  3 classes: cat (70), dog (49), owl (1)",
         "warning: classes with one image or none: 1 (owl): add images, or remove or merge these classes",
         f"16 of the images: {tmp_path / 'x.png'}",
     ]
+
+
+def test_alpha_that_is_opaque_everywhere_is_named_and_the_channel_of_an_array_is_not_alpha(printed, folder, tmp_path):
+    settings = {"data__channels": 4, "data__path": str(folder)}
+    assert "warning: alpha is 255 in every pixel: set --config.data.channels=3" in printed(**settings)
+    array = np.concatenate([PICTURES, np.full_like(PICTURES[..., :1], 255)], axis=-1)
+    np.save(tmp_path / "array.npy", array)
+    lines = printed(data__path=str(tmp_path / "array.npy"), data__channels=4)
+    assert "warning: channel 3, counted from 0, is 255 in every pixel: leave it out of the files" in lines
+    lines = printed(data__path=str(tmp_path / "array.npy"), data__channels=4, data__range=(0.0, 10_000.0))
+    assert "warning: all values are in 0..7 of 256 levels: narrow config.data.range" in lines
 
 
 def test_images_without_classes(printed, folder):
