@@ -210,7 +210,7 @@ def _draw_grid(config, sampler, state, folder) -> epath.Path:
     if not hosts.on_main(lambda: grids.is_readable(path)):
         x = pixels.to_uint8(sampler(jax.device_get(state.ema_params), jax.random.key(config.seed)))
         if jax.process_index() == 0:
-            grids.save_png(path, grids.by_class(x, config.data.classes, has_alpha=not config.data.dtype))
+            grids.save_png(path, grids.by_class(x, config.data.classes, has_alpha=configs.has_alpha(config)))
     return path
 
 

@@ -142,7 +142,8 @@ def _check(file, shape, dtype, row, bounds, channels, size):
             "array, because signals and volumes are not resized"
         )
     if channels not in (None, own) and not ({own, channels} <= {1, 3} and bounds is None and axes == 2):
-        raise UserError(f"{name}, {own} channels, but config.data.channels={channels}: give {own}")
+        volumes = ", or (D, H, W) as config.data.image_size for volumes" if axes == 2 and own > 4 else ""
+        raise UserError(f"{name}, {own} channels, but config.data.channels={channels}: give {own}{volumes}")
 
 
 def _extent(row, num):

@@ -18,7 +18,7 @@ from diffusion_jax.data import pixels
 from diffusion_jax.errors import UserError
 from diffusion_jax.pictures import grids
 from diffusion_jax.running import checkpoint, files, hosts, measured, watch
-from diffusion_jax.running.config import check_integer, check_seed, choose, with_sampling
+from diffusion_jax.running.config import check_integer, check_seed, choose, has_alpha, with_sampling
 from diffusion_jax.running.workdir import absolute, read_config
 from diffusion_jax.sample import ema_params
 
@@ -81,8 +81,7 @@ def write_samples(
             _write_shards(path, num, make, bar, about)
         elif out.endswith(".png"):
             samples = make(0, num)
-            has_alpha = not config.data.dtype
-            picture = grids.by_class(samples, config.data.classes, _labels(chosen, 0, num), has_alpha)
+            picture = grids.by_class(samples, config.data.classes, _labels(chosen, 0, num), has_alpha(config))
             hosts.on_main(lambda: grids.save_png(path, picture))
         else:
             _save_npz(path, make(0, num), 0, about)

@@ -14,7 +14,7 @@ from diffusion_jax.data import pipeline, pixels
 from diffusion_jax.data.cache import Cached, OnTheFly
 from diffusion_jax.errors import UserError
 from diffusion_jax.pictures import edits, figures, grids
-from diffusion_jax.running.config import check_integer, check_seed, choose, has_images, with_sampling
+from diffusion_jax.running.config import check_integer, check_seed, choose, has_alpha, has_images, with_sampling
 from diffusion_jax.running.watch import waiting
 from diffusion_jax.running.workdir import absolute, read_config
 
@@ -88,7 +88,7 @@ class _Run:
         chosen = choose(self._config, labels)
         self._labels = jnp.array(chosen) if labels else None
         self._parts = parts.build(self._config)
-        self.has_alpha = not self._config.data.dtype  # of pictures with four channels
+        self.has_alpha = has_alpha(self._config)
         self.step, self._params = sample.ema_params(self._parts, workdir, step, ema)
         self.s, self.shape = self._parts.schedule, self._parts.image_shape
         self._seed, self._key = seed, jax.random.key(seed)

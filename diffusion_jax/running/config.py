@@ -129,6 +129,11 @@ def with_dtype(config: ConfigDict, dtype: str) -> ConfigDict:
     return config
 
 
+def has_alpha(config: ConfigDict) -> bool:
+    """Returns True for pictures: the last of four channels is alpha. Arrays have a data.dtype and no alpha."""
+    return not config.data.dtype
+
+
 def _named(value):
     """Returns the name of a function, and any other value unchanged."""
     return _PYTHON + value.__name__ if callable(value) else value
@@ -352,7 +357,7 @@ def warnings(config: ConfigDict, alpha_bar: float) -> list[str]:
             f"the learning rate only reaches {train.num_steps / train.warmup_steps:.1%} of config.train.learning_rate="
             f"{train.learning_rate}; lower warmup_steps"
         )
-    if config.data.channels not in (1, 3) and config.data.dtype and len(image_size(config)) > 1:
+    if config.data.channels not in (1, 3) and not has_alpha(config) and len(image_size(config)) > 1:
         shown = f"config.data.channels={config.data.channels}"
         texts.append(f"grids of images have a grey row for each of {shown} channels, and for 8 at most")
     return texts

@@ -72,7 +72,9 @@ def test_values_outside_of_the_range_are_unreadable_images(tmp_path):
 def test_the_extent_of_an_array_without_a_range_is_that_of_its_finite_values(tmp_path):
     values = np.linspace(-2, 5, 48, dtype=np.float32).reshape(3, 4, 4)
     values[0], values[1, 0, 0] = np.nan, np.inf
-    with pytest.raises(UserError, match=r"float32 \[3, 4, 4\] from 0\.53\d+ to 5: give the numbers .*range='\(0, 4095\)'"):
+    with pytest.raises(
+        UserError, match=r"float32 \[3, 4, 4\] from 0\.53\d+ to 5: give the numbers .*range='\(0, 4095\)'"
+    ):
         arrays(saved(tmp_path, values))
 
 
