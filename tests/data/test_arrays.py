@@ -213,6 +213,12 @@ def test_channels_agree(tmp_path, own, channels, bounds, fits):
             parts.images(config)
 
 
+def test_many_channels_may_be_a_volume(tmp_path):
+    config = config_of(saved(tmp_path, np.zeros((4, 10, 6, 8), np.uint8)), data__channels=1)
+    with pytest.raises(UserError, match=r"channels=1: give 8, or \(D, H, W\) as config\.data\.image_size for volumes$"):
+        parts.images(config)
+
+
 @pytest.mark.parametrize("limit", [64.0, 0.0])
 @pytest.mark.parametrize("kind", ["uint8", ">u2", "int8", "float16", "float64"])
 def test_the_type_of_the_numbers_is_kept(tmp_path, limit, kind):
