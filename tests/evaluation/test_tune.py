@@ -49,7 +49,9 @@ def test_rows_of_other_samples_are_not_continued(tmp_path):
 
 def test_data_that_cannot_be_compared_are_refused(tmp_path):
     write_random_run(tmp_path / "float", data__range=(0, 1))
-    with pytest.raises(UserError, match=r"--mode=tune compares images of 256 levels, not config\.data\.range=\(0, 1\)"):
+    with pytest.raises(
+        UserError, match=r"--mode=tune compares images of 256 levels, but config\.data\.range=\(0, 1\) makes"
+    ):
         tune.tune(tmp_path / "float")
     write_random_run(tmp_path / "large", data__image_size=128)
     with pytest.raises(UserError, match=r"have 16,384 values, more than 4,096: compare by --mode=evaluate"):
