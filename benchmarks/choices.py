@@ -21,11 +21,14 @@ import numpy as np
 from absl import app, flags, logging
 
 import diffusion_jax
+from diffusion_jax import parts, sampling, schedule
 from diffusion_jax.configs import own
 from diffusion_jax.data import pixels
 from diffusion_jax.evaluation import metrics, quality
 from diffusion_jax.evaluation.evaluate import evaluate
 from diffusion_jax.pictures.shows import read_images
+from diffusion_jax.running import config as configs
+from diffusion_jax.running import measured
 from diffusion_jax.running import workdir as workdirs
 from diffusion_jax.running.tables import markdown_table
 
@@ -40,7 +43,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "learned": {"model.learned_sigma": True, "train.loss": "hybrid", "sampling.sigma": "learned"},
 }
 SIGMAS = ("beta", "posterior", "analytic")
-GRIDS = ("uniform", "quadratic", "log_snr", "bound")
+GRIDS = {
+    "uniform": sampling.grid_uniform,
+    "quadratic": sampling.grid_quadratic,
+    "log_snr": sampling.grid_log_snr,
+    "bound": None,
+}
 GRID_STEPS = (5, 10, 20, 50)
 
 
@@ -75,6 +83,17 @@ def distance(workdir: pathlib.Path, real: np.ndarray, num: int, **settings: Any)
     return metrics.frechet_of_features(quality.pixels(pixels.to_uint8(np.concatenate(calls)[:num])), real)
 
 
+def bits_of_grid(workdir: pathlib.Path, grid: str, steps: int) -> float:
+    """Returns what `sampling.grid_by_bound` minimises for a grid, in bits/dim, without the prior's share."""
+    config = configs.with_sampling(workdirs.read_config(workdir), sampler="ddim", steps=steps, grid="bound")
+    s, found = parts.schedule(config), measured.read(workdir, config)
+    ts = GRIDS[grid](s, steps) if GRIDS[grid] else sampling.grid_by_bound(s, found.squared_error, steps)
+    snr, (*inner, last) = np.asarray(schedule.snr(s), np.float64), ts[:-1]
+    transitions = 0.5 * np.diff(snr[ts[:-1]]) * found.squared_error[inner]
+    decoder = max(0.5 * np.log(2 * np.pi * np.e * found.squared_error[last]) + np.log(127.5), 0)
+    return (transitions.sum() + decoder) / np.log(2)
+
+
 def measurements(kind: str):
     """Yields (name, function of (workdir, real)) of what is measured of a run."""
     for sigma in SIGMAS + ("learned",) * (kind == "learned"):
@@ -85,8 +104,9 @@ def measurements(kind: str):
             f"Fréchet, all steps, {sigma}",
             lambda workdir, real, of=all_steps: distance(workdir, real, SAMPLES.value // 2, **of),
         )
-    grids = GRIDS if kind == "simple" else ("log_snr",)
+    grids = tuple(GRIDS) if kind == "simple" else ("log_snr",)
     for grid, steps in itertools.product(grids, GRID_STEPS):
+        yield f"bits/dim, {grid}, {steps}", lambda workdir, real, of=(grid, steps): bits_of_grid(workdir, *of)
         few = {"sampler": "ddim", "eta": 1.0, "steps": steps, "grid": grid, "sigma": "posterior"}
         yield f"Fréchet, {grid}, {steps}", lambda workdir, real, of=few: distance(workdir, real, SAMPLES.value, **of)
 
