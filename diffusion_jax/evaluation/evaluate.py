@@ -74,11 +74,7 @@ def evaluate(
     snapshots.check(ema)
     num = bound.QUICK if quick and num is None else num
     config = configs.with_sampling(read_config(workdir), sigma=sigma)
-    if config.data.range:
-        raise UserError(
-            f"--mode=evaluate measures images of 256 levels, but config.data.range={tuple(config.data.range)} makes "
-            "them float32, which no bits/dim counts: compare samples in Python, or train on uint8"
-        )
+    _check_levels(config)
     run = parts.build(config, measured.read(workdir, config, step, ema))
     densities = _densities(config, labels)
     generated, extractor, saved = _read_samples(config, run.image_shape, samples, inception_path, reference)
@@ -90,10 +86,8 @@ def evaluate(
         quality.check_sizes(extractor.num_features, len(generated), len(next(iter(datasets.values()))))
     folder = evaluation_folder(workdir, step, ema)
     sigma_name, deviations = _deviations(config, run)
-    protocol = _protocol(run, sigma_name, seed, densities, quick)
-    protocol |= {} if ema is None else {"parameters": f"post-hoc EMA (relative length {float(ema)})"}
-    result = {"step": step, "seed": seed, "protocol": protocol, "splits": {}}
-    result |= _earlier_samples(folder)
+    protocol = _protocol(run, sigma_name, seed, densities, quick, ema)
+    result = {"step": step, "seed": seed, "protocol": protocol, "splits": {}} | _earlier_samples(folder)
     for split, dataset in datasets.items():
         chosen = np.sort(np.random.default_rng(seed).permutation(len(dataset))[:num])
         for density in densities:
@@ -114,9 +108,17 @@ def evaluate(
         show(workdir, "progressive", seed, str(folder / "progressive.png"), step=step, ema=ema)
     if jax.process_index() == 0:
         report(workdir)
-        sizes = {path.name: path.stat().length for path in sorted(folder.iterdir()) if not path.is_dir()}
-        print(f"{folder} holds {', '.join(f'{name} ({_megabytes(size)})' for name, size in sizes.items())}")
+        there = sorted(path for path in folder.iterdir() if path.is_file())
+        print(f"{folder} holds {', '.join(f'{path.name} ({_megabytes(path.stat().length)})' for path in there)}")
     return result
+
+
+def _check_levels(config):
+    if config.data.range:
+        raise UserError(
+            f"--mode=evaluate measures images of 256 levels, but config.data.range={tuple(config.data.range)} makes "
+            "them float32, which no bits/dim counts: compare samples in Python, or train on uint8"
+        )
 
 
 def _check_arguments(seed, num, splits):
@@ -202,12 +204,12 @@ def _deviations(config, run):
     return config.sampling.sigma, run.sigma
 
 
-def _protocol(run, sigma_name, seed, densities, quick):
+def _protocol(run, sigma_name, seed, densities, quick, ema):
     bits = "bits/dim by the variational bound, one draw of noise for each image and step, over"
     return {
         "bound": f"{bits} {f'one step in each of up to {bound.TERMS} strata' if quick else 'all steps'}",
         "densities": list(densities),
-        "parameters": "EMA",
+        "parameters": "EMA" if ema is None else f"post-hoc EMA (relative length {float(ema)})",
         "sigma": sigma_name,
         "clip": None if run.clip is None else list(run.clip),
         "decoder": "exact",
