@@ -21,7 +21,7 @@ import numpy as np
 from absl import app, flags, logging
 
 import diffusion_jax
-from diffusion_jax import parts, sampling, schedule
+from diffusion_jax import parts, sampling
 from diffusion_jax.configs import own
 from diffusion_jax.data import pixels
 from diffusion_jax.evaluation import metrics, quality
@@ -88,10 +88,7 @@ def bits_of_grid(workdir: pathlib.Path, grid: str, steps: int) -> float:
     config = configs.with_sampling(workdirs.read_config(workdir), sampler="ddim", steps=steps, grid="bound")
     s, found = parts.schedule(config), measured.read(workdir, config)
     ts = GRIDS[grid](s, steps) if GRIDS[grid] else sampling.grid_by_bound(s, found.squared_error, steps)
-    snr, (*inner, last) = np.asarray(schedule.snr(s), np.float64), ts[:-1]
-    transitions = 0.5 * np.diff(snr[ts[:-1]]) * found.squared_error[inner]
-    decoder = max(0.5 * np.log(2 * np.pi * np.e * found.squared_error[last]) + np.log(127.5), 0)
-    return (transitions.sum() + decoder) / np.log(2)
+    return sampling.step_costs(s, found.squared_error)[ts[:-1], ts[1:]].sum() / np.log(2)
 
 
 def measurements(kind: str):

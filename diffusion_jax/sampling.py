@@ -347,27 +347,12 @@ def grid_log_snr(s: Schedule, n: int) -> np.ndarray:
 
 
 def grid_by_bound(s: Schedule, squared_error: ArrayLike, n: int) -> np.ndarray:
-    """Returns the n steps whose bound on the likelihood is best, Watson et al. (2021), by dynamic programming.
+    """Returns the n steps of the best bound, int [n + 1] from T to 0: Watson et al. (2021), by dynamic programming.
 
-    A step from t to u costs ½ (SNR_u − SNR_t) e_t nats, the KL of `likelihood.step_kl` with the posterior's deviation.
-    The step to 0 costs what a Gaussian of the best deviation needs for x_0 to half a grey level.
-
-    Args:
-      squared_error: [T + 1] e_t = E‖x_0 − x̂_0(x_t)‖² > 0, a mean over entries; entry 0 is not used.
-
-    Returns:
-      int [n + 1] from T to 0.
+    `squared_error` [T + 1] and the bound are those of `step_costs`.
     """
-    n, error = checked("n", n, 1, s.num_steps), np.asarray(squared_error, np.float64)
-    if error.shape != s.beta.shape or not (error[1:] > 0).all():
-        raise ValueError(f"squared_error has shape {error.shape}: it must be [T + 1], {s.beta.shape}, of numbers > 0")
-    ratio = np.asarray(snr(s), np.float64)[1:]
-    cost = np.full((s.num_steps + 1, s.num_steps + 1), np.inf)  # [t, u]
-    t, u = np.tril_indices(s.num_steps, -1)
-    cost[t + 1, u + 1] = 0.5 * (ratio[u] - ratio[t]) * error[t + 1]
-    cost[1:, 0] = np.maximum(0.5 * np.log(2 * np.pi * np.e * error[1:]) + np.log(127.5), 0)
-    total, before = np.full(s.num_steps + 1, np.inf), []
-    total[-1] = 0
+    n, cost = checked("n", n, 1, s.num_steps), step_costs(s, squared_error)
+    total, before = np.append(np.full(s.num_steps, np.inf), 0.0), []
     for _ in range(n):
         before.append((total[:, None] + cost).argmin(axis=0))
         total = (total[:, None] + cost).min(axis=0)
@@ -375,6 +360,26 @@ def grid_by_bound(s: Schedule, squared_error: ArrayLike, n: int) -> np.ndarray:
     for best in reversed(before):
         ts.append(int(best[ts[-1]]))
     return np.array(ts[::-1], np.int32)
+
+
+def step_costs(s: Schedule, squared_error: ArrayLike) -> np.ndarray:
+    """Returns the nats that a step from t to u costs in the bound, float64 [t, u]; inf where there is none.
+
+    A step from t to u costs ½ (SNR_u − SNR_t) e_t nats, the KL of `likelihood.step_kl` with the posterior's deviation.
+    The step to 0 costs what a Gaussian of the best deviation needs for x_0 to half a grey level.
+
+    Args:
+      squared_error: [T + 1] e_t = E‖x_0 − x̂_0(x_t)‖² > 0, a mean over entries; entry 0 is not used.
+    """
+    error = np.asarray(squared_error, np.float64)
+    if error.shape != s.beta.shape or not (error[1:] > 0).all():
+        raise ValueError(f"squared_error has shape {error.shape}: it must be [T + 1], {s.beta.shape}, of numbers > 0")
+    ratio = np.asarray(snr(s), np.float64)[1:]
+    cost = np.full((s.num_steps + 1, s.num_steps + 1), np.inf)  # [t, u]
+    t, u = np.tril_indices(s.num_steps, -1)
+    cost[t + 1, u + 1] = 0.5 * (ratio[u] - ratio[t]) * error[t + 1]
+    cost[1:, 0] = np.maximum(0.5 * np.log(2 * np.pi * np.e * error[1:]) + np.log(127.5), 0)
+    return cost
 
 
 def _distinct(s, ts):

@@ -345,7 +345,7 @@ def test_the_analytic_chain_has_every_variance_of_the_forward_process(rough, is_
 
 
 def test_the_chain_from_pure_noise_at_a_zero_terminal(rough):
-    """Where ᾱ_T = 0, the greedy chain returns the mean of Gaussian data, and the fast chains finite samples."""
+    """With ᾱ_T = 0 the greedy chain returns the mean of Gaussian data, and the fast chains return finite samples."""
     s = schedule.zero_terminal(rough)
     prediction_fn, _ = gaussian_velocity(s, 0.7)
     x = sampling.reverse_chain(prediction_fn, s, schedule.sigma_zero(s), np.ones_like(X), KEYS)

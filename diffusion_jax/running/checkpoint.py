@@ -289,11 +289,10 @@ def _damage_in_any_process():
 
 
 def _probe(folder, names):
-    """Reads every value of some fields of the state's database, one by one, and returns the names of all fields in it.
+    """Reads every value of some fields of the state's database, and returns the names of all fields in it.
 
-    A damaged file then raises one error.
-
-    Orbax reads all leaves at once, and for a damaged file tensorstore's threads print hundreds of tracebacks.
+    The values are read one by one, so that a damaged file raises one error. Orbax reads all leaves at once, and for a
+    damaged file tensorstore's threads print hundreds of tracebacks.
     """
     base = f"{folder}/" if "://" in str(folder) else {"driver": "file", "path": f"{folder}/"}
     database = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()

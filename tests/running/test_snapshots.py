@@ -216,7 +216,7 @@ def test_averages_start_with_the_run_or_not_at_all(whole, tmp_path, capsys):
 
 
 def test_a_checkpoint_whose_averages_are_lost_is_damaged(copied, monkeypatch):
-    """Those of a checkpoint without averages are None; of one that had them they are missing."""
+    """A checkpoint that was saved without averages is whole; one that has lost them is damaged."""
     with checkpoint.open_manager(copied, read_only=True) as manager:
         like, read = parts.abstract_state(workdirs.read_config(copied)), checkpoint._probe
         assert checkpoint.restore_step(manager, like, 6).averages
