@@ -22,6 +22,8 @@ from diffusion_jax.running import workdir as workdirs
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=1".strip()
 if jax.__version__.startswith("0.12"):  # with main.py's flag it keeps no compiled program for the next process
     os.environ["XLA_FLAGS"] += " --xla_cpu_experimental_ynn_fusion_type="
+if jax.__version__.startswith("0.10"):  # its older emitters compile in two thirds of the time; later ones have one kind
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -80,7 +82,8 @@ class SmallNetwork(nn.Module):
             labels = jnp.full(len(x), self.num_classes) if labels is None else labels
             embedding += nn.Embed(self.num_classes + 1, 8, name="class_embedding")(labels)
         h = unet.conv(8, self.dtype, name="conv_in")(x)
-        h = nn.silu(h + unet.dense(8, self.dtype, name="temb_dense0")(embedding)[:, None, None])
+        added = unet.dense(8, self.dtype, name="temb_dense0")(embedding)
+        h = nn.silu(h + jnp.expand_dims(added, range(1, x.ndim - 1)))
         if train and self.dropout:
             h = unet.drop(h, self.dropout, dropout_keys)
         return unet.conv(
@@ -88,17 +91,17 @@ class SmallNetwork(nn.Module):
         )(h).astype(jnp.float32)
 
 
+def small_model(config):
+    """Stands for `parts.model`."""
+    num_classes = parts.with_classes(config).model.num_classes
+    return SmallNetwork(num_classes, config.model.dropout, jnp.dtype(config.model.dtype), config.model.learned_sigma)
+
+
 @pytest.fixture(scope="module")
 def small_network():
     """Gives the tests of a module a network that compiles quickly."""
-
-    def model(config):
-        num_classes = parts.with_classes(config).model.num_classes
-        dtype = jnp.dtype(config.model.dtype)
-        return SmallNetwork(num_classes, config.model.dropout, dtype, config.model.learned_sigma)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts, "model", model)
+        patch.setattr(parts, "model", small_model)
         yield
 
 

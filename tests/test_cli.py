@@ -13,11 +13,11 @@ import bad_inputs
 import jax
 import numpy as np
 import pytest
-from conftest import write_random_run
+from conftest import small_model, write_random_run
 from PIL import Image
 
 import diffusion_jax
-from diffusion_jax import cli
+from diffusion_jax import cli, parts
 from diffusion_jax.commands import flags
 from diffusion_jax.data.pixels import to_uint8
 
@@ -51,8 +51,15 @@ def done(command):
     return run
 
 
-def start(*args, devices=1, **env):
-    """Starts main.py in a process of its own, with the compilation cache of the tests."""
+# Runs command lines one after the other until one fails, whose exit code it has.
+IN_TURN = (
+    "import json, sys; from diffusion_jax import cli; "
+    "sys.exit(next((code for line in json.loads(sys.argv[1]) if (code := cli.main(['diffusion_jax', *line]))), 0))"
+)
+
+
+def start(*arguments, devices=1, **env):
+    """Starts Python with the arguments in a process of its own, with the compilation cache of the tests."""
     env = (
         os.environ
         | {
@@ -62,13 +69,13 @@ def start(*args, devices=1, **env):
         }
         | env
     )
-    arguments = [sys.executable, str(ROOT / "main.py"), *map(str, args)]
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT)
+    command = [sys.executable, *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT)
 
 
 def process(*args, **settings):
     """Runs main.py in a process of its own and returns (exit code, stdout, stderr)."""
-    running = start(*args, **settings)
+    running = start("main.py", *map(str, args), **settings)
     out, err = running.communicate(timeout=300)
     return running.returncode, out, err
 
@@ -97,14 +104,18 @@ def test_training_by_main_py_on_1_device_takes_the_steps_of_4_devices(done, tmp_
     np.testing.assert_allclose(losses(tmp_path / "one"), losses(tmp_path / "four"), rtol=0, atol=1e-6)
 
 
-def together(*args):
-    """Runs two processes of one run with 2 devices each and returns their exit codes and errors."""
+def together(*lines):
+    """Runs the command lines on two processes with 2 devices each; returns their exit codes and errors.
+
+    The processes run them in turn and find each other by the flags of the first.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    group = [f"--coordinator={address}", "--num_processes=2"]
-    xla_flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
-    pair = [start(*args, *group, f"--process_id={i}", XLA_FLAGS=xla_flags) for i in range(2)]
+    pair = []
+    for i in range(2):
+        group = [f"--coordinator={address}", "--num_processes=2", f"--process_id={i}"]
+        pair.append(start("-c", IN_TURN, json.dumps([[*lines[0], *group], *lines[1:]]), devices=2))
     errors = [running.communicate(timeout=300)[1] for running in pair]
     return [running.returncode for running in pair], errors
 
@@ -112,13 +123,12 @@ def together(*args):
 @pytest.mark.slow
 def test_two_processes_take_the_steps_and_draw_the_samples_of_one(done, tmp_path):
     """The losses of 20 steps agree."""
-    codes, errors = together("--config=tiny", f"--workdir={tmp_path / 'run'}", "--config.train.num_steps=20")
+    run, whole = f"--workdir={tmp_path / 'run'}", f"--workdir={tmp_path / 'whole'}"
+    training, sample = ["--config=tiny", "--config.train.num_steps=20"], ["--mode=sample", run, "--num=5"]
+    codes, errors = together([*training, run], [*sample, f"--out={tmp_path / 'two.npz'}"])
     assert codes == [0, 0], errors
-    done("--config=tiny", f"--workdir={tmp_path / 'whole'}", "--config.train.num_steps=20")
+    done(*training, whole)
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "whole"), rtol=0, atol=1e-6)
-    sample = ["--mode=sample", f"--workdir={tmp_path / 'run'}", "--num=5"]
-    codes, errors = together(*sample, f"--out={tmp_path / 'two.npz'}")
-    assert codes == [0, 0], errors
     done(*sample, f"--out={tmp_path / 'one.npz'}")
     two, one = (np.load(tmp_path / name)["arr_0"].astype(int) for name in ("two.npz", "one.npz"))
     assert two.shape == one.shape and abs(two - one).max() <= 1  # rounding may reach the next grey level
@@ -126,15 +136,16 @@ def test_two_processes_take_the_steps_and_draw_the_samples_of_one(done, tmp_path
 
 @pytest.mark.slow
 def test_of_two_processes_the_first_imports_and_exports(tmp_path):
+    """Each of the two exits with an error if the run is there."""
     run = f"--workdir={tmp_path / 'run'}"
-    for args in (
+    codes, errors = together(
         ["--mode=import", "--from=tests/fixtures/diffusers", run],
         ["--mode=export", "--format=diffusers", run, f"--out={tmp_path / 'folder'}"],
         ["--mode=export", run, f"--out={tmp_path / 'old.npz'}"],
         ["--mode=export", f"--from={tmp_path / 'old.npz'}", f"--out={tmp_path / 'new.npz'}"],
-    ):
-        codes, errors = together(*args)
-        assert codes == [0, 0], errors
+        ["--mode=import", "--from=tests/fixtures/diffusers", run],
+    )
+    assert codes == [1, 1] and all("holds a run already" in error for error in errors), errors
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "folder",
         "new-card.md",
@@ -143,8 +154,6 @@ def test_of_two_processes_the_first_imports_and_exports(tmp_path):
         "old.npz",
         "run",
     ]
-    codes, errors = together("--mode=import", "--from=tests/fixtures/diffusers", run)
-    assert codes == [1, 1] and all("holds a run already" in error for error in errors)
 
 
 def test_sample_writes_a_grid_and_arrays(done, run, tmp_path):
@@ -313,12 +322,13 @@ def test_prepare_makes_the_cache_that_training_uses(done, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape, how", [((16,), "as curves"), ((4, 8, 2), "the middle slice of each")])
-def test_signals_and_volumes_from_the_array_to_samples(done, command, tmp_path, shape, how):
-    """Each mode takes them, or says in one line that it does not."""
+def test_signals_and_volumes_from_the_array_to_samples(done, command, tmp_path, monkeypatch, shape, how):
+    """Each mode takes them, or says in one line that it does not. (The UNet of these shapes: test_unet, test_plan.)"""
+    monkeypatch.setattr(parts, "model", small_model)
     np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 256, (64, *shape, 2), np.uint8))
     data = f"--config.data.path={tmp_path / 'x.npy'}", f"--config.data.cache_dir={tmp_path / 'cache'}"
     size = "--config.data.image_size=(" + "".join(f"{n}," for n in shape) + ")", "--config.data.channels=2"
-    config = ["--config=tiny", *data, *size, "--config.model.multipliers=(1,2)", "--config.train.evaluate_every=6"]
+    config = ["--config=tiny", *data, *size, "--config.train.evaluate_every=6"]
     printed = done("--mode=prepare", *config, f"--out={tmp_path / 'prepared.png'}")
     assert f"64 images, {'x'.join(map(str, shape))}x2, ready" in printed and f"16 of the images, {how}: " in printed
     assert f"samples, {how}: " in done(*config, f"--workdir={tmp_path / 'a'}")
