@@ -9,6 +9,7 @@ and add a mutant for each new formula. Exit code 1 if a mutant survives; takes a
 
 import concurrent.futures
 import contextlib
+import gc
 import multiprocessing
 import os
 import pathlib
@@ -464,6 +465,7 @@ def run(tests_in_turn, mutant) -> int | None:
 
     Has its own process.
     """
+    gc.freeze()  # pytest collects garbage five times at its end, each time through all of the imported libraries
     with tempfile.TemporaryDirectory() as copy:
         for folder in ("diffusion_jax", "configs", "tests"):
             shutil.copytree(ROOT / folder, f"{copy}/{folder}")
@@ -479,7 +481,7 @@ def run(tests_in_turn, mutant) -> int | None:
 def passes(marker, tests, mutant) -> bool:
     """Runs the tests of the copy that is the current folder."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        code = pytest.main(["-x", "-q", "-n0", "-p", "no:cacheprovider", "-m", marker, *tests])
+        code = pytest.main(["-x", "-q", "-n0", "-p", "no:cacheprovider", "-p", "no:anyio", "-m", marker, *tests])
     if code not in (0, 1, 2, 4, 5):  # 1: a test failed; 2, 4: the mutant cannot be imported; 5: none has this marker
         raise RuntimeError(f"pytest ended with {code} for {mutant}: the machine, not the mutant, stopped it")
     planted = sys.modules.get("diffusion_jax")
