@@ -82,8 +82,7 @@ class SmallNetwork(nn.Module):
             labels = jnp.full(len(x), self.num_classes) if labels is None else labels
             embedding += nn.Embed(self.num_classes + 1, 8, name="class_embedding")(labels)
         h = unet.conv(8, self.dtype, name="conv_in")(x)
-        added = unet.dense(8, self.dtype, name="temb_dense0")(embedding)
-        h = nn.silu(h + jnp.expand_dims(added, range(1, x.ndim - 1)))
+        h = nn.silu(h + unet.dense(8, self.dtype, name="temb_dense0")(embedding)[:, None, None])
         if train and self.dropout:
             h = unet.drop(h, self.dropout, dropout_keys)
         return unet.conv(

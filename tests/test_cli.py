@@ -13,11 +13,11 @@ import bad_inputs
 import jax
 import numpy as np
 import pytest
-from conftest import small_model, write_random_run
+from conftest import write_random_run
 from PIL import Image
 
 import diffusion_jax
-from diffusion_jax import cli, parts
+from diffusion_jax import cli
 from diffusion_jax.commands import flags
 from diffusion_jax.data.pixels import to_uint8
 
@@ -322,13 +322,12 @@ def test_prepare_makes_the_cache_that_training_uses(done, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape, how", [((16,), "as curves"), ((4, 8, 2), "the middle slice of each")])
-def test_signals_and_volumes_from_the_array_to_samples(done, command, tmp_path, monkeypatch, shape, how):
-    """Each mode takes them, or says in one line that it does not. (The UNet of these shapes: test_unet, test_plan.)"""
-    monkeypatch.setattr(parts, "model", small_model)
+def test_signals_and_volumes_from_the_array_to_samples(done, command, tmp_path, shape, how):
+    """Each mode takes them, or says in one line that it does not."""
     np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 256, (64, *shape, 2), np.uint8))
     data = f"--config.data.path={tmp_path / 'x.npy'}", f"--config.data.cache_dir={tmp_path / 'cache'}"
     size = "--config.data.image_size=(" + "".join(f"{n}," for n in shape) + ")", "--config.data.channels=2"
-    config = ["--config=tiny", *data, *size, "--config.train.evaluate_every=6"]
+    config = ["--config=tiny", *data, *size, "--config.model.multipliers=(1,2)", "--config.train.evaluate_every=6"]
     printed = done("--mode=prepare", *config, f"--out={tmp_path / 'prepared.png'}")
     assert f"64 images, {'x'.join(map(str, shape))}x2, ready" in printed and f"16 of the images, {how}: " in printed
     assert f"samples, {how}: " in done(*config, f"--workdir={tmp_path / 'a'}")
