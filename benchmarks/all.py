@@ -30,15 +30,15 @@ OUT = flags.DEFINE_string("out", "bench", "path of the files, without .json and 
 TORCH = flags.DEFINE_string("torch", "", "a Python with torch and diffusers")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 
-# The arguments after python -m, the most telling ones first.
+# The arguments after python -m, the most telling ones first, and last the one that takes the longest.
 COMMANDS = (
     "benchmarks.unet --config=configs/cifar10.py --batch=16",
     "benchmarks.roofline --config=configs/cifar10.py --batch=16",
     "benchmarks.sampling --config=configs/digits.py",
-    "benchmarks.levers --config=configs/digits.py",
     "benchmarks.pipeline --config=configs/digits.py",
     "benchmarks.sources --large=100",
     "benchmarks.dispatch",
+    "benchmarks.levers --config=configs/digits.py",
 )
 
 
