@@ -149,7 +149,7 @@ def make_step(
         # (The norm of the new parameters would show it too, but costs another pass over all of them.)
         grad_norm = optax.tree.norm(grads)
         is_finite = jnp.isfinite(weighted) & jnp.isfinite(grad_norm)
-        new = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), new, state._replace(step=new.step))
+        new = jax.tree.map(lambda new, old: jax.lax.select(is_finite, new, old), new, state._replace(step=new.step))
         metrics = {"loss": loss, "grad_norm": grad_norm, "param_norm": optax.tree.norm(new.params)}
         metrics |= {"learning_rate": jnp.asarray(learning_rate(state.step), jnp.float32)}
         metrics |= {} if weight is None else {"weighted_loss": weighted}

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import itertools
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -89,13 +90,14 @@ class Trace:
 
 
 def _annotated(iterator):
-    while True:
-        with jax.profiler.TraceAnnotation(INPUT):
-            try:
-                item = next(iterator)
-            except StopIteration:
-                return
-        yield item
+    for number in itertools.count():
+        with jax.profiler.StepTraceAnnotation("dispatch", step_num=number):  # from these xprof knows the steps
+            with jax.profiler.TraceAnnotation(INPUT):
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    return
+            yield item
 
 
 def summary(profile: Any) -> Summary:
