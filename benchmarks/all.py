@@ -89,8 +89,10 @@ def page(about: dict[str, Any], results: list[dict[str, Any]], left: list[str]) 
 
 
 def _cell(value):
-    if isinstance(value, list):
-        return " to ".join(map(_cell, value))
+    if isinstance(value, list):  # two are the least and the largest
+        return (" to " if len(value) == 2 else ", ").join(map(_cell, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_cell(part)}" for key, part in value.items())
     return "" if value is None else str(value)
 
 

@@ -60,6 +60,7 @@ def test_benchmarks_become_a_page():
     )
     assert "No line was printed.\n\n- 1 s, ended before it was done" in page and "- 1 s, failed; no such flag" in page
     assert page.endswith("Not run for want of time: `python -m benchmarks.z`\n")
+    assert benchmarks._cell([8, 8, {"cached": [1, 2], "fresh": None}]) == "8, 8, cached 1 to 2, fresh "
 
 
 def test_a_benchmark_keeps_its_lines_when_it_is_ended_or_fails(tmp_path, monkeypatch):
