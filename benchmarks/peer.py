@@ -22,7 +22,7 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 from benchmarks import unet
-from benchmarks.unet import BATCH, CONFIG, PLATFORM, STEPS
+from benchmarks.unet import BATCH, CALLS, CONFIG, PLATFORM, STEPS
 from diffusion_jax import parts
 from diffusion_jax.interop import diffusers
 from diffusion_jax.running import hosts
@@ -38,7 +38,8 @@ class Peer:
     def __init__(self, folder: str, config: ConfigDict) -> None:
         script = Path(__file__).with_name("peer_torch.py")
         device = "cpu" if jax.default_backend() == "cpu" else "cuda"
-        options = [str(folder), device, config.model.dtype, str(BATCH.value), str(STEPS.value), str(COMPILE.value)]
+        numbers = [str(BATCH.value), str(STEPS.value), str(CALLS.value)]
+        options = [str(folder), device, config.model.dtype, *numbers, str(COMPILE.value)]
         self._process = subprocess.Popen(
             [TORCH.value, str(script), *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -51,7 +52,7 @@ class Peer:
         return json.loads(line)
 
     def seconds(self, name: str) -> float:
-        """Runs the benchmark `name` once, and returns its seconds."""
+        """Runs the benchmark `name`, and returns the seconds per step."""
         self._process.stdin.write(f"{name}\n")
         self._process.stdin.flush()
         return self._read_line()
@@ -91,7 +92,7 @@ def main(_: list[str]) -> None:
             times = {name: [] for name in ours}
             for _ in range(PAIRS.value):
                 for name, run in ours.items():
-                    times[name].append((run.seconds(), peer.seconds(name)))
+                    times[name].append((run.seconds(CALLS.value), peer.seconds(name)))
             about = peer.about
     for name, pairs in times.items():
         our_times, their_times = np.array(pairs).T

@@ -1,7 +1,7 @@
 """The torch side of `benchmarks.peer`, which needs only torch and diffusers.
 
 The process first prints a JSON line about its versions. It then reads names of benchmarks from stdin, one a line, runs
-each, and prints its seconds.
+each, and prints the seconds per step.
 """
 
 import json
@@ -14,8 +14,8 @@ import torch
 from torch.nn.functional import mse_loss
 
 
-def main(folder: str, device: str, dtype: str, batch: str, steps: str, compiled: str) -> None:
-    batch, steps, compiled = int(batch), int(steps), compiled == "True"
+def main(folder: str, device: str, dtype: str, batch: str, steps: str, calls: str, compiled: str) -> None:
+    batch, steps, calls, compiled = int(batch), int(steps), int(calls), compiled == "True"
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     model = diffusers.UNet2DModel.from_pretrained(folder, subfolder="unet").to(device)
     scheduler = diffusers.DDPMScheduler(variance_type="fixed_large", clip_sample=True)
@@ -34,10 +34,12 @@ def main(folder: str, device: str, dtype: str, batch: str, steps: str, compiled:
     network = torch.compile(model) if compiled else model
     mixed = torch.autocast(device, dtype, enabled=dtype != torch.float32)
     average = [p.detach().clone() for p in model.parameters()]
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-4)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-4, fused=device == "cuda")
     shape = (batch, model.config.in_channels, model.config.sample_size, model.config.sample_size)
-    x = torch.zeros(shape, device=device)
+    x = torch.randn(shape, device=device)
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
     t = torch.full((batch,), 499, device=device)
+    every_t = torch.arange(1000, device=device)  # as a number, each t would be compiled again
 
     def forward():
         with torch.no_grad(), mixed:
@@ -45,7 +47,6 @@ def main(folder: str, device: str, dtype: str, batch: str, steps: str, compiled:
 
     def train_step():
         model.train()
-        pixels = torch.zeros(shape, dtype=torch.uint8, device=device)
         noise = torch.randn(shape, device=device)
         t = torch.randint(0, 1000, (batch,), device=device)
         noisy = scheduler.add_noise(pixels.float() / 127.5 - 1, noise, t)
@@ -63,7 +64,7 @@ def main(folder: str, device: str, dtype: str, batch: str, steps: str, compiled:
         with torch.no_grad():
             for k in range(999, 999 - steps, -1):
                 with mixed:
-                    eps = network(sample, k).sample.float()
+                    eps = network(sample, every_t[k]).sample.float()
                 sample = scheduler.step(eps, k, sample).prev_sample
 
     runs = {"forward": (forward, 1), "train step": (train_step, 1), "chain step": (chain, steps)}
@@ -72,10 +73,11 @@ def main(folder: str, device: str, dtype: str, batch: str, steps: str, compiled:
     for line in sys.stdin:
         run, times = runs[line.strip()]
         start = time.perf_counter()
-        run()
+        for _ in range(calls):
+            run()
         if device == "cuda":
             torch.cuda.synchronize()
-        print(json.dumps((time.perf_counter() - start) / times), flush=True)
+        print(json.dumps((time.perf_counter() - start) / (calls * times)), flush=True)
 
 
 if __name__ == "__main__":

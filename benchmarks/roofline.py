@@ -37,7 +37,7 @@ def main(_: list[str]) -> None:
     times = {name: [] for name in (*references, *network)}
     for _ in range(FLAGS.repeats):
         for name, run in (references | network).items():
-            times[name].append(run.seconds())
+            times[name].append(run.seconds(FLAGS.calls))
     peak = references["matmul"].flops / min(times["matmul"])
     bandwidth = 2 * 4 * COPIED / min(times["copy"])
     chip = programs.Chip(peak, 0, bandwidth, math.inf, 1)
