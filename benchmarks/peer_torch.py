@@ -39,7 +39,7 @@ def main(folder: str, device: str, dtype: str, batch: str, steps: str, calls: st
     x = torch.randn(shape, device=device)
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
     t = torch.full((batch,), 499, device=device)
-    every_t = torch.arange(1000, device=device)  # as a number, each t would be compiled again
+    every_t = torch.arange(1000, device=device)  # numbers would be compiled one by one
 
     def forward():
         with torch.no_grad(), mixed:
@@ -64,7 +64,7 @@ def main(folder: str, device: str, dtype: str, batch: str, steps: str, calls: st
         with torch.no_grad():
             for k in range(999, 999 - steps, -1):
                 with mixed:
-                    eps = network(sample, every_t[k]).sample.float()
+                    eps = network(sample, every_t[k].expand(batch)).sample.float()
                 sample = scheduler.step(eps, k, sample).prev_sample
 
     runs = {"forward": (forward, 1), "train step": (train_step, 1), "chain step": (chain, steps)}

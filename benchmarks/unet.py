@@ -4,8 +4,8 @@
 
 The benchmarks take turns, --repeats times, so that a slow phase of the machine affects all of them. The script prints a
 JSON line for each: the median and the spread of the milliseconds, images and FLOPs per second, and the FLOPs per
-second as a share of those of a large matrix product in the same dtype. FLOPs are those of the program before the
-compiler optimises it. Inputs are random, because accelerators multiply constants faster. On accelerators take --calls=5
+second as a share of those of a large matrix product in the same dtype. FLOPs are those of matrix products and
+convolutions. Inputs are random, because accelerators multiply constants faster. On accelerators take --calls=5
 or so: the device then computes one call while the host starts the next, as in a training.
 """
 
@@ -22,6 +22,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from diffusion_jax import parts, sampling
+from diffusion_jax.planning import programs
 from diffusion_jax.running import hosts
 from diffusion_jax.running.dispatch import pmapped, replicate, several
 
@@ -48,8 +49,7 @@ class Run:
         self, program: Callable[..., Any], *args: Any, images: int = 0, steps: int = 1, state: bool = False
     ) -> None:
         self.lowered = program.lower(*args)
-        # The FLOPs are those of one step, because the analysis counts the body of a loop once.
-        self.flops = (self.lowered.cost_analysis() or {}).get("flops", 0.0)
+        self.flops = programs.model_flops(jax.make_jaxpr(program)(*args).jaxpr) / steps  # of a step
         self.images, self.steps = images, steps
         self._program, self._args, self._state = program, args, state
         self.seconds()  # compiles

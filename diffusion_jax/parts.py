@@ -18,7 +18,7 @@ from diffusion_jax import losses, process, sampling, step, unet
 from diffusion_jax import schedule as schedules
 from diffusion_jax.data import cache, sources
 from diffusion_jax.errors import UserError
-from diffusion_jax.running import averages, measured
+from diffusion_jax.running import averages, gradients, measured
 from diffusion_jax.running import config as configs
 from diffusion_jax.running.measured import Measured
 
@@ -279,7 +279,7 @@ def learning_rate(config: ConfigDict) -> optax.Schedule:
 
 def optimizer(config: ConfigDict) -> optax.GradientTransformation:
     """Builds Ho et al.'s optimizer: clipping by the global norm, then Adam (0.9, 0.999, 1e-8)."""
-    return optax.chain(optax.clip_by_global_norm(config.train.grad_clip), optax.adam(learning_rate(config)))
+    return optax.chain(gradients.clip(config.train.grad_clip), optax.adam(learning_rate(config)))
 
 
 def train_step(config: ConfigDict) -> Callable:

@@ -134,9 +134,8 @@ def make_step(
         batch = batch | {"image": pixels.from_uint8(image)}
         if num_classes:
             batch["label"] = _dropped(batch["label"], example_keys, num_classes, label_dropout)
-
         (weighted, (loss, (sums, counts))), grads = gradient(state.params, indices, batch, t, keys[:, 1], keys[:, 2])
-
+        grads = gradients.row_major(grads)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
@@ -146,11 +145,10 @@ def make_step(
             powers = state.averages and averages.updated(state.averages, params, state.step + 1, power_exponents)
         new = TrainState(state.step + 1, params, ema_params, opt_state, powers)
         # A non-finite number would stay in Adam's moments and in the EMA for ever, so only the step advances.
-        # (The norm of the new parameters would show it too, but costs another pass over all of them.)
-        grad_norm = optax.tree.norm(grads)
+        grad_norm = gradients.norm(grads)
         is_finite = jnp.isfinite(weighted) & jnp.isfinite(grad_norm)
         new = jax.tree.map(lambda new, old: jax.lax.select(is_finite, new, old), new, state._replace(step=new.step))
-        metrics = {"loss": loss, "grad_norm": grad_norm, "param_norm": optax.tree.norm(new.params)}
+        metrics = {"loss": loss, "grad_norm": grad_norm, "param_norm": gradients.norm(new.params)}
         metrics |= {"learning_rate": jnp.asarray(learning_rate(state.step), jnp.float32)}
         metrics |= {} if weight is None else {"weighted_loss": weighted}
         metrics |= {"skipped": 1.0 - is_finite} | {f"loss_t{i + 1}": sums[i] / counts[i] for i in range(QUARTERS)}

@@ -153,13 +153,32 @@ def test_groups_divide_the_channels(channels, groups):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), actual, expected)
 
 
-def test_group_norm_with_an_outlier_at_the_pixel_of_the_shift():
+def test_group_norm_with_outliers_at_the_row_of_the_shift():
     x = np.random.default_rng(0).standard_normal((1, 8, 8, 32)).astype(np.float32)
-    x[:, 4, 4] += 30
+    x[:, 4] += 30
     flax = nn.GroupNorm(8, epsilon=1e-6, use_fast_variance=False)
     variables = flax.init(jax.random.key(0), x)
     actual = unet.GroupNorm(8, jnp.float32).apply(variables, x)
     np.testing.assert_allclose(actual, flax.apply(variables, x), atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 8), (2, 4, 4, 8), (2, 4, 2, 2, 8)])
+def test_group_norm_of_a_sum(shape):
+    """Adding a number to a channel of an image is the same outside and inside, with its gradient."""
+    rng = np.random.default_rng(0)
+    x, added = rng.standard_normal(shape).astype(np.float32), 20 * rng.standard_normal((2, 8)).astype(np.float32)
+    norm = unet.GroupNorm(4, jnp.float32)
+    variables = jax.tree.map(lambda leaf: leaf + 0.5, norm.init(jax.random.key(0), x))
+
+    def outside(x, added):
+        return norm.apply(variables, x + added.reshape(2, *(1,) * (x.ndim - 2), 8))
+
+    def gradients(function):
+        return jax.grad(lambda *args: (function(*args) ** 3).sum(), (0, 1))(x, added)
+
+    np.testing.assert_allclose(norm.apply(variables, x, added), outside(x, added), atol=1e-5)
+    for actual, expected in zip(gradients(functools.partial(norm.apply, variables)), gradients(outside), strict=True):
+        np.testing.assert_allclose(actual, expected, atol=1e-4)
 
 
 def test_downsampling_pads_at_the_bottom_and_right():

@@ -36,7 +36,7 @@ def foresee(config: ConfigDict, program: jax.stages.Wrapped, args: tuple, num_st
         compiled = waiting("compiling the train step", lambda: programs.compiled(program.lower(*args)))
         if not room:
             return None
-        peak, flops = programs.memory_needed(compiled), programs.flops_needed(compiled, parts_of_device(config))
+        peak, flops = programs.memory_needed(compiled), programs.model_flops(jax.make_jaxpr(program)(*args).jaxpr)
     except programs.DoesNotFit as error:
         raise does_not_fit(config, device.device_kind, programs.shortage(error)) from None
     except Exception as error:  # a backend may fail in ways of its own
@@ -48,7 +48,8 @@ def foresee(config: ConfigDict, program: jax.stages.Wrapped, args: tuple, num_st
     if peak > room:
         raise does_not_fit(config, device.device_kind, sizes)
     chip = programs.chip_of(device)
-    seconds = flops / chip.flops if flops and chip else None
+    loops = parts_of_device(config) if config.train.deterministic else 1  # of a length that XLA must not know
+    seconds = flops * loops / chip.flops if chip else None
     if jax.process_index() == 0 and seconds:
         hours = seconds * num_steps / 3600
         print(f"estimate: at least {seconds * 1e3:.3g} ms a step, {hours:.3g} hours to the end; {sizes} a device")

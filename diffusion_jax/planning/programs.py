@@ -1,7 +1,7 @@
 """Memory, FLOPs and traffic of compiled programs, in two parts.
 
-1. Chips, compilation and memory. Training uses this part, and --mode=plan does too. It asks JAX's own
-   `memory_analysis` and `cost_analysis`, and returns None if a backend does not answer.
+1. Chips, compilation, memory and FLOPs. Training uses this part, and --mode=plan does too. It asks JAX's own
+   `memory_analysis`, and returns None if a backend does not answer.
 2. Traffic and the roofline, counted in the HLO text of the program. The text has no stable format, so
    --mode=plan alone uses this part: a train step must not depend on it.
 """
@@ -11,10 +11,11 @@ import re
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from diffusion_jax.errors import one_line
 
-# ---------------------------------------------------------------------------- 1. chips, compilation and memory
+# ---------------------------------------------------------------------------- 1. chips, compilation, memory and FLOPs
 
 
 class Chip(NamedTuple):
@@ -101,15 +102,35 @@ def memory_needed(program: jax.stages.Compiled) -> int | None:
         return None
 
 
-def flops_needed(program: jax.stages.Compiled, loop_iterations: int = 1) -> float | None:
-    """Returns the FLOPs of a program on one chip, or None if the backend does not report them.
+def model_flops(jaxpr: Any) -> float:
+    """Returns the FLOPs of the matrix products and convolutions of a jaxpr, without those with padding.
 
-    Args:
-      loop_iterations: iterations of the program's loops, whose bodies the compiler counts once.
+    Compilers for GPUs do not report the FLOPs of the libraries that they call. Each iteration of a `lax.scan` counts,
+    and one of a `lax.while_loop`.
     """
-    cost = _analysis(program.cost_analysis)
-    flops = cost.get("flops", 0.0) if isinstance(cost, dict) else 0.0
-    return flops * loop_iterations if flops > 0 else None
+    total = 0.0
+    for equation in jaxpr.eqns:
+        params = equation.params
+        shapes = [variable.aval.shape for variable in (*equation.invars[:2], equation.outvars[0])]
+        if equation.primitive.name == "dot_general":
+            total += 2 * math.prod(shapes[2]) * math.prod(shapes[0][axis] for axis in params["dimension_numbers"][0][0])
+        elif equation.primitive.name == "conv_general_dilated":
+            total += _conv_flops(*shapes, params)
+        inner = [sub for value in params.values() for sub in (value if isinstance(value, tuple) else (value,))]
+        jaxprs = [getattr(sub, "jaxpr", sub) for sub in inner]
+        total += params.get("length", 1) * sum(model_flops(sub) for sub in jaxprs if hasattr(sub, "eqns"))
+    return total
+
+
+def _conv_flops(left, right, out, params):
+    numbers = params["dimension_numbers"]
+    products = out[numbers.out_spec[0]] * out[numbers.out_spec[1]] * right[numbers.rhs_spec[1]]
+    for i, (stride, (low, _)) in enumerate(zip(params["window_strides"], params["padding"], strict=True), 2):
+        size, dilation = left[numbers.lhs_spec[i]], params["lhs_dilation"][i - 2]
+        taps = np.arange(right[numbers.rhs_spec[i]]) * params["rhs_dilation"][i - 2]
+        at = np.add.outer(np.arange(out[numbers.out_spec[i]]) * stride - low, taps)
+        products *= int(np.sum((at >= 0) & (at <= (size - 1) * dilation) & (at % dilation == 0)))
+    return 2 * products
 
 
 def _analysis(analyse):

@@ -56,7 +56,7 @@ def test_a_device_that_reports_no_memory_is_left_alone(monkeypatch, capsys):
 def test_the_least_time_of_a_known_chip_is_printed(monkeypatch, capsys):
     chip = programs.Chip(flops=1e6, hbm=10**9, bandwidth=1e11, links=1e10, pod=256)
     monkeypatch.setattr(programs, "chip_of", lambda device: chip)
-    monkeypatch.setattr(programs, "flops_needed", lambda program, loop_iterations: 3.6e9)
+    monkeypatch.setattr(programs, "model_flops", lambda jaxpr: 3.6e9)
     foresee(monkeypatch, peak=10**8)
     assert "estimate: at least 3.6e+06 ms a step, 10 hours to the end; 0.09 of 0.93 GiB" in capsys.readouterr().out
 

@@ -3,6 +3,7 @@ import types
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import linen as nn
 
 from diffusion_jax.planning import programs
 
@@ -157,8 +158,38 @@ def test_flops_of_a_known_program():
     assert needs["memory"]["arguments"] == needs["memory"]["outputs"] == 4 * 64**2
     assert needs["collectives"] == {}
     assert needs["roofline"]["compute_seconds"] == needs["per_chip"]["flops"] / CHIP.flops
-    assert programs.flops_needed(program, 3) == 3 * needs["per_chip"]["flops"]
     assert programs.memory_needed(program) == needs["memory"]["peak"] >= 4 * 2 * 64**2
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"strides": 2}, {"input_dilation": 2}, {"kernel_dilation": 2, "feature_group_count": 2}]
+)
+@pytest.mark.parametrize("argument", [None, 0, 1])
+def test_model_flops_of_a_convolution_are_those_of_its_definition(options, argument):
+    """XLA counts the same for the CPU."""
+    conv = nn.Conv(6, (3, 3), use_bias=False, **options)
+    given = jnp.ones((2, 7, 10, 4)), jnp.ones((3, 3, 4 // options.get("feature_group_count", 1), 6))
+
+    def run(x, kernel):
+        return conv.apply({"params": {"kernel": kernel}}, x)
+
+    program, arguments = run, given
+    if argument is not None:  # the gradient
+        parts = [lambda x: run(x, given[1]), lambda kernel: run(given[0], kernel)]
+        program, arguments = jax.linear_transpose(parts[argument], given[argument]), (run(*given),)
+    counted = jax.jit(program).lower(*arguments).cost_analysis()["flops"]
+    assert programs.model_flops(jax.make_jaxpr(program)(*arguments).jaxpr) == counted > 10_000
+
+
+def test_model_flops_of_products_in_loops_and_on_a_device():
+    def program(x):
+        y = jax.lax.scan(lambda x, _: (x @ x, None), x, length=5)[0]
+        return jnp.einsum("bij,bjk->bik", y[None], y[None, :, :7])
+
+    flops = 2 * 8 * 8 * (5 * 8 + 7)
+    assert programs.model_flops(jax.make_jaxpr(program)(jnp.ones((8, 8))).jaxpr) == flops
+    mapped = jax.pmap(program)
+    assert programs.model_flops(jax.make_jaxpr(mapped)(jnp.ones((4, 8, 8))).jaxpr) == flops
 
 
 def raises(error):
@@ -179,12 +210,9 @@ def raises(error):
 )
 def test_training_needs_no_analysis(analysis):
     """The functions of part 1 read no HLO text, and return None for a backend without the analyses."""
-    program = types.SimpleNamespace(memory_analysis=analysis, cost_analysis=analysis)
+    program = types.SimpleNamespace(memory_analysis=analysis)
     assert programs.memory_needed(program) is None
-    assert programs.flops_needed(program) is None
-    program = types.SimpleNamespace(memory_analysis=sizes, cost_analysis=lambda: {"flops": 5.0})
-    assert programs.memory_needed(program) == 100 + 90 - 80 + 1000 + 7
-    assert programs.flops_needed(program, loop_iterations=2) == 10.0
+    assert programs.memory_needed(types.SimpleNamespace(memory_analysis=sizes)) == 100 + 90 - 80 + 1000 + 7
 
 
 def test_loop_iterations_and_steps():
