@@ -13,6 +13,7 @@ import json
 import statistics
 import subprocess
 import tempfile
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +86,10 @@ def main(_: list[str]) -> None:
         raise SystemExit(f"error: JAX found {jax.device_count()} devices: leave it one, e.g. CUDA_VISIBLE_DEVICES=0")
     with tempfile.TemporaryDirectory() as folder:
         write_model(config, random_weights(parts.build(config).init_state().params), Path(folder))
-        with contextlib.closing(Peer(folder, config)) as peer:
+        with contextlib.closing(Peer(folder, config)) as peer, futures.ThreadPoolExecutor(1) as pool:
+            warm = pool.submit(lambda: [peer.seconds(name) for name in unet.NAMES])  # torch compiles while JAX does
             ours = unet.runs(config, BATCH.value, STEPS.value)
-            for name in ours:
-                peer.seconds(name)  # warms up
+            warm.result()
             times = {name: [] for name in ours}
             for _ in range(PAIRS.value):
                 for name, run in ours.items():

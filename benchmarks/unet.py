@@ -7,6 +7,9 @@ JSON line for each: the median and the spread of the milliseconds, images and FL
 second as a share of those of a large matrix product in the same dtype. FLOPs are those of matrix products and
 convolutions. Inputs are random, because accelerators multiply constants faster. On accelerators take --calls=5
 or so: the device then computes one call while the host starts the next, as in a training.
+
+--trace=FOLDER also writes a trace of each program's calls, and prints of it the milliseconds of a step in which the
+device computes, the operations that it starts in a step, and those that take the longest, in milliseconds of a step.
 """
 
 import json
@@ -19,11 +22,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
+from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from diffusion_jax import parts, sampling
 from diffusion_jax.planning import programs
-from diffusion_jax.running import hosts
+from diffusion_jax.running import hosts, profile
 from diffusion_jax.running.dispatch import pmapped, replicate, several
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/cifar10.py")
@@ -31,7 +35,9 @@ BATCH = flags.DEFINE_integer("batch", 16, "images on all devices together")
 REPEATS = flags.DEFINE_integer("repeats", 7, "measurements of each benchmark")
 STEPS = flags.DEFINE_integer("steps", 2, "steps of the chain in one program")
 CALLS = flags.DEFINE_integer("calls", 1, "calls of a program in a measurement, which waits for the last one")
+TRACE = flags.DEFINE_string("trace", "", "folder of the traces, for xprof and Perfetto; default: none")
 PLATFORM = flags.DEFINE_string("platform", "", "tpu, gpu or cpu; default: the best that JAX finds")
+NAMES = ("forward", "train step", "chain step")
 
 
 class Run:
@@ -109,12 +115,18 @@ def chain(config: ConfigDict, batch: int, steps: int) -> Run:
 
 
 def runs(config: ConfigDict, batch: int, steps: int) -> dict[str, Run]:
-    """Returns the benchmarks of the network by name."""
-    return {
-        "forward": forward(config, batch),
-        "train step": train_step(config, batch),
-        "chain step": chain(config, batch, steps),
-    }
+    """Returns the benchmarks of the network by NAMES."""
+    made = forward(config, batch), train_step(config, batch), chain(config, batch, steps)
+    return dict(zip(NAMES, made, strict=True))
+
+
+def traced(run: Run, folder: epath.Path) -> dict[str, Any]:
+    """Writes a trace of --calls calls, and returns what it tells of a step."""
+    with jax.profiler.trace(str(folder)):
+        run.seconds(CALLS.value)
+    found, steps = profile.read(folder)[1], CALLS.value * run.steps
+    operations = {name: round(1e3 * seconds / steps, 3) for name, seconds in found.operations}
+    return {"busy_ms": round(1e3 * found.busy / steps, 3), "launches": found.launches / steps, "operations": operations}
 
 
 def main(_: list[str]) -> None:
@@ -134,6 +146,7 @@ def main(_: list[str]) -> None:
         line |= {"spread": [round(1e3 * f(times[name]), 3) for f in (min, max)]}
         line |= {"images_per_second": round(run.images / median, 2), "gflops": round(run.flops / median / 1e9, 1)}
         line |= {"of_matmul_peak": round(run.flops / median / peak, 3)}
+        line |= traced(run, epath.Path(TRACE.value) / name.replace(" ", "_")) if TRACE.value else {}
         print(json.dumps(line), flush=True)
 
 

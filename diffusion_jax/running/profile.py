@@ -29,6 +29,7 @@ class Summary(NamedTuple):
     longest_gap: float  # of the device
     waiting: float  # of the host, for input
     operations: Sequence[tuple[str, float]]  # the TOP operations, of all devices and threads together
+    launches: int  # of operations
 
 
 class Trace:
@@ -71,8 +72,8 @@ class Trace:
         self._num_steps = 0
         seconds = time.monotonic() - began
         jax.profiler.stop_trace()
-        file = max(self._folder.glob("plugins/profile/*/*.xplane.pb"))  # the folders are named by the time
-        print(_text(summary(jax.profiler.ProfileData.from_file(str(file))), begin, step, seconds))
+        file, found = read(self._folder)
+        print(_text(found, begin, step, seconds))
         print(f"the trace: {file}; open it with `xprof {self._folder}`, or TensorBoard's profile plugin")
 
     def __enter__(self) -> "Trace":
@@ -100,6 +101,12 @@ def _annotated(iterator):
             yield item
 
 
+def read(folder: epath.Path) -> tuple[epath.Path, Summary]:
+    """Returns the file of the last trace in the folder, and its summary."""
+    file = max(folder.glob("plugins/profile/*/*.xplane.pb"))  # the folders are named by the time
+    return file, summary(jax.profiler.ProfileData.from_file(str(file)))
+
+
 def summary(profile: Any) -> Summary:
     """Returns the summary of a trace, a `jax.profiler.ProfileData`."""
     on_cpu = [line for plane in profile.planes if plane.name == "/host:CPU" for line in plane.lines]
@@ -118,7 +125,7 @@ def summary(profile: Any) -> Summary:
     for event in work:
         totals[event.name] += event.duration_ns / 1e9
     waiting = sum(event.duration_ns for event in waits) / 1e9
-    return Summary(window, busy, longest_gap, waiting, totals.most_common(TOP))
+    return Summary(window, busy, longest_gap, waiting, totals.most_common(TOP), len(work))
 
 
 def _covered(spans: Sequence[tuple[float, float]]) -> tuple[float, float, float]:

@@ -161,9 +161,7 @@ def test_flops_of_a_known_program():
     assert programs.memory_needed(program) == needs["memory"]["peak"] >= 4 * 2 * 64**2
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"strides": 2}, {"input_dilation": 2}, {"kernel_dilation": 2, "feature_group_count": 2}]
-)
+@pytest.mark.parametrize("options", [{}, {"strides": 2}, {"kernel_dilation": 2}, {"feature_group_count": 2}])
 @pytest.mark.parametrize("argument", [None, 0, 1])
 def test_model_flops_of_a_convolution_are_those_of_its_definition(options, argument):
     """XLA counts the same for the CPU."""

@@ -46,7 +46,7 @@ def test_summary_of_a_cpu():
         Line("tf_XLAEigen/2", [Event("fusion.1", 2e6, 6e6), Event("dot", 8e6, 9e6)]),
     ]
     found = profile.summary(Profile([Plane("/host:CPU", [WAITS, *threads])]))
-    assert found == (0.009, 0.007, 0.002, 0.003, [("fusion.1", 0.008), ("dot", 0.001)])
+    assert found == (0.009, 0.007, 0.002, 0.003, [("fusion.1", 0.008), ("dot", 0.001)], 3)
     text = profile._text(found, 10, 12, 0.01)
     assert text.startswith(
         "traced steps 11 to 12: 5 ms a step\n- the device computes 70.0% of the time; the longest gap is"
@@ -60,7 +60,7 @@ def test_summary_of_an_accelerator(line):
     lines = [Line(line, [Event("dot", 1e6, 2e6)])] + [Line("Steps", [Event("1", 0, 8e6)])] * (line == "XLA Ops")
     host = Plane("/host:CPU", [WAITS, Line("tf_XLAEigen/1", [Event("copy", 0, 9e6)])])
     found = profile.summary(Profile([host, Plane("/device:TPU:0", lines)]))
-    assert found == (0.001, 0.001, 0.0, 0.003, [("dot", 0.001)])
+    assert found == (0.001, 0.001, 0.0, 0.003, [("dot", 0.001)], 1)
 
 
 def test_no_trace_costs_nothing(tmp_path, monkeypatch):
