@@ -110,12 +110,14 @@ def model_flops(jaxpr: Any) -> float:
     """
     total = 0.0
     for equation in jaxpr.eqns:
-        params = equation.params
-        shapes = [variable.aval.shape for variable in (*equation.invars[:2], equation.outvars[0])]
-        if equation.primitive.name == "dot_general":
-            total += 2 * math.prod(shapes[2]) * math.prod(shapes[0][axis] for axis in params["dimension_numbers"][0][0])
-        elif equation.primitive.name == "conv_general_dilated":
-            total += _conv_flops(*shapes, params)
+        params, name = equation.params, equation.primitive.name
+        if name in ("dot_general", "conv_general_dilated"):
+            left, right = (variable.aval.shape for variable in equation.invars)
+            out = equation.outvars[0].aval.shape
+            if name == "dot_general":
+                total += 2 * math.prod(out) * math.prod(left[axis] for axis in params["dimension_numbers"][0][0])
+            else:
+                total += _conv_flops(left, right, out, params)
         inner = [sub for value in params.values() for sub in (value if isinstance(value, tuple) else (value,))]
         jaxprs = [getattr(sub, "jaxpr", sub) for sub in inner]
         total += params.get("length", 1) * sum(model_flops(sub) for sub in jaxprs if hasattr(sub, "eqns"))
@@ -123,6 +125,7 @@ def model_flops(jaxpr: Any) -> float:
 
 
 def _conv_flops(left, right, out, params):
+    """Returns the FLOPs of a convolution of arrays of these shapes, with the parameters of its primitive."""
     numbers = params["dimension_numbers"]
     products = out[numbers.out_spec[0]] * out[numbers.out_spec[1]] * right[numbers.rhs_spec[1]]
     for i, (stride, (low, _)) in enumerate(zip(params["window_strides"], params["padding"], strict=True), 2):
