@@ -24,7 +24,7 @@ from diffusion_jax.planning import plan, programs
 CONFIG = config_flags.DEFINE_config_file("config", "configs/cifar10.py")
 KINDS = ("reduce", "transpose", "concatenate", "copy", "slice", "cudnn", "gemm", "custom-call")  # the rest is "loop"
 NO_KERNEL = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast"}
-# The fields of XLA's GpuTargetConfigProto, from NVIDIA's data sheet and CUDA's device query.
+# The fields of XLA's GpuTargetConfigProto, for the SXM card.
 H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
