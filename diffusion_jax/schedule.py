@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from scipy.special import expit
 
 MOST_STEPS = 2**24  # of a schedule: the network embeds t as a float32
 
@@ -116,7 +115,7 @@ def sigmoid(num_steps: int, start: float = -3.0, end: float = 3.0, tau: float = 
       tau: its temperature; less than 1 leaves less time at either end.
     """
     num_steps = checked("num_steps", num_steps, 1, MOST_STEPS)
-    f = expit(np.linspace(start, end, num_steps + 1) / tau)
+    f = 1 / (1 + np.exp(-np.linspace(start, end, num_steps + 1) / tau))
     return _from_alpha_bar_squared(np.maximum((f[-1] - f) / (f[-1] - f[0]), 1e-9))
 
 

@@ -38,8 +38,8 @@ def init_state(
     model: UNet, optimizer: optax.GradientTransformation, image_shape: tuple[int, ...], seed: int
 ) -> TrainState:
     """Returns the state before the first step as NumPy arrays, without averages; it depends on the seed alone."""
-    # On the CPU LLVM's later passes take three quarters of the compile time, for a program that runs once.
-    quick: dict[str, str | bool] = {"xla_backend_optimization_level": "1"} if jax.default_backend() == "cpu" else {}
+    # On the CPU LLVM's passes take most of the compile time, for a program that runs once.
+    quick: dict[str, str | bool] = {"xla_backend_optimization_level": "0"} if jax.default_backend() == "cpu" else {}
     program = jax.jit(lambda: _init(model, optimizer, image_shape, seed)).lower().compile(compiler_options=quick)
     params, opt_state = jax.device_get(program())
     # Copies: the step donates its state, and one array cannot be donated twice.

@@ -5,6 +5,7 @@ import pyarrow
 import pytest
 from PIL import Image
 from pyarrow import parquet
+from sklearn.datasets import load_digits
 
 from diffusion_jax.data import cache, sources
 from diffusion_jax.errors import UserError
@@ -19,12 +20,13 @@ def folder(tmp_path):
 
 
 def test_digits():
-    digits = sources.open_source("digits", "")
+    digits, expected = sources.open_source("digits", ""), load_digits()
     assert len(digits) == 1797
     assert digits[0].shape == (8, 8, 1) and digits[0].dtype == np.uint8
-    values = set(np.unique([digits[i] for i in range(100)]))
-    assert values == {round(i * 255 / 16) for i in range(17)}
-    assert [digits.label(i) for i in range(12)] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
+    images = np.stack([digits[i] for i in range(1797)])
+    assert set(np.unique(images)) == {round(i * 255 / 16) for i in range(17)}
+    np.testing.assert_array_equal(images[..., 0], np.rint(expected.images * 255 / 16))
+    np.testing.assert_array_equal([digits.label(i) for i in range(1797)], expected.target)
 
 
 def test_the_source_may_be_the_path_itself(folder):
