@@ -2,14 +2,13 @@
 
     python -m benchmarks.levers --config=configs/digits.py
 
-Each variant takes the same --steps steps from the same initial state, on all devices. The script prints JSON lines:
-the largest difference of a loss and of a parameter from the plain run, 0 for the same bits; the time per step relative
-to the plain step, as median and spread over --repeats more runs in which the variants take turns; and the bytes of
-the program's temporary arrays.
+Each variant takes the same --steps steps from the same initial state, on all devices. The script prints a JSON line
+for each: the largest difference of a loss and of a parameter from the plain run, 0 for the same bits; the time per step
+relative to the plain step, as median and spread over --repeats more runs, each beside a plain one; and the bytes of the
+program's temporary arrays.
 """
 
 import json
-import statistics
 import time
 from typing import Any
 
@@ -32,12 +31,12 @@ PLATFORM = flags.DEFINE_string("platform", "", "tpu, gpu or cpu; default: the be
 # The overrides of each variant; None stands for --together.
 LEVERS = {
     "plain": {},
-    "model.dtype=bfloat16": {"model.dtype": "bfloat16"},
+    "data.on_device": {"data.on_device": True},
     "train.remat": {"train.remat": True},
+    "model.dtype=bfloat16": {"model.dtype": "bfloat16"},
+    "train.steps_per_dispatch": {"train.steps_per_dispatch": None},
     "train.accumulate=2": {"train.accumulate": 2},
     "train.deterministic": {"train.deterministic": True, "train.accumulate": 8},
-    "train.steps_per_dispatch": {"train.steps_per_dispatch": None},
-    "data.on_device": {"data.on_device": True},
 }
 
 
@@ -90,20 +89,17 @@ def with_overrides(config: ConfigDict, overrides: dict[str, Any]) -> ConfigDict:
 def main(_: list[str]) -> None:
     hosts.initialize(PLATFORM.value)
     images = parts.images(CONFIG.value)
-    variants = {name: Variant(with_overrides(CONFIG.value, keys), images) for name, keys in LEVERS.items()}
-    times = {name: [] for name in variants}
-    for _ in range(REPEATS.value):
-        for name, variant in variants.items():
-            times[name].append(variant.seconds())
-    plain = variants["plain"]
-    for name, variant in variants.items():
-        ratios = np.array(times[name]) / np.array(times["plain"])
+    plain = Variant(CONFIG.value, images)
+    for name, keys in LEVERS.items():
+        variant = Variant(with_overrides(CONFIG.value, keys), images)
+        times, of_plain = np.array([(variant.seconds(), plain.seconds()) for _ in range(REPEATS.value)]).T
+        ratios = times / of_plain
         differences = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), variant.params, plain.params)
         line = {"lever": name, "loss_difference": float(np.abs(variant.losses - plain.losses).max())}
         line |= {"parameter_difference": max(jax.tree.leaves(differences)), "last_loss": float(variant.losses[-1])}
         line |= {"time_to_plain": round(float(np.median(ratios)), 3)}
         line |= {"spread": [round(float(f(ratios)), 3) for f in (min, max)]}
-        line |= {"ms": round(1e3 * statistics.median(times[name]), 2), "temporaries": variant.temporaries}
+        line |= {"ms": round(1e3 * float(np.median(times)), 2), "temporaries": variant.temporaries}
         print(json.dumps(line | {"device": jax.devices()[0].device_kind, "jax": jax.__version__}), flush=True)
 
 

@@ -122,8 +122,9 @@ def runs(config: ConfigDict, batch: int, steps: int) -> dict[str, Run]:
 
 def traced(run: Run, folder: epath.Path) -> dict[str, Any]:
     """Writes a trace of --calls calls, and returns what it tells of a step."""
-    with jax.profiler.trace(str(folder)):
-        run.seconds(CALLS.value)
+    profile.start(folder)
+    run.seconds(CALLS.value)
+    jax.profiler.stop_trace()
     found, steps = profile.read(folder)[1], CALLS.value * run.steps
     operations = {name: round(1e3 * seconds / steps, 3) for name, seconds in found.operations}
     return {"busy_ms": round(1e3 * found.busy / steps, 3), "launches": found.launches / steps, "operations": operations}

@@ -59,9 +59,7 @@ class Trace:
             return
         if not self._began:
             jax.block_until_ready(metrics)
-            options = jax.profiler.ProfileOptions()
-            options.python_tracer_level = 0  # which slows the host down
-            jax.profiler.start_trace(str(self._folder), profiler_options=options)
+            start(self._folder)
             self._began = step, time.monotonic()
         elif step >= self._began[0] + self._num_steps:
             jax.block_until_ready(metrics)
@@ -99,6 +97,13 @@ def _annotated(iterator):
                 except StopIteration:
                     return
             yield item
+
+
+def start(folder: epath.Path) -> None:
+    """Starts a trace of JAX's events, which `jax.profiler.stop_trace` writes into the folder."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # which slows the host down
+    jax.profiler.start_trace(str(folder), profiler_options=options)
 
 
 def read(folder: epath.Path) -> tuple[epath.Path, Summary]:
