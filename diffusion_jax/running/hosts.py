@@ -1,6 +1,7 @@
 """The machines of a run: the platform, the processes, the shared workdir, and signals that stop the run."""
 
 import contextlib
+import ctypes
 import importlib.util
 import json
 import logging
@@ -27,6 +28,10 @@ COMPILED = epath.Path("~/.cache/diffusion_jax/compiled")  # the compilation cach
 # flag that it does not know, so other versions get none.
 _REDUCE = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_REDUCE"
 _CPU_FLAGS = {"0.10": [_REDUCE], "0.12": [_REDUCE]}
+
+# Parameters of glibc's mallopt, by their numbers in malloc.h, in bytes: M_MMAP_THRESHOLD, the size of a block from which
+# on the kernel gets it back when it is freed, and M_TRIM_THRESHOLD, the free memory that is kept.
+_MALLOC = {-3: 256 * 2**20, -1: 512 * 2**20}
 
 _EXTRAS = {"tpu": "tpu", "gpu": "cuda12", "cpu": "cpu"}  # extras of the package jax, by platform
 
@@ -58,7 +63,7 @@ def silence_libraries() -> None:
 
 
 def initialize(platform: str = "", coordinator: str = "", num_processes: int = 1, process_id: int = 0) -> None:
-    """Chooses the platform, sets the compilation cache and XLA's CPU flags, and joins the other processes.
+    """Chooses the platform, sets the compilation cache and what speeds up a CPU, and joins the other processes.
 
     Call it before anything touches a device.
 
@@ -98,6 +103,8 @@ def initialize(platform: str = "", coordinator: str = "", num_processes: int = 1
                     f"--coordinator={coordinator!r} and that every process is started"
                 ) from None  # otherwise this is a single TPU machine, which belongs to no pod
     _check_devices(platform)
+    if jax.default_backend() == "cpu":
+        _keep_freed_memory()
     if jax.process_count() > 1:  # Gloo waits only 30 s for the other processes, which may compile for longer
         multihost_utils.sync_global_devices("start")
 
@@ -106,6 +113,19 @@ def _with_cpu_flags(flags: str, version: str) -> str:
     """Returns XLA_FLAGS with the project's CPU flags; a flag that the user has set keeps its value."""
     cpu_flags = _CPU_FLAGS.get(".".join(version.split(".")[:2]), [])
     return " ".join([flags, *(flag for flag in cpu_flags if flag.partition("=")[0] not in flags)]).strip()
+
+
+def _keep_freed_memory() -> None:
+    """Lets glibc keep the memory of a step for the next one; the kernel would clear all of its pages for each step.
+
+    Does nothing without glibc, or where the user has set how it allocates.
+    """
+    if sys.platform != "linux" or any(name.startswith(("GLIBC_TUNABLES", "MALLOC_")) for name in os.environ):
+        return
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        for parameter, value in _MALLOC.items():
+            library.mallopt(parameter, value)
 
 
 def _in_cluster():

@@ -1,6 +1,7 @@
 import os
 import signal
 import sys
+import types
 
 import jax
 import pytest
@@ -133,6 +134,27 @@ def test_cpu_flags_only_for_versions_of_jax_that_know_them():
     assert hosts._with_cpu_flags(f"{reduce}=", "0.12.0") == f"{reduce}="
     assert hosts._with_cpu_flags("--a=1", "0.11.3") == "--a=1"
     assert hosts._with_cpu_flags("", "0.100.0") == ""
+
+
+def test_freed_memory_is_kept_unless_the_user_says_how_memory_is_allocated(monkeypatch):
+    calls = []
+    glibc = types.SimpleNamespace(mallopt=lambda *args: calls.append(args))
+    monkeypatch.setattr(hosts.ctypes, "CDLL", lambda name: glibc)
+    monkeypatch.setattr(hosts.sys, "platform", "linux")
+    for name in [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC_"))]:
+        monkeypatch.delenv(name)
+    hosts._keep_freed_memory()
+    assert calls == [(-3, 256 * 2**20), (-1, 512 * 2**20)]
+    for name in ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "1")
+            hosts._keep_freed_memory()
+    with monkeypatch.context() as patch:
+        patch.setattr(hosts.sys, "platform", "darwin")
+        hosts._keep_freed_memory()
+    del glibc.mallopt  # as in musl
+    hosts._keep_freed_memory()
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize(
