@@ -29,8 +29,8 @@ COMPILED = epath.Path("~/.cache/diffusion_jax/compiled")  # the compilation cach
 _REDUCE = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_REDUCE"
 _CPU_FLAGS = {"0.10": [_REDUCE], "0.12": [_REDUCE]}
 
-# Parameters of glibc's mallopt, by their numbers in malloc.h, in bytes: M_MMAP_THRESHOLD, the size of a block from which
-# on the kernel gets it back when it is freed, and M_TRIM_THRESHOLD, the free memory that is kept.
+# Parameters of glibc's mallopt, by their numbers in malloc.h, in bytes. M_MMAP_THRESHOLD: the kernel gets a block of
+# this size back when it is freed. M_TRIM_THRESHOLD: so much free memory is kept.
 _MALLOC = {-3: 256 * 2**20, -1: 512 * 2**20}
 
 _EXTRAS = {"tpu": "tpu", "gpu": "cuda12", "cpu": "cpu"}  # extras of the package jax, by platform
