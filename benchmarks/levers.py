@@ -28,7 +28,7 @@ TOGETHER = flags.DEFINE_integer("together", 10, "config.train.steps_per_dispatch
 REPEATS = flags.DEFINE_integer("repeats", 5, "timed runs of each variant")
 PLATFORM = flags.DEFINE_string("platform", "", "tpu, gpu or cpu; default: the best that JAX finds")
 
-# The overrides of each variant; None stands for --together.
+# The overrides of each variant; None stands for --together. Those that take the longest come last.
 LEVERS = {
     "plain": {},
     "data.on_device": {"data.on_device": True},

@@ -27,6 +27,7 @@ def test_digits():
     assert set(np.unique(images)) == {round(i * 255 / 16) for i in range(17)}
     np.testing.assert_array_equal(images[..., 0], np.rint(expected.images * 255 / 16))
     np.testing.assert_array_equal([digits.label(i) for i in range(1797)], expected.target)
+    assert [digits.label(i) for i in range(12)] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
 
 
 def test_the_source_may_be_the_path_itself(folder):
