@@ -481,7 +481,7 @@ def run(tests_in_turn, mutant) -> int | None:
 def passes(marker, tests, mutant) -> bool:
     """Runs the tests of the copy that is the current folder."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        code = pytest.main(["-x", "-q", "-n0", "-p", "no:cacheprovider", "-p", "no:anyio", "-m", marker, *tests])
+        code = pytest.main(["-x", "-q", "--tb=no", "-n0", "-p", "no:cacheprovider", "-p", "no:anyio", "-m", marker, *tests])
     if code not in (0, 1, 2, 4, 5):  # 1: a test failed; 2, 4: the mutant cannot be imported; 5: none has this marker
         raise RuntimeError(f"pytest ended with {code} for {mutant}: the machine, not the mutant, stopped it")
     planted = sys.modules.get("diffusion_jax")

@@ -5,8 +5,10 @@ object: `diffusion_jax.parts` does.
 """
 
 import difflib
+import functools
 import importlib.resources
 import math
+import operator
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -89,8 +91,25 @@ def shipped() -> dict[str, Path]:
 def flatten(config: ConfigDict) -> dict[str, object]:
     """Returns {"seed": 0, "train.loss": "simple", …}, lists as tuples and functions as names."""
     flat = traverse_util.flatten_dict(config.to_dict(), sep=".")
-    flat |= {key: _named(flat[key]) for key in FUNCTIONS.values() if key in flat}
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in flat.items()}
+    return {key: _plain(key, value) for key, value in flat.items()}
+
+
+@functools.cache
+def _defaults():
+    """Returns `flatten` of configs/default.py, which has all keys."""
+    return flatten(default.get_config())
+
+
+def _value(config, key):
+    """Returns the value of one key, as `flatten` has it."""
+    return _plain(key, functools.reduce(operator.getitem, key.split("."), config))
+
+
+def _plain(key, value):
+    """Returns the name in place of a function of the user, a tuple in place of a list."""
+    if key in FUNCTIONS.values():
+        value = _named(value)
+    return tuple(value) if isinstance(value, list) else value
 
 
 def with_functions(config: ConfigDict, **functions: Callable | None) -> ConfigDict:
@@ -240,7 +259,7 @@ def check(config: ConfigDict) -> None:
     """
     _check_types(config)
     for key, names in CHOICES.items():
-        own = key in FUNCTIONS.values() and _is_own(flatten(config)[key])
+        own = key in FUNCTIONS.values() and _is_own(_value(config, key))
         _need(
             config,
             key,
@@ -381,9 +400,8 @@ def _is_name(source):
 
 def check_key(key: str) -> None:
     """Raises UserError, naming the nearest key, unless `key` ("train.loss") is a key of a config."""
-    keys = flatten(default.get_config())
-    if key not in keys:
-        near = difflib.get_close_matches(key, keys, n=1, cutoff=0)[0]
+    if key not in _defaults():
+        near = difflib.get_close_matches(key, _defaults(), n=1, cutoff=0)[0]
         raise UserError(f"config.{key} is not a key of the config: the nearest is config.{near}")
 
 
@@ -442,14 +460,14 @@ def check_batch(config: ConfigDict, num_devices: int) -> None:
 
 
 def _need(config: ConfigDict, key: str, holds: Callable, wanted: str) -> None:
-    value = flatten(config)[key]
+    value = _value(config, key)
     if not holds(value):
         raise UserError(f"config.{key}={value!r} must be {wanted}")
 
 
 def _check_types(config):
     """Checks that keys and types are those of configs/default.py; an int is accepted for a float."""
-    values, reference = flatten(config), flatten(default.get_config())
+    values, reference = flatten(config), _defaults()
     for key, value in values.items():
         check_key(key)
         kind = type(reference[key])
