@@ -22,6 +22,7 @@ import pytest
 # Libraries that the tests import and no mutant changes; the mutants' processes are forked after they are imported.
 PRELOAD = ["jax", "flax.linen", "optax", "orbax.checkpoint", "grain", "PIL.Image", "scipy.stats"]
 PRELOAD += ["tensorboardX", "pytest"]
+QUIETLY = ["-x", "-q", "--tb=no", "-n0", "-p", "no:cacheprovider", "-p", "no:anyio"]
 ROOT = pathlib.Path(__file__).parent.parent
 # {test that should catch them: [(module, text that stands in it exactly once, what replaces it)]}; all tests of these
 # files follow if it does not.
@@ -481,7 +482,7 @@ def run(tests_in_turn, mutant) -> int | None:
 def passes(marker, tests, mutant) -> bool:
     """Runs the tests of the copy that is the current folder."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        code = pytest.main(["-x", "-q", "--tb=no", "-n0", "-p", "no:cacheprovider", "-p", "no:anyio", "-m", marker, *tests])
+        code = pytest.main([*QUIETLY, "-m", marker, *tests])
     if code not in (0, 1, 2, 4, 5):  # 1: a test failed; 2, 4: the mutant cannot be imported; 5: none has this marker
         raise RuntimeError(f"pytest ended with {code} for {mutant}: the machine, not the mutant, stopped it")
     planted = sys.modules.get("diffusion_jax")
