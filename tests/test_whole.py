@@ -36,6 +36,7 @@ def test_losses_teach_to_predict_the_noise(tmp_path, loss):
         train__loss=loss.removesuffix(" by importance"),
         train__t_sampling="importance" if "importance" in loss else "uniform",
         train__num_steps=80,
+        train__checkpoint_every=80,
         train__batch_size=64,
         train__log_every=20,
         train__learning_rate=5e-3,
