@@ -14,6 +14,10 @@ KEYS = jax.random.split(jax.random.key(0), 3)
 X = LEVELS[np.random.default_rng(1).integers(0, 256, (3, 2, 2, 1))]
 EPS_BAR = np.random.default_rng(2).standard_normal((3, 2, 2, 1)).astype(np.float32)
 
+# As one program each; op by op they take seconds.
+decoder_log_likelihood = jax.jit(likelihood.decoder_log_likelihood, static_argnames="exact")
+vlb_term = jax.jit(likelihood.vlb_term, static_argnames=("eps_bar_fn", "clip", "exact"))
+
 
 def network(x, t):
     """A stand-in for the network: different at each t and at each pixel."""
@@ -31,7 +35,7 @@ def test_decoder_is_the_mass_of_a_bin(mean, std):
     upper, lower = (borders[1:] - mean) / std, (borders[:-1] - mean) / std
     left = np.where(upper + lower > 0, stats.norm.sf(lower) - stats.norm.sf(upper), 0)
     mass = np.where(upper + lower > 0, left, stats.norm.cdf(upper) - stats.norm.cdf(lower))
-    actual = likelihood.decoder_log_likelihood(LEVELS, jnp.float32(mean), jnp.log(jnp.float32(std)))
+    actual = decoder_log_likelihood(LEVELS, jnp.float32(mean), jnp.log(jnp.float32(std)))
     representable = mass > 1e-250
     np.testing.assert_allclose(actual[representable], np.log(mass[representable]), rtol=2e-4, atol=2e-4)
     assert np.isfinite(actual).all()
@@ -40,17 +44,17 @@ def test_decoder_is_the_mass_of_a_bin(mean, std):
 
 def test_decoder_is_finite_far_from_the_pixel():
     """Φ is 0 in float32 there; the log likelihood still falls and its gradient still points to the pixel."""
-    far, farther = (likelihood.decoder_log_likelihood(LEVELS[100], m, jnp.log(0.01)) for m in (0.5, 0.8))
+    far, farther = (decoder_log_likelihood(LEVELS[100], m, jnp.log(0.01)) for m in (0.5, 0.8))
     assert farther < far < -1000
-    slope = jax.grad(lambda m: likelihood.decoder_log_likelihood(LEVELS[100], m, jnp.log(0.01)))(0.5)
+    slope = jax.grad(lambda m: decoder_log_likelihood(LEVELS[100], m, jnp.log(0.01)))(0.5)
     assert slope == pytest.approx(-(0.5 - float(LEVELS[100])) / 0.01**2, rel=0.02)
 
 
 def test_decoder_by_tanh():
     """Ho et al.'s approximation is close to the exact mass, has a floor and has open bins at both ends."""
     mean, log_std = jnp.float32(0.1), jnp.log(jnp.float32(0.02))
-    approximate = likelihood.decoder_log_likelihood(LEVELS, mean, log_std, exact=False)
-    exact = likelihood.decoder_log_likelihood(LEVELS, mean, log_std)
+    approximate = decoder_log_likelihood(LEVELS, mean, log_std, exact=False)
+    exact = decoder_log_likelihood(LEVELS, mean, log_std)
     near = abs(LEVELS - 0.1) < 0.06
     assert 0 < abs(approximate - exact)[near].max() < 0.1
     assert approximate.min() == pytest.approx(np.log(1e-12))
@@ -61,7 +65,7 @@ def test_decoder_by_tanh():
     for k in (0, 100, 140, 255):
         upper = 1.0 if k == 255 else cdf((LEVELS[k] + 1 / 255 - 0.1) / 0.3)
         lower = 0.0 if k == 0 else cdf((LEVELS[k] - 1 / 255 - 0.1) / 0.3)
-        actual = likelihood.decoder_log_likelihood(LEVELS[k], mean, jnp.log(0.3), exact=False)
+        actual = decoder_log_likelihood(LEVELS[k], mean, jnp.log(0.3), exact=False)
         assert actual == pytest.approx(np.log(upper - lower), abs=1e-3)
 
 
@@ -91,29 +95,29 @@ def test_terms_are_the_divergences_of_two_normals(rough, name, clip):
         x_0 = np.asarray(x_0 if clip is None else jnp.clip(x_0, *clip))
         means = [np.asarray(process.posterior_mean(rough, x, x_t, t), np.float64) for x in (X, x_0)]
         if t == 1:  # the standard deviation of the decoder does not depend on sigma
-            nats = -likelihood.decoder_log_likelihood(X, x_0, np.log(posterior[2]))
+            nats = -decoder_log_likelihood(X, x_0, np.log(posterior[2]))
         else:
             nats = kl(means[0], posterior[t] ** 2, means[1], np.float64(sigma[t]) ** 2)
         expected = np.asarray(nats).mean(axis=(1, 2, 3)) / np.log(2)
-        actual = likelihood.vlb_term(network, rough, sigma, X, np.full(3, t), EPS_BAR, clip=clip)
+        actual = vlb_term(network, rough, sigma, X, np.full(3, t), EPS_BAR, clip=clip)
         np.testing.assert_allclose(actual, expected, rtol=2e-5, atol=2e-6)
 
 
 def test_examples_of_a_batch_may_have_different_t(rough):
     sigma, ts = schedule.sigma_beta(rough), np.array([3, 1, 4])
-    together = likelihood.vlb_term(network, rough, sigma, X, ts, EPS_BAR)
+    together = vlb_term(network, rough, sigma, X, ts, EPS_BAR)
     for i, t in enumerate(ts):
-        alone = likelihood.vlb_term(network, rough, sigma, X[i : i + 1], ts[i : i + 1], EPS_BAR[i : i + 1])
+        alone = vlb_term(network, rough, sigma, X[i : i + 1], ts[i : i + 1], EPS_BAR[i : i + 1])
         assert alone[0] == pytest.approx(float(together[i]), rel=1e-5), t
 
 
 def test_decoder_std_and_tanh_reach_the_decoder(rough):
-    term = likelihood.vlb_term(
+    term = vlb_term(
         network, rough, schedule.sigma_beta(rough), X, np.ones(3, int), EPS_BAR, decoder_std=0.3, exact=False
     )
     x_1 = process.forward(rough, X, 1, EPS_BAR)
     x_0 = process.predict_x_0(rough, x_1, 1, network(x_1, np.ones(3)))
-    nats = -likelihood.decoder_log_likelihood(X, x_0, np.log(0.3), exact=False)
+    nats = -decoder_log_likelihood(X, x_0, np.log(0.3), exact=False)
     np.testing.assert_allclose(term, np.asarray(nats).mean(axis=(1, 2, 3)) / np.log(2), rtol=1e-5)
     with pytest.raises(ValueError, match="T=1: give decoder_std"):
         likelihood.default_decoder_std(schedule.ho_linear(1))
@@ -125,7 +129,7 @@ def test_the_bound_is_the_sum_of_its_parts(rough):
     assert bound["terms"].shape == (4,)
     for t in (1, 2, 3, 4):
         noise = np.stack([jax.random.normal(jax.random.fold_in(key, t), (2, 2, 1)) for key in KEYS])
-        term = likelihood.vlb_term(network, rough, sigma, X, np.full(3, t), noise, clip=(-1, 1))
+        term = vlb_term(network, rough, sigma, X, np.full(3, t), noise, clip=(-1, 1))
         assert bound["terms"][t - 1] == pytest.approx(float(term.mean()), rel=1e-5)
     assert bound["prior"] == pytest.approx(float(likelihood.prior_kl(rough, X).mean()) / np.log(2), rel=1e-6)
     assert bound["decoder"] == bound["terms"][0]
@@ -227,7 +231,7 @@ def test_the_bound_is_tight_on_gaussian_data_with_the_true_reverse_variance(roug
 
 def test_vlb_loss_is_num_steps_times_the_term(rough):
     sigma, ts = schedule.sigma_beta(rough), np.array([1, 2, 4])
-    expected = 4 * np.asarray(likelihood.vlb_term(network, rough, sigma, X, ts, EPS_BAR))
+    expected = 4 * np.asarray(vlb_term(network, rough, sigma, X, ts, EPS_BAR))
     np.testing.assert_allclose(losses.vlb_loss(network, rough, sigma, X, ts, EPS_BAR), expected, rtol=1e-6)
 
 
@@ -269,7 +273,7 @@ def test_terms_with_learned_deviations_are_those_with_an_array(rough):
         (-1.0, schedule.sigma_posterior(rough), schedule.sigma_posterior(rough)[2]),
     ):
         actual = likelihood.vlb_term(learned(np.full((2, 2, 1), v)), rough, unused, X, ts, EPS_BAR)
-        expected = likelihood.vlb_term(network, rough, sigma, X, ts, EPS_BAR, decoder_std=decoder_std)
+        expected = vlb_term(network, rough, sigma, X, ts, EPS_BAR, decoder_std=decoder_std)
         np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
 
@@ -333,8 +337,9 @@ def test_hybrid_loss_is_the_sum_and_its_bound_moves_the_deviations_alone(rough):
     def bound(fn):
         return losses.vlb_loss(fn, rough, np.ones(5), X, ts, EPS_BAR)
 
-    value, (of_scale, of_v) = jax.value_and_grad(loss, (0, 1))(1.3, 0.2, hybrid)
-    of_simple, of_bound = (jax.value_and_grad(loss, (0, 1))(1.3, 0.2, fn) for fn in (simple, bound))
+    value_and_grad = jax.jit(jax.value_and_grad(loss, (0, 1)), static_argnums=2)
+    value, (of_scale, of_v) = value_and_grad(1.3, 0.2, hybrid)
+    of_simple, of_bound = (value_and_grad(1.3, 0.2, fn) for fn in (simple, bound))
     np.testing.assert_allclose(value, of_simple[0] + 0.25 * of_bound[0], rtol=1e-5)
     np.testing.assert_allclose(of_scale, of_simple[1][0], rtol=1e-4)
     np.testing.assert_allclose(of_v, 0.25 * of_bound[1][1], rtol=1e-4)

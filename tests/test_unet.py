@@ -97,13 +97,14 @@ def test_step_1_is_embedded_as_0(small, monkeypatch):
 def test_attention_is_one_head_over_all_positions():
     x = np.random.default_rng(0).standard_normal((2, 3, 4, 8)).astype(np.float32)
     block = unet.AttentionBlock(4, jnp.float32)
-    params = block.init(jax.random.key(0), x)["params"]
-    params["proj_out"]["kernel"] = jnp.eye(8)
-    h = nn.GroupNorm(4, epsilon=1e-6).apply({"params": params["norm"]}, x).reshape(2, 12, 8)
-    q, k, v = (np.asarray(h @ params[name]["kernel"], np.float64) for name in "qkv")
+    params = jax.device_get(jax.jit(block.init)(jax.random.key(0), x)["params"])
+    params["proj_out"]["kernel"] = np.eye(8, dtype=np.float32)
+    norm = jax.jit(nn.GroupNorm(4, epsilon=1e-6).apply)
+    h = np.asarray(norm({"params": params["norm"]}, x), np.float64).reshape(2, 12, 8)
+    q, k, v = (h @ params[name]["kernel"] for name in "qkv")
     logits = q @ k.transpose(0, 2, 1) / np.sqrt(8)
     weights = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
-    actual = block.apply({"params": params}, x)
+    actual = jax.jit(block.apply)({"params": params}, x)
     np.testing.assert_allclose(actual, x + (weights @ v).reshape(x.shape), atol=1e-5)
 
 
@@ -112,30 +113,34 @@ def test_residual_block():
     x = np.random.default_rng(0).standard_normal((2, 4, 4, 8)).astype(np.float32)
     temb = np.random.default_rng(1).standard_normal((2, 5)).astype(np.float32)
     block = unet.ResnetBlock(16, 0.0, 4, jnp.float32)
-    params = block.init(jax.random.key(0), x, temb)["params"]
-    params = jax.tree.map(lambda leaf: leaf + 0.1, params)
-
-    def part(module, name, x):
-        return module.apply({"params": params[name]}, x)
-
+    params = jax.jit(block.init)(jax.random.key(0), x, temb)["params"]
+    params = jax.tree.map(lambda leaf: np.asarray(leaf) + np.float32(0.1), params)
     norm, conv = nn.GroupNorm(4, epsilon=1e-6, use_fast_variance=False), nn.Conv(16, (3, 3))
-    h = part(conv, "conv1", nn.silu(part(norm, "norm1", x)))
-    h = h + part(nn.Dense(16), "temb_proj", nn.silu(temb))[:, None, None, :]
-    h = part(conv, "conv2", nn.silu(part(norm, "norm2", h)))
-    expected = part(nn.Dense(16), "nin_shortcut", x) + h
-    np.testing.assert_allclose(block.apply({"params": params}, x, temb), expected, rtol=1e-5, atol=1e-5)
+
+    @jax.jit
+    def by_parts(params):
+        def part(module, name, x):
+            return module.apply({"params": params[name]}, x)
+
+        h = part(conv, "conv1", nn.silu(part(norm, "norm1", x)))
+        h = h + part(nn.Dense(16), "temb_proj", nn.silu(temb))[:, None, None, :]
+        h = part(conv, "conv2", nn.silu(part(norm, "norm2", h)))
+        return part(nn.Dense(16), "nin_shortcut", x) + h
+
+    actual = jax.jit(block.apply)({"params": params}, x, temb)
+    np.testing.assert_allclose(actual, by_parts(params), rtol=1e-5, atol=1e-5)
 
 
 def test_group_norm_far_from_zero_and_at_low_contrast():
     x = np.random.default_rng(0).standard_normal((1, 8, 8, 32)).astype(np.float32)
     norm = unet.GroupNorm(8, jnp.float32)
-    variables = norm.init(jax.random.key(0), x)
-    np.testing.assert_allclose(norm.apply(variables, x + 100), norm.apply(variables, x), atol=1e-4)
+    variables, apply_norm = norm.init(jax.random.key(0), x), jax.jit(norm.apply)
+    np.testing.assert_allclose(apply_norm(variables, x + 100), apply_norm(variables, x), atol=1e-4)
     groups = x.astype(np.float64).reshape(64, 8, 4) * 1e-3
     expected = (groups - groups.mean(axis=(0, 2), keepdims=True)) / np.sqrt(
         groups.var(axis=(0, 2), keepdims=True) + 1e-6
     )
-    np.testing.assert_allclose(norm.apply(variables, x * 1e-3), expected.reshape(x.shape), atol=1e-4)
+    np.testing.assert_allclose(apply_norm(variables, x * 1e-3), expected.reshape(x.shape), atol=1e-4)
 
 
 @pytest.mark.parametrize("channels, groups", [(128, 32), (384, 32), (16, 16), (48, 16), (6, 2)])
@@ -143,8 +148,7 @@ def test_groups_divide_the_channels(channels, groups):
     """Values, gradients and parameter names equal those of Flax's two-pass GroupNorm with the same groups."""
     x = np.random.default_rng(0).standard_normal((2, 4, 4, channels)).astype(np.float32) * 3 + 5
     flax = nn.GroupNorm(groups, epsilon=1e-6, use_fast_variance=False)
-    variables = flax.init(jax.random.key(0), x)
-    variables = jax.tree.map(lambda leaf: leaf + np.random.default_rng(1).standard_normal(leaf.shape), variables)
+    variables = {"params": random_params(flax, x)}
 
     def value_and_gradient(module):
         return jax.jit(jax.value_and_grad(lambda v, x: (module.apply(v, x) ** 3).mean(), (0, 1)))(variables, x)
@@ -158,8 +162,8 @@ def test_group_norm_with_outliers_at_the_row_of_the_shift():
     x[:, 4] += 30
     flax = nn.GroupNorm(8, epsilon=1e-6, use_fast_variance=False)
     variables = flax.init(jax.random.key(0), x)
-    actual = unet.GroupNorm(8, jnp.float32).apply(variables, x)
-    np.testing.assert_allclose(actual, flax.apply(variables, x), atol=1e-4)
+    actual = jax.jit(unet.GroupNorm(8, jnp.float32).apply)(variables, x)
+    np.testing.assert_allclose(actual, jax.jit(flax.apply)(variables, x), atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(2, 6, 8), (2, 4, 4, 8), (2, 4, 2, 2, 8)])
@@ -170,14 +174,23 @@ def test_group_norm_of_a_sum(shape):
     norm = unet.GroupNorm(4, jnp.float32)
     variables = jax.tree.map(lambda leaf: leaf + 0.5, norm.init(jax.random.key(0), x))
 
+    def inside(x, added):
+        return norm.apply(variables, x, added)
+
     def outside(x, added):
         return norm.apply(variables, x + added.reshape(2, *(1,) * (x.ndim - 2), 8))
 
-    def gradients(function):
-        return jax.grad(lambda *args: (function(*args) ** 3).sum(), (0, 1))(x, added)
+    def values_and_gradients(function):
+        def cubes(*args):
+            y = function(*args)
+            return (y**3).sum(), y
 
-    np.testing.assert_allclose(norm.apply(variables, x, added), outside(x, added), atol=1e-5)
-    for actual, expected in zip(gradients(functools.partial(norm.apply, variables)), gradients(outside), strict=True):
+        gradients, y = jax.jit(jax.grad(cubes, (0, 1), has_aux=True))(x, added)
+        return y, *gradients
+
+    (y, *gradients), (other_y, *other_gradients) = values_and_gradients(inside), values_and_gradients(outside)
+    np.testing.assert_allclose(y, other_y, atol=1e-5)
+    for actual, expected in zip(gradients, other_gradients, strict=True):
         np.testing.assert_allclose(actual, expected, atol=1e-4)
 
 
@@ -205,16 +218,14 @@ def test_images_need_not_be_square(small):
 def test_the_step_and_every_weight_matter(small):
     model, params = small
 
+    @jax.jit
+    @jax.value_and_grad
     def loss(params, t):
         return jnp.sum(model.apply({"params": params}, X, t) ** 2)
 
-    compiled = jax.jit(loss)
-    assert not np.isclose(compiled(params, T), compiled(params, T + 1), rtol=1e-4)
-    dead = [
-        jax.tree_util.keystr(path)
-        for path, gradient in jax.tree.leaves_with_path(jax.device_get(jax.jit(jax.grad(loss))(params, T)))
-        if not np.any(gradient)
-    ]
+    (value, gradient), (other, _) = jax.device_get((loss(params, T), loss(params, T + 1)))
+    assert not np.isclose(value, other, rtol=1e-4)
+    dead = [jax.tree_util.keystr(path) for path, leaf in jax.tree.leaves_with_path(gradient) if not np.any(leaf)]
     # Ho's network has a bias of the keys, but a shift of all keys does not change the softmax.
     assert [name for name in dead if "['k']['bias']" not in name] == []
 
