@@ -189,9 +189,8 @@ def ddim_chain(
 
     Args:
       eps_bar_fn: (x [B, ...], t [B]) -> ε̄ [B, ...], the network.
-      ts: int [n + 1], falling from at most T to at least 0, see `grid_uniform`. Traced values
-        are not checked, and give the same samples, bit for bit, if n >= 2. XLA unrolls a single step
-        and may round it differently where its t is a constant.
+      ts: int [n + 1], falling from at most T to at least 0, see `grid_uniform`. Traced values are not checked, and give
+        the same samples, bit for bit, if n >= 2. XLA unrolls one step and may round it differently with constant t.
       x: [B, ...] x_{ts[0]}.
       keys: [B] PRNG keys. The noise of example i at step t is drawn from fold_in(keys[i], t) alone.
       eta: scale of the noise, >= 0. The noise is capped at the whole variance of the step.

@@ -132,8 +132,7 @@ def _alpha_bar_squared(s):
 def zero_terminal(s: Schedule) -> Schedule:
     """Returns the schedule with ᾱ_T = 0: ᾱ'_t = ᾱ_1 (ᾱ_t − ᾱ_T)/(ᾱ_1 − ᾱ_T), Lin et al. (2024), algorithm 1.
 
-    x_T is then pure noise in training as in sampling. ε̄ says nothing of x_0 at t = T, so the network must predict x_0
-    or v.
+    x_T is then pure noise in training as in sampling. There ε̄ says nothing of x_0: the network must predict x_0 or v.
 
     Raises:
       ValueError: the schedule has one step.

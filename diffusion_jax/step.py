@@ -104,9 +104,8 @@ def make_step(
 
     The step takes a batch {"image": uint8 [B, H, W, C], …}, or float32 in [−1, 1], and indices int [B], the device's
     share of the global batch; the state has no device axis (see `replicate`). Its metrics are the same on all devices:
-    loss, grad_norm (before clipping), param_norm, learning_rate, skipped, and loss_t1 … loss_t4 over the quarters
-    of 1..T, NaN where the batch has no such t. If the loss or the gradient is not finite, skipped is 1 and only
-    state.step changes.
+    loss, grad_norm (before clipping), param_norm, learning_rate, skipped, and loss_t1 … loss_t4 over the quarters of
+    1..T (NaN: the batch has none). If loss or gradient is not finite, skipped is 1 and only state.step changes.
     """
 
     def mean_loss(params, batch, t, noise_keys, dropout_keys):

@@ -166,8 +166,7 @@ class UNet(nn.Module):
 
     Attributes:
       channels: channels at full resolution.
-      multipliers: one per level. Level i has multipliers[i] · channels channels and half the
-        resolution of level i − 1.
+      multipliers: one per level. Level i has multipliers[i] · channels channels and half the resolution of level i − 1.
       num_res_blocks: residual blocks per level on the way down; the way up has one more per level.
       attention_resolutions: heights (lengths, depths) of the levels with self-attention after every block.
       dropout: dropout rate inside the residual blocks when train=True.
@@ -191,6 +190,10 @@ class UNet(nn.Module):
     remat: bool = False
     num_classes: int = 0
     learned_sigma: bool = False
+
+    def __post_init__(self) -> None:
+        self.multipliers, self.attention_resolutions = tuple(self.multipliers), tuple(self.attention_resolutions)
+        super().__post_init__()  # networks are keys of programs, so lists become tuples
 
     @nn.compact
     def __call__(

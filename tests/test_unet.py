@@ -48,6 +48,11 @@ def test_parameters_of_the_256_network():
     assert count(shapes(multipliers=(1, 1, 2, 2, 4, 4), size=256)) == 113_673_219
 
 
+def test_lists_are_as_good_as_tuples():
+    listed, network = (unet.UNet(multipliers=kind([1, 2]), attention_resolutions=kind([4])) for kind in (list, tuple))
+    assert listed == network and hash(listed) == hash(network)
+
+
 def test_parameter_names_are_hos_scopes():
     params = shapes(multipliers=(1, 2), attention_resolutions=(16,))
     blocks = {"norm1", "conv1", "temb_proj", "norm2", "conv2"}
