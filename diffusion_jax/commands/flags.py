@@ -10,7 +10,6 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from diffusion_jax.configs import default
 from diffusion_jax.errors import UserError, one_line
 from diffusion_jax.running import config as configs
 
@@ -73,7 +72,7 @@ def parse(argv: Sequence[str], modes: Sequence[str]) -> flags.FlagValues:
       modes: values of --mode.
     """
     argv = [_with_figure(_with_files(arg), rest, argv) for arg, *rest in (argv[i:] for i in range(len(argv)))]
-    given, kinds = [], configs.flatten(default.get_config())
+    given, kinds = [], configs.defaults()
     for arg in argv:
         if arg.lstrip("-").startswith("config."):
             configs.check_key(key := arg.lstrip("-").removeprefix("config.").split("=")[0])

@@ -10,7 +10,8 @@ import importlib.resources
 import math
 import operator
 import os
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +96,9 @@ def flatten(config: ConfigDict) -> dict[str, object]:
 
 
 @functools.cache
-def _defaults():
-    """Returns `flatten` of configs/default.py, which has all keys."""
-    return flatten(default.get_config())
+def defaults() -> Mapping[str, object]:
+    """Returns {key: its value in configs/default.py} for all keys, as `flatten` has them."""
+    return types.MappingProxyType(flatten(default.get_config()))
 
 
 def _value(config, key):
@@ -400,8 +401,8 @@ def _is_name(source):
 
 def check_key(key: str) -> None:
     """Raises UserError, naming the nearest key, unless `key` ("train.loss") is a key of a config."""
-    if key not in _defaults():
-        near = difflib.get_close_matches(key, _defaults(), n=1, cutoff=0)[0]
+    if key not in defaults():
+        near = difflib.get_close_matches(key, defaults(), n=1, cutoff=0)[0]
         raise UserError(f"config.{key} is not a key of the config: the nearest is config.{near}")
 
 
@@ -467,7 +468,7 @@ def _need(config: ConfigDict, key: str, holds: Callable, wanted: str) -> None:
 
 def _check_types(config):
     """Checks that keys and types are those of configs/default.py; an int is accepted for a float."""
-    values, reference = flatten(config), _defaults()
+    values, reference = flatten(config), defaults()
     for key, value in values.items():
         check_key(key)
         kind = type(reference[key])
