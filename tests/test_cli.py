@@ -321,15 +321,13 @@ def test_prepare_makes_the_cache_that_training_uses(done, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "shape, levels, how", [((16,), "(1,)", "as curves"), ((4, 8, 2), "(1,2)", "the middle slice of each")]
-)
-def test_signals_and_volumes_from_the_array_to_samples(done, command, tmp_path, shape, levels, how):
+@pytest.mark.parametrize("shape, how", [((16,), "as curves"), ((4, 8, 2), "the middle slice of each")])
+def test_signals_and_volumes_from_the_array_to_samples(done, command, tmp_path, shape, how):
     """Each mode takes them, or says in one line that it does not."""
     np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 256, (64, *shape, 2), np.uint8))
     data = f"--config.data.path={tmp_path / 'x.npy'}", f"--config.data.cache_dir={tmp_path / 'cache'}"
     size = "--config.data.image_size=(" + "".join(f"{n}," for n in shape) + ")", "--config.data.channels=2"
-    config = ["--config=tiny", *data, *size, f"--config.model.multipliers={levels}", "--config.train.evaluate_every=6"]
+    config = ["--config=tiny", *data, *size, "--config.model.multipliers=(1,2)", "--config.train.evaluate_every=6"]
     printed = done("--mode=prepare", *config, f"--out={tmp_path / 'prepared.png'}")
     assert f"64 images, {'x'.join(map(str, shape))}x2, ready" in printed and f"16 of the images, {how}: " in printed
     assert f"samples, {how}: " in done(*config, f"--workdir={tmp_path / 'a'}")
