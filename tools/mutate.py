@@ -524,8 +524,8 @@ def main():
             sys.exit("the tests fail without any mistake")
         for (first, mutant), result in zip(mutants, results, strict=True):
             survivors += result.result() is None
-            verdict = "SURVIVED" if result.result() is None else "caught"
-            print(verdict, *mutant, first if result.result() == 0 else "by another test", sep=" | ", flush=True)
+            verdict = {None: "SURVIVED", 0: f"caught by {first}"}.get(result.result(), "caught by another test")
+            print(*mutant, verdict, sep=" | ", flush=True)
         later = {result.result() for result in results} - {0, None}
         if later and pool.submit(run, [stages("")[i] for i in later], harmless).result() is not None:
             sys.exit("the tests of all files fail without any mistake")
