@@ -38,11 +38,12 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # for the proces
 
 
 def pytest_collection_modifyitems(config, items):
-    """Marks the tests of the core, and puts the slow ones first and the notebooks before them: they would end alone."""
+    """Marks the tests of the core, and puts those first that would end alone: notebooks, slow ones, whole trainings."""
     for item in items:
         if item.path.parent in (config.rootpath / "tests", config.rootpath / "tests/running"):
             item.add_marker("core")
-    items.sort(key=lambda item: (not item.get_closest_marker("slow"), not item.name.startswith("test_notebooks_run")))
+    longest = ("test_notebooks_run", "test_resumed_run")
+    items.sort(key=lambda item: (not item.get_closest_marker("slow"), not item.name.startswith(longest)))
 
 
 def tiny_config(**overrides):

@@ -30,6 +30,13 @@ def run(small_network, tmp_path_factory):
     return workdir
 
 
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Leaves out the report and the picture that each evaluation draws; tests that look at them draw them."""
+    monkeypatch.setattr(evaluate, "report", lambda *_: None)
+    monkeypatch.setattr(evaluate, "show", lambda *_, **__: None)
+
+
 def folder(run):
     return run / "evaluation" / "3"
 
@@ -77,6 +84,7 @@ def test_bound_equals_that_of_all_images_at_once(run):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures")
 def test_interrupted_evaluation_resumes(run, monkeypatch):
     whole = evaluate.evaluate(run, seed=6, num=20)["splits"]
     for file in folder(run).glob("bound-*"):
@@ -212,6 +220,7 @@ def test_an_evaluation_with_classes(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures")
 def test_samples_are_compared_with_the_first_split(run, tmp_path):
     write_samples(run, 40, 0, str(tmp_path / "samples.npz"))
     values = evaluate.evaluate(run, num=8, samples=str(tmp_path / "samples.npz"))["samples"]
@@ -250,6 +259,7 @@ def test_samples_are_compared_with_the_first_split(run, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures")
 def test_protocol_of_samples_states_their_origin(run, tmp_path):
     write_samples(run, 9, 3, str(tmp_path / "samples.npz"), sampler="ddim", steps=5)
     write_samples(run, 9, 3, f"{tmp_path}/shards/", sampler="ddim", steps=5)
@@ -506,6 +516,7 @@ def test_steps_of_a_quick_evaluation():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures")
 def test_a_quick_evaluation_has_the_mean_of_the_whole(run, tmp_path, monkeypatch, capsys):
     """Its standard error holds the error of the drawing; without strata to draw from, it is the whole evaluation."""
     whole = evaluate.evaluate(run, num=100)["splits"]["train[:100]"]
