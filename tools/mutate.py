@@ -466,7 +466,10 @@ def stages(first) -> list[tuple[str, list[str]]]:
 
 
 class Planted(importlib.machinery.SourceFileLoader):
-    """Finds and loads one module of the package, with one piece of its text replaced."""
+    """Finds and loads one module of the package, with one piece of its text replaced.
+
+    Processes that a test starts import the module without the mistake.
+    """
 
     def __init__(self, module, before, after):
         super().__init__(f"diffusion_jax.{module.replace('/', '.')}", str(ROOT / "diffusion_jax" / f"{module}.py"))
@@ -489,18 +492,18 @@ def run(tests_in_turn, mutant) -> int | None:
     os.chdir(ROOT)
     planted = Planted(*mutant)
     sys.meta_path.insert(0, planted)
-    caught_by = next((i for i, (marker, tests) in enumerate(tests_in_turn) if not passes(marker, tests)), None)
-    if caught_by is None and not planted.is_imported:
+    caught_by = next((i for i, of in enumerate(tests_in_turn) if not passes(*of, mutant)), None)
+    if not planted.is_imported:
         raise RuntimeError(f"no test imports {mutant}")
     return caught_by
 
 
-def passes(marker, tests) -> bool:
+def passes(marker, tests, mutant) -> bool:
     """Runs tests of the project in this process."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         code = pytest.main([*QUIETLY, "-m", marker, *tests])
     if code not in (0, 1, 2, 4, 5):  # 1: a test failed; 2, 4: the mutant cannot be imported; 5: none has this marker
-        raise RuntimeError(f"pytest ended with {code}: the machine, not the mutant, stopped it")
+        raise RuntimeError(f"pytest ended with {code} for {mutant}: the machine, not the mutant, stopped it")
     return code in (0, 5)
 
 
