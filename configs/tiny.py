@@ -13,7 +13,7 @@ def get_config():
     config.schedule.num_steps = 20
     config.model.channels = 8
     config.model.multipliers = (1,)
-    config.model.num_res_blocks = 1
+    config.model.num_res_blocks = 0  # on the way down
     config.model.attention_resolutions = ()
     config.model.num_groups = 4
     config.model.dropout = 0.1

@@ -160,7 +160,7 @@ def _config_cases(config, new, files):
             config("train.batch_size", 2**63),
             r"batch_size=9223372036854775808 must be an integer",
         ),
-        "too many blocks": (config("model.num_res_blocks", 10**9), r"num_res_blocks=1000000000 must be .* 1\.\.64"),
+        "too many blocks": (config("model.num_res_blocks", 10**9), r"num_res_blocks=1000000000 must be .* 0\.\.64"),
         "rate beyond float32": (
             config("train.learning_rate", 1e39),
             r"learning_rate=1e\+39 must be .* float32's",

@@ -124,7 +124,8 @@ def together(*lines):
 def test_two_processes_take_the_steps_and_draw_the_samples_of_one(done, tmp_path):
     """The losses of 20 steps agree."""
     run, whole = f"--workdir={tmp_path / 'run'}", f"--workdir={tmp_path / 'whole'}"
-    training, sample = ["--config=tiny", "--config.train.num_steps=20"], ["--mode=sample", run, "--num=5"]
+    training = ["--config=tiny", "--config.train.num_steps=20", "--config.sampling.num=5"]
+    sample = ["--mode=sample", run, "--num=5"]
     codes, errors = together([*training, run], [*sample, f"--out={tmp_path / 'two.npz'}"])
     assert codes == [0, 0], errors
     done(*training, whole)
@@ -328,6 +329,7 @@ def test_signals_and_volumes_from_the_array_to_samples(done, command, tmp_path, 
     data = f"--config.data.path={tmp_path / 'x.npy'}", f"--config.data.cache_dir={tmp_path / 'cache'}"
     size = "--config.data.image_size=(" + "".join(f"{n}," for n in shape) + ")", "--config.data.channels=2"
     config = ["--config=tiny", *data, *size, "--config.model.multipliers=(1,2)", "--config.train.evaluate_every=6"]
+    config += ["--config.sampling.num=5"]  # the grid of the training and the samples are one program
     printed = done("--mode=prepare", *config, f"--out={tmp_path / 'prepared.png'}")
     assert f"64 images, {'x'.join(map(str, shape))}x2, ready" in printed and f"16 of the images, {how}: " in printed
     assert f"samples, {how}: " in done(*config, f"--workdir={tmp_path / 'a'}")

@@ -60,7 +60,7 @@ def test_every_name_builds_its_object():
 
 def test_model_has_the_configs_fields():
     config = tiny_config(model__dtype="bfloat16", model__multipliers=(1, 2), model__attention_resolutions=(4,))
-    wanted = unet.UNet(8, (1, 2), 1, (4,), 0.1, 4, jnp.bfloat16, parts._ATTENTION["xla"])
+    wanted = unet.UNet(8, (1, 2), 0, (4,), 0.1, 4, jnp.bfloat16, parts._ATTENTION["xla"])
     assert parts.model(config) == wanted
     assert parts.model(tiny_config(train__remat=True)).remat
     assert parts.model(tiny_config(model__attention="cudnn")).attention.keywords == {"implementation": "cudnn"}

@@ -36,9 +36,12 @@ CELEBAHQ = CIFAR10 | {
     "down_block_types": [*["DownBlock2D"] * 4, "AttnDownBlock2D", "DownBlock2D"],
     "up_block_types": ["UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4],
 }
+# On the way down; diffusers' blocks change the number of channels there.
+NO_BLOCKS = pretrained_fixture.UNET | {"layers_per_block": 0, "block_out_channels": [8, 8, 8]}
 # name: (settings of the UNet2DModel, steps t with one image for each)
 NETWORKS = {
     "fixture": (pretrained_fixture.UNET, (1, 500, 1000)),
+    "no-blocks": (NO_BLOCKS, (1, 500, 1000)),
     "ddpm-cifar10-32": (CIFAR10, (1, 400, 1000)),
     "ddpm-celebahq-256": (CELEBAHQ, (400,)),
 }

@@ -30,19 +30,23 @@ FOLDER = ROOT / "notebooks"
 REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
 TIMEOUT = 3600  # seconds for a cell; a kernel has STARTUP to begin
 STARTUP = 600
-# What --check replaces: 20 steps of training, 60 of the essay's own loop, a network of one level, which compiles in
-# half the time, and chains of 100 steps, with the steps of the interpolation in them.
+# What --check replaces: 20 steps of training, 60 of the essay's own loop, a network of one level without blocks on the
+# way down, which compiles in a third of the time, chains of 100 steps, with the steps of the interpolation in them, and
+# two samplers, weights and numbers of steps, each of which is a program of its own.
 SHORTER = {
     re.compile(r"^config\.train\.num_steps = \d+$", re.MULTILINE): (
         "config.train.num_steps = 20\nconfig.schedule.num_steps = 100\n"
-        "config.model.multipliers, config.model.attention_resolutions = (1,), ()"
+        "config.model.multipliers, config.model.num_res_blocks, config.model.attention_resolutions = (1,), 0, ()"
     ),
     re.compile(r"^steps = \[50, 150, 300\]$", re.MULTILINE): "steps = [5, 15, 30]",
     re.compile(r"^STEPS, BATCH = \d+", re.MULTILINE): "STEPS, BATCH = 60",
     re.compile(r"x_T\[:30\], keys\[:30\]\)"): "x_T[:30], keys[:30], stop=T - 100)",
     re.compile(r"multipliers=\(1, 2\), num_res_blocks=1, attention_resolutions=\(4,\)"): (
-        "multipliers=(1,), num_res_blocks=1, attention_resolutions=()"
+        "multipliers=(1,), num_res_blocks=0, attention_resolutions=()"
     ),
+    re.compile(r'^    "(DDIM, 50|DPM-Solver\+\+, 10|all 1000)": \{.*\},\n', re.MULTILINE): "",
+    re.compile(r"^counts = \(5, 10, 20, 50, 100, 200\)$", re.MULTILINE): "counts = (5, 10)",
+    re.compile(r"^weights = \[0\.0, 1\.0, 1\.5, 3\.0\]$", re.MULTILINE): "weights = [0.0, 1.5]",
 }
 PARSED_FLAGS = "from absl import flags\n\nflags.FLAGS(['kernel'])"
 PROGRESS = re.compile(r"\d+%\||\d+/\d+ \[| … \d\d:\d\d|^Moving |^\x1b\[A$")  # the last is between two bars

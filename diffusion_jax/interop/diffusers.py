@@ -244,7 +244,10 @@ def _read_unet(config, file):
     are_multiples = channels and all(type(n) is int and n >= 1 and n % channels[0] == 0 for n in channels)
     require("block_out_channels", are_multiples, "must be multiples of the first")
     _bound(require, "block_out_channels", max(channels), "model.channels")
-    _bound(require, "layers_per_block", settings["layers_per_block"], "model.num_res_blocks")
+    layers = settings["layers_per_block"]
+    _bound(require, "layers_per_block", layers, "model.num_res_blocks")
+    least = int(len({*channels}) > 1)  # the blocks on the way down change the channels
+    require("layers_per_block", layers >= least, f"must be at least {least} for block_out_channels={channels}")
     divides_all = type(groups) is int and groups >= 1 and all(n % groups == 0 for n in channels)
     require("norm_num_groups", divides_all, f"must divide block_out_channels={channels}")
     require("attn_norm_num_groups", settings["attn_norm_num_groups"] in (None, groups), f"must be {groups}")
@@ -257,7 +260,7 @@ def _read_unet(config, file):
         config.data.image_size = height if height == width else (height, width)
     config.data.channels = settings["in_channels"]
     config.model.channels, config.model.multipliers = channels[0], tuple(n // channels[0] for n in channels)
-    config.model.num_res_blocks = settings["layers_per_block"]
+    config.model.num_res_blocks = layers
     config.model.attention_resolutions = tuple(height >> level for level in attention_levels)
     config.model.num_groups = groups
     config.model.learned_sigma = times == 2
@@ -552,6 +555,10 @@ def _unet_config(config):
     height, width = size
     if model.multipliers[0] != 1:
         raise UserError(f"config.model.multipliers={model.multipliers} must begin with 1 to be a network of diffusers")
+    if not model.num_res_blocks and {*model.multipliers} != {1}:
+        raise UserError(
+            f"config.model.num_res_blocks=0 needs multipliers of 1 for a network of diffusers, not {model.multipliers}"
+        )
     has_attention = [height >> level in model.attention_resolutions for level in range(len(model.multipliers))]
     return {
         "_class_name": "UNet2DModel",

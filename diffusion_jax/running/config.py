@@ -45,7 +45,7 @@ RANGES = {  # the smallest and the largest integer; configs also come with the w
     "data.crop": (0, _INT32),
     "schedule.num_steps": (1, MOST_STEPS),
     "model.channels": (4, 2**16),  # 2^63 numbers are the limit of an array
-    "model.num_res_blocks": (1, 64),
+    "model.num_res_blocks": (0, 64),
     "model.num_groups": (1, _INT32),
     "train.num_steps": (1, _INT32),  # the step is an int32
     "train.batch_size": (1, _INT32),

@@ -216,7 +216,7 @@ def test_a_run_with_classes_is_the_same_after_export_and_import(tmp_path, capsys
 @pytest.mark.slow
 def test_images_that_are_not_square_keep_their_shape(tmp_path):
     shape = {"data__image_size": (16, 8), "model__multipliers": (1, 2), "model__attention_resolutions": (8,)}
-    write_random_run(tmp_path / "run", **shape)
+    write_random_run(tmp_path / "run", model__num_res_blocks=1, **shape)
     diffusers.export_diffusers(str(tmp_path / "run"), str(tmp_path / "out"))
     config = json.loads((tmp_path / "out/unet/config.json").read_text())
     assert config["sample_size"] == [16, 8]
@@ -449,6 +449,7 @@ def test_missing_source_or_config_is_refused(source, tmp_path):
         ("in_channels", 0),
         ("layers_per_block", 1.5),
         ("layers_per_block", 65),
+        ("layers_per_block", 0),  # the channels would not change on the way down
         ("mid_block_scale_factor", 1.4),
         ("mid_block_type", None),
         ("norm_eps", 1e-5),
@@ -642,6 +643,7 @@ def test_averaged_parameters_are_exported(untrained, tmp_path):
     [
         ("sampling.sigma", "zero"),
         ("model.multipliers", (2, 2)),
+        ("model.num_res_blocks", 0),
         ("model.num_groups", 6),
         ("data.image_size", (8,)),
         ("data.image_size", (8, 8, 8)),
@@ -649,7 +651,7 @@ def test_averaged_parameters_are_exported(untrained, tmp_path):
 )
 def test_runs_without_a_diffusers_counterpart_are_refused(untrained, tmp_path, key, value):
     shutil.copytree(untrained, tmp_path / "run")
-    changes = {"model__multipliers": (1, 3), key.replace(".", "__"): value}
+    changes = {"model__multipliers": (1, 3), "model__num_res_blocks": 1, key.replace(".", "__"): value}
     config = tiny_config(**changes)
     workdirs.write_config(tmp_path / "run", config)
     with pytest.raises(UserError, match=f"config.{key}="):
@@ -667,7 +669,7 @@ def test_number_of_steps_is_printed_unless_it_is_the_pipelines(untrained, import
 
 def test_groups_that_all_layers_share_are_exported():
     """Every layer of 16 and 48 channels has 16 groups; every layer of 16 and 32 channels has 8 of 24 groups."""
-    config = tiny_config(model__channels=16, model__multipliers=(1, 3), model__num_groups=16)
+    config = tiny_config(model__channels=16, model__multipliers=(1, 3), model__num_res_blocks=1, model__num_groups=16)
     assert diffusers._unet_config(config)["norm_num_groups"] == 16
     config.model.update({"multipliers": (1,), "num_groups": 24})  # 16 channels, and 32 where a skip joins
     assert diffusers._unet_config(config)["norm_num_groups"] == 8
