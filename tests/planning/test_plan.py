@@ -164,23 +164,23 @@ def test_plan_of_the_cpu(tmp_path, capsys):
     config = tiny_config()
     report = plan.plan(config, "cpu", str(tmp_path / "plan.json"))
     assert json.loads((tmp_path / "plan.json").read_text()) == report
-    assert report["devices"] == report["chips"] == 4 and report["chip"] is None and report["parameters"] == 10_593
+    assert report["devices"] == report["chips"] == 4 and report["chip"] is None and report["parameters"] == 6_937
     assert report["growth"] is report["price"] is report["train"]["dollars"] is None
     for name, images, steps in (("train", 2, 1), ("sampling", 1, 20)):
         part = report[name]
         assert part["images_per_chip"] == images and part["steps_per_image"] == steps
         assert part["flops_per_image"] == part["per_chip"]["flops"] * steps / images > 0
         assert part["per_chip"]["hbm_bytes"] > 0 and part["compile_seconds"] > 0
-        assert part["memory"]["peak"] >= part["memory"]["arguments"] > 4 * 10_593
+        assert part["memory"]["peak"] >= part["memory"]["arguments"] > 4 * 6_937
         assert part["roofline"] is part["hours"] is part["optimal_seconds"] is None
     assert report["train"]["num_steps"] == 6
     assert report["sampling"]["num_steps"] == 20 * 12_500
     # Training sends the gradient and a few losses. Sampling sends nothing.
-    assert report["train"]["collectives"]["all-reduce"]["bytes"] == pytest.approx(4 * 10_593, rel=0.02)
+    assert report["train"]["collectives"]["all-reduce"]["bytes"] == pytest.approx(4 * 6_937, rel=0.02)
     assert report["sampling"]["collectives"] == {}
     assert report["largest_batch_per_chip"] == {"estimate": None}
     printed = capsys.readouterr().out
-    assert "10,593 parameters" in printed and "No times" in printed and "estimate" not in printed
+    assert "6,937 parameters" in printed and "No times" in printed and "estimate" not in printed
 
 
 def test_table_marks_every_estimate():
@@ -318,7 +318,7 @@ def test_plan_of_a_tpu(tmp_path, capsys, monkeypatch):
     assert [size["devices"] for size in report["growth"]] == [1, 2, 4, 8]
     # The step that was compiled, and the same step by the formula for its number of chips.
     assert report["growth"][-1]["seconds"] == pytest.approx(report["train"]["roofline"]["seconds"], rel=0.02)
-    assert report["train"]["collectives"]["all-reduce"]["bytes"] == pytest.approx(4 * 10_593, rel=0.02)
+    assert report["train"]["collectives"]["all-reduce"]["bytes"] == pytest.approx(4 * 6_937, rel=0.02)
     assert report["sampling"]["collectives"] == {}
     assert report["largest_batch_per_chip"]["fits"] == 4 and report["largest_batch_per_chip"]["estimate"] > 100
     assert "Largest power of two found to fit" in capsys.readouterr().out
