@@ -128,12 +128,16 @@ def test_a_process_id_beyond_the_number_of_processes():
 
 
 def test_cpu_flags_only_for_versions_of_jax_that_know_them():
-    reduce = "--xla_cpu_experimental_ynn_fusion_type"
-    assert hosts._with_cpu_flags("", "0.10.2") == f"{reduce}=LIBRARY_FUSION_TYPE_REDUCE"
-    assert hosts._with_cpu_flags("--a=1", "0.12.0.1") == f"--a=1 {reduce}=LIBRARY_FUSION_TYPE_REDUCE"
-    assert hosts._with_cpu_flags(f"{reduce}=", "0.12.0") == f"{reduce}="
-    assert hosts._with_cpu_flags("--a=1", "0.11.3") == "--a=1"
-    assert hosts._with_cpu_flags("", "0.100.0") == ""
+    reduce, level = "--xla_cpu_experimental_ynn_fusion_type", "--xla_backend_optimization_level"
+    assert hosts._with_cpu_flags("", "0.10.2", True) == f"{reduce}=LIBRARY_FUSION_TYPE_REDUCE {level}=1"
+    assert hosts._with_cpu_flags("--a=1", "0.12.0.1", True) == f"--a=1 {reduce}=LIBRARY_FUSION_TYPE_REDUCE {level}=1"
+    assert hosts._with_cpu_flags(f"{reduce}= {level}=3", "0.12.0", True) == f"{reduce}= {level}=3"
+    assert hosts._with_cpu_flags("--a=1", "0.11.3", True) == "--a=1"
+    assert hosts._with_cpu_flags("", "0.100.0", True) == ""
+
+
+def test_beside_an_accelerator_its_compiler_keeps_its_level():
+    assert "level" not in hosts._with_cpu_flags("", "0.12.0", False)
 
 
 def test_freed_memory_is_kept_unless_the_user_says_how_memory_is_allocated(monkeypatch):
