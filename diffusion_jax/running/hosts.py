@@ -24,12 +24,11 @@ from diffusion_jax.running import files
 
 COMPILED = epath.Path("~/.cache/diffusion_jax/compiled")  # the compilation cache
 
-# XLA flags that speed up the CPU, by version of jax, each measured (docs/performance.md). XLA ends the process at a
-# flag that it does not know, so other versions get none.
+# XLA flags that speed up the CPU, and the versions of jax on which they were measured (docs/performance.md). XLA ends
+# the process at a flag that it does not know, so other versions get none.
 _REDUCE = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_REDUCE"
-_CPU_FLAGS = {"0.10": [_REDUCE], "0.12": [_REDUCE]}
-# More of LLVM's passes take longer to compile programs that are no faster. GPUs heed this flag too.
-_CPU_ALONE_FLAGS = {"0.10": ["--xla_backend_optimization_level=1"], "0.12": ["--xla_backend_optimization_level=1"]}
+_LEVEL = "--xla_backend_optimization_level=1"  # LLVM's later passes make no program faster; GPUs heed this flag too
+_MEASURED = ("0.10", "0.12")
 
 # Parameters of glibc's mallopt, by their numbers in malloc.h, in bytes. M_MMAP_THRESHOLD: the kernel gets a block of
 # this size back when it is freed. M_TRIM_THRESHOLD: so much free memory is kept.
@@ -117,8 +116,8 @@ def _with_cpu_flags(flags: str, version: str, is_alone: bool) -> str:
 
     `is_alone` says that the machine has no accelerator.
     """
-    release = ".".join(version.split(".")[:2])
-    cpu_flags = _CPU_FLAGS.get(release, []) + (_CPU_ALONE_FLAGS.get(release, []) if is_alone else [])
+    is_measured = ".".join(version.split(".")[:2]) in _MEASURED
+    cpu_flags = [_REDUCE] * is_measured + [_LEVEL] * (is_measured and is_alone)
     return " ".join([flags, *(flag for flag in cpu_flags if flag.partition("=")[0] not in flags)]).strip()
 
 
