@@ -31,8 +31,8 @@ REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["ur
 TIMEOUT = 3600  # seconds for a cell; a kernel has STARTUP to begin
 STARTUP = 600
 # What --check replaces: 20 steps of training, 60 of the essay's own loop, a network of one level without blocks on the
-# way down, which compiles in a third of the time, chains of 100 steps, with the steps of the interpolation in them, and
-# two samplers, weights and numbers of steps, each of which is a program of its own.
+# way down, which compiles in less than half the time, chains of 100 steps, with the steps of the interpolation in them,
+# and two samplers, weights and numbers of steps, each of which is a program of its own.
 SHORTER = {
     re.compile(r"^config\.train\.num_steps = \d+$", re.MULTILINE): (
         "config.train.num_steps = 20\nconfig.schedule.num_steps = 100\n"

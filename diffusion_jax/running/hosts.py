@@ -27,7 +27,7 @@ COMPILED = epath.Path("~/.cache/diffusion_jax/compiled")  # the compilation cach
 # XLA flags that speed up the CPU, and the versions of jax on which they were measured (docs/performance.md). XLA ends
 # the process at a flag that it does not know, so other versions get none.
 _REDUCE = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_REDUCE"
-_LEVEL = "--xla_backend_optimization_level=1"  # LLVM's later passes make no program faster; GPUs heed this flag too
+_LEVEL = "--xla_backend_optimization_level=1"  # LLVM's later passes made no step faster; GPUs heed this flag too
 _MEASURED = ("0.10", "0.12")
 
 # Parameters of glibc's mallopt, by their numbers in malloc.h, in bytes. M_MMAP_THRESHOLD: the kernel gets a block of
