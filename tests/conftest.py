@@ -18,12 +18,14 @@ from diffusion_jax.running import checkpoint, history
 from diffusion_jax.running import workdir as workdirs
 
 # The tests compile thousands of programs and run each for milliseconds: with less of LLVM's optimisation they take a
-# quarter less time. (Without any, two programs of one formula round differently.) Processes inherit the flag.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=1".strip()
+# quarter less time. (Without any, two programs of one formula round differently.) Processes inherit the flags.
+FLAGS = ["--xla_backend_optimization_level=1"]
 if jax.__version__.startswith("0.12"):  # with main.py's flag it keeps no compiled program for the next process
-    os.environ["XLA_FLAGS"] += " --xla_cpu_experimental_ynn_fusion_type="
+    FLAGS += ["--xla_cpu_experimental_ynn_fusion_type="]
 if jax.__version__.startswith("0.10"):  # its older emitters compile in two thirds of the time; later ones have one kind
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+    FLAGS += ["--xla_cpu_use_fusion_emitters=false"]
+set_before = os.environ.get("XLA_FLAGS", "").split()  # a worker has them from pytest; a flag twice is another cache key
+os.environ["XLA_FLAGS"] = " ".join(set_before + [flag for flag in FLAGS if flag not in set_before])
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")

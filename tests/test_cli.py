@@ -20,6 +20,7 @@ import diffusion_jax
 from diffusion_jax import cli
 from diffusion_jax.commands import flags
 from diffusion_jax.data.pixels import to_uint8
+from diffusion_jax.interop.diffusers import export_diffusers
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -338,7 +339,7 @@ def test_signals_and_volumes_from_the_array_to_samples(done, command, tmp_path, 
     x = np.load(tmp_path / "a.npz")["arr_0"]
     assert x.shape == (5, *shape, 2) and x.dtype == np.uint8
     assert f"5 samples, {how}: " in done("--mode=sample", run, "--num=5", f"--out={tmp_path / 'a.png'}")
-    done("--mode=sample", run, "--num=200", f"--out={tmp_path / 'many.npz'}")
+    np.savez(tmp_path / "many.npz", x.repeat(40, axis=0))  # as many as an evaluation wants
     printed = done("--mode=evaluate", run, "--num=8", "--quick", f"--samples={tmp_path / 'many.npz'}")
     assert "bits_per_dim" in printed and "resize: none" in printed
     done("--mode=sample", run, "--show=reconstruction", "--num=2", f"--out={tmp_path / 'show.png'}")
@@ -364,56 +365,51 @@ def test_signals_and_volumes_from_the_array_to_samples(done, command, tmp_path, 
     done("--mode=audit", *config)
 
 
-# The network of tests/fixtures/diffusers as a config of its own.
-FIXTURE = (
-    *("--config=default", "--config.data.image_size=8", "--config.model.channels=4"),
-    *("--config.model.multipliers=(1,2,2)", "--config.model.attention_resolutions=(4,)"),
-    *("--config.model.num_groups=2", "--config.model.num_res_blocks=1", "--config.model.dropout=0.2"),
-    *("--config.train.num_steps=2", "--config.train.batch_size=4", "--config.sampling.num=4"),
-    *("--config.sampling.sampler=dpmpp_2m", "--config.sampling.steps=5"),
-)
-
-
 @pytest.fixture(scope="module")
-def faces(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("faces")
-    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), np.uint8)):
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-    return folder
+def published(run, tmp_path_factory):
+    """A folder in the layout of diffusers, and the config for it with images of one's own; its programs are tiny's."""
+    folder, images = tmp_path_factory.mktemp("published") / "unet", tmp_path_factory.mktemp("images")
+    export_diffusers(run, str(folder))
+    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (8, 8, 8), np.uint8)):
+        Image.fromarray(pixels).save(images / f"{i}.png")
+    config = ["--config=tiny", "--config.data.source=files", "--config.train.num_steps=2"]
+    return f"--from={folder}", images, [*config, f"--config.data.path={images}"]
 
 
 @pytest.mark.slow
-def test_an_imported_run_is_evaluated_and_trained_on(done, command, tmp_path, faces):
+def test_an_imported_run_is_evaluated_and_trained_on(done, command, tmp_path, published):
     """With the config that it was imported with."""
+    folder, images, config = published
     workdir, file = f"--workdir={tmp_path / 'run'}", tmp_path / "run" / "config.json"
-    config = [*FIXTURE, f"--config.data.path={faces}", f"--config.data.cache_dir={tmp_path / 'cache'}"]
-    done("--mode=import", "--from=tests/fixtures/diffusers", workdir, *config)
+    config = [*config, f"--config.data.cache_dir={tmp_path / 'cache'}"]
+    done("--mode=import", folder, workdir, *config)
     assert "bits_per_dim" in done("--mode=evaluate", workdir, "--num=2", "--quick")
     assert "trained to step 2" in done(workdir, *config)
-    file.write_text(file.read_text().replace(str(faces), "/nowhere"))
+    file.write_text(file.read_text().replace(str(images), "/nowhere"))
     code, _, err = command("--mode=evaluate", workdir, "--num=2", "--quick")
     assert code == 1
     assert re.search(r"'/nowhere' does not exist.*\(data\.\* of this run are in .*config\.json\)", err)
 
 
 @pytest.mark.slow
-def test_a_run_imported_without_images_takes_those_of_its_training(done, command, tmp_path, faces):
+def test_a_run_imported_without_images_takes_those_of_its_training(done, command, tmp_path, published):
+    folder, images, config = published
     workdir, file = f"--workdir={tmp_path / 'run'}", tmp_path / "run" / "config.json"
-    done("--mode=import", "--from=tests/fixtures/diffusers", workdir)
+    done("--mode=import", folder, workdir)
     for args in (["--mode=evaluate"], ["--mode=sample", "--show=interpolation"]):
         code, _, err = command(*args, workdir)
         assert code == 1
         assert err.strip().endswith(
             f"{file} names no images (data.path is empty, the run was imported): set data.path there"
         )
-    config = [*FIXTURE, f"--config.data.path={faces}", f"--config.data.cache_dir={tmp_path / 'cache'}"]
-    _, _, err = command(workdir, *config, "--config.model.num_res_blocks=2")
-    assert "holds another run (config.model.num_res_blocks: 1 there, 2 here)" in err
+    config = [*config, f"--config.data.cache_dir={tmp_path / 'cache'}"]
+    _, _, err = command(workdir, *config, "--config.model.num_res_blocks=1")
+    assert "holds another run (config.model.num_res_blocks: 0 there, 1 here)" in err
     assert "trained to step 2" in done(workdir, *config)
     content = json.loads(file.read_text())
-    assert content["data"]["path"] == str(faces) and content["model"]["dropout"] == 0.2
+    assert content["data"]["path"] == str(images) and content["model"]["dropout"] == 0.1
     _, _, err = command(workdir, *config, "--config.data.path=elsewhere")
-    assert f"holds another run (config.data.path: '{faces}' there, '{ROOT / 'elsewhere'}' here)" in err
+    assert f"holds another run (config.data.path: '{images}' there, '{ROOT / 'elsewhere'}' here)" in err
 
 
 # ---------------------------------------------------------------- the package
