@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import itertools
 import sys
 import time
 import types
@@ -22,19 +21,17 @@ from diffusion_jax.running import config as configs
 from diffusion_jax.running import workdir as workdirs
 from diffusion_jax.running.lock import Lock
 from diffusion_jax.running.profile import Trace
-from diffusion_jax.running.watch import Sampler, Watch, metrics_log, progress_bar, waiting
+from diffusion_jax.running.watch import Sampler, Watch, awaited, begun, metrics_log, progress_bar, waiting
 from diffusion_jax.step import TrainState
-
-_Own = Callable | None  # a function of the user
 
 
 def train(
     config: ConfigDict,
     workdir: epath.PathLike,
     *,
-    loss: _Own = None,
-    schedule: _Own = None,
-    sigma: _Own = None,
+    loss: Callable | None = None,
+    schedule: Callable | None = None,
+    sigma: Callable | None = None,
     images: np.ndarray | None = None,
     labels: np.ndarray | None = None,
     profile: int = 0,
@@ -69,10 +66,10 @@ def train(
         run = parts.build(config)
         keep = config.train.keep_checkpoints, config.train.checkpoint_every
         manager = stack.enter_context(checkpoint.open_manager(folder, *keep))
-        state, about = _resume(config, run, folder, manager)
+        state, new, about = _resume(config, run, folder, manager)
         sampler = Sampler(run.sample_fn, (run.num_samples, *run.image_shape), run.num_sampling_steps, state.params)
         if state.step < config.train.num_steps:
-            state = _loop(config, run, folder, images, lock, manager, state, about, sampler, began, profile)
+            state = _loop(config, run, folder, images, lock, manager, state, new, about, sampler, began, profile)
         checkpoint.wait(manager)  # a signal may end the drawing
         grid = _draw_grid(config, sampler, state, folder)
     if jax.process_index() == 0:
@@ -80,7 +77,7 @@ def train(
     return state
 
 
-def _loop(config, run, folder, images, lock, manager, state, about, sampler, began, profile):
+def _loop(config, run, folder, images, lock, manager, state, new, about, sampler, began, profile):
     """Takes the steps that are left, saves the last state and returns it, NumPy arrays."""
     start, pending = int(state.step), about.pop("metrics", ())
     indices = pipeline.split(pipeline.indices(config.train.batch_size))
@@ -89,14 +86,13 @@ def _loop(config, run, folder, images, lock, manager, state, about, sampler, beg
     dispatches = functools.partial(due.dispatches, start, config.train.num_steps, ends)
     of_data = {"on_device": config.data.on_device, "seed": config.seed, "batch_size": config.train.batch_size}
     ks = (k for k, _ in dispatches())
-    program, feed = dispatch.program_and_feed(run.train_step, images, start, ks, indices.shape, **of_data)
-    state, batch = dispatch.replicate(state), next(feed)
-    feed = itertools.chain([batch], feed)
+    program, batch, feed = dispatch.program_and_feed(run.train_step, images, start, ks, indices.shape, **of_data)
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(hosts.StopSignals())
         with signals.at_once(start):
             left, first = config.train.num_steps - start, program(next(dispatches())[0])
-            least = fit.foresee(config, first, (state, (batch, indices)), left)
+            least = fit.foresee(config, first, (dispatch.replicated(state), (batch, indices)), left)
+            state = dispatch.replicate(awaited("initialising the network", new) if new else state)
             fit.foresee_sampler(config, sampler, state)
         log = stack.enter_context(metrics_log(folder, start, config.train.log_every, pending))
         bar = stack.enter_context(progress_bar(start, config.train.num_steps))
@@ -180,13 +176,17 @@ def _begin(config, folder, stack):
 
 
 def _resume(config, run, folder, manager):
-    """Returns (the state to start from, what its checkpoints say about it), and writes config.json and run.json."""
-    state = checkpoint.restore(manager, run.abstract_state(), set_aside=True)
-    about = {} if state is None else checkpoint.read_about(manager, int(state.step))
-    identity = history.identity(folder, config, about, None if state is None else int(state.step))
-    state = waiting("initialising the network", run.init_state) if state is None else state
-    state = snapshots.with_averages(state, run.num_averages)
-    start = int(state.step)
+    """Returns (the state to start from, None, what its checkpoints say about it), and writes config.json and run.json.
+
+    A new run has the shapes of its state and, in the second place, the future of it: the train step compiles meanwhile.
+    """
+    shapes = run.abstract_state()
+    state = checkpoint.restore(manager, shapes, set_aside=True)
+    step = None if state is None else int(state.step)
+    about = {} if step is None else checkpoint.read_about(manager, step)
+    identity = history.identity(folder, config, about, step)
+    new = None if state else begun(lambda: snapshots.with_averages(run.init_state(), run.num_averages))
+    state, start = snapshots.with_averages(state or shapes._replace(step=np.int32(0)), run.num_averages), step or 0
     hosts.on_main(lambda: workdirs.write_config(folder, config))
     changes = hosts.on_main(lambda: history.record(folder, identity, start, config))
     hosts.on_main(lambda: snapshots.resume(folder, config.train.snapshot_every, config.train.num_steps, state))
@@ -198,7 +198,7 @@ def _resume(config, run, folder, manager):
             print(f"the config has changed ({', '.join(changes)}); run.json keeps both")
         if start > config.train.num_steps:
             print(f"the run has taken more steps than config.train.num_steps={config.train.num_steps}: nothing to do")
-    return state, about | history.about(identity, config)
+    return state, new, about | history.about(identity, config)
 
 
 # ---------------------------------------------------------------- in the loop

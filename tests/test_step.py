@@ -208,6 +208,24 @@ def test_the_step_compiles_once():
     assert traces == [(2, 8, 8, 1)]
 
 
+def test_the_step_compiled_for_shapes_is_that_of_the_arrays():
+    config, compiled = tiny_config(), []
+    take, state = dispatch.pmapped(make_step(config, apply_fn=linear)), linear_state(parts.optimizer(config))
+
+    def listen(event, *_, **__):
+        if event.endswith("backend_compile_duration"):
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    take.lower(dispatch.replicated(state), batch()).compile()
+    assert compiled
+    state = dispatch.replicate(state)
+    compiled.clear()
+    state, _ = take(state, batch())
+    take(state, batch())
+    assert compiled == []
+
+
 def test_the_state_is_given_away():
     """Donation: the memory of the old state is the new one's."""
     config = tiny_config()

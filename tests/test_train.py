@@ -129,12 +129,37 @@ def test_the_loop_dispatches_a_step_before_the_last_one_ends(tmp_path, monkeypat
     monkeypatch.setattr(parts, "train_step", lambda config: gate.step(train_step(config)))
 
     def gated(*args, **options):
-        inner, feed = program(*args, **options)
-        return gate.program(inner, counter), feed
+        inner, *batches = program(*args, **options)
+        return gate.program(inner, counter), *batches
 
     monkeypatch.setattr(dispatch, "program_and_feed", gated)
     run(tmp_path, train__num_steps=steps, train__checkpoint_every=1000, train__max_bad_steps=3)
     assert gate.late == [] and len(lines(tmp_path)) == steps and all(x.is_set() for x in gate.dispatched[:-1])
+
+
+def test_a_new_run_makes_its_weights_while_its_step_compiles(tmp_path, monkeypatch):
+    compiling, init, foresee = threading.Event(), parts.Parts.init_state, fit.foresee
+
+    def late_init(built):
+        assert compiling.wait(60), "the step waits for the weights"
+        return init(built)
+
+    def seen(*args):
+        compiling.set()
+        return foresee(*args)
+
+    monkeypatch.setattr(parts.Parts, "init_state", late_init)
+    monkeypatch.setattr(fit, "foresee", seen)
+    assert int(run(tmp_path, train__num_steps=1).step) == 1
+
+
+def test_weights_that_cannot_be_made_end_the_run(tmp_path, monkeypatch):
+    def fails(built):
+        raise UserError("no weights")
+
+    monkeypatch.setattr(parts.Parts, "init_state", fails)
+    with pytest.raises(UserError, match="no weights"):
+        run(tmp_path)
 
 
 def test_a_second_training_in_the_workdir_is_refused(tmp_path):

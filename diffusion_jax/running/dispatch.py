@@ -74,8 +74,17 @@ def pmapped(steps: Callable, batch_axis: int | None = 0) -> Callable:
 
 def replicate(tree: Any) -> Any:
     """Copies arrays to every device in the layout of the pmapped step's result; another would compile it twice."""
-    mesh = Mesh(np.array(jax.devices()), (AXIS,))
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    return jax.device_put(tree, _on_all_devices())
+
+
+def replicated(tree: Any) -> Any:
+    """Returns the shapes of `replicate`'s result, for arrays or shapes: enough to compile the pmapped step."""
+    sharding = _on_all_devices()
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+
+
+def _on_all_devices():
+    return NamedSharding(Mesh(np.array(jax.devices()), (AXIS,)), PartitionSpec())
 
 
 def program_and_feed(
@@ -88,8 +97,8 @@ def program_and_feed(
     on_device: bool,
     seed: int,
     batch_size: int,
-) -> tuple[Callable[[int], Callable], Iterator[Any]]:
-    """Returns (k -> the program of k steps on all devices, the batches of the dispatches).
+) -> tuple[Callable[[int], Callable], Any, Iterator[Any]]:
+    """Returns (k -> the program of k steps on all devices, the batch of the first dispatch, the batches of all).
 
     Args:
       images: the data set.
@@ -100,8 +109,11 @@ def program_and_feed(
     """
     if on_device:
         several_of = functools.cache(lambda k: pmapped(resident(train_step, k, seed, batch_size), batch_axis=None))
-        return several_of, itertools.repeat(replicate(images.examples(np.arange(len(images)))))
+        everything = replicate(images.examples(np.arange(len(images))))
+        return several_of, everything, itertools.repeat(everything)
     program = pmapped(several(train_step))  # takes as many steps as it gets batches
     processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     dataset = pipeline.batches(images, seed=seed, batch_size=batch_size, **processes)
-    return lambda k: program, pipeline.to_devices(pipeline.iterate(dataset, start, images.num_threads), ks, shape)
+    feed = pipeline.to_devices(pipeline.iterate(dataset, start, images.num_threads), ks, shape)
+    first = next(feed)
+    return lambda k: program, first, itertools.chain([first], feed)

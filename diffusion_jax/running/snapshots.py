@@ -47,7 +47,8 @@ def with_averages(state: Any, num: int) -> Any:
 def resume(folder: epath.Path, every: int, num_steps: int, state: Any) -> None:
     """Removes the snapshots after the state's step, which training makes again, and writes one that is due.
 
-    Prints how much disk the snapshots of the run take in all, or that it keeps averages no longer.
+    Prints how much disk the snapshots of the run take in all, or that it keeps averages no longer. At step 0 the shapes
+    of a state are enough.
     """
     step = int(state.step)
     if not every:
@@ -171,7 +172,7 @@ def _read(folder, step, run, like):
 
 def _cost(folder, every, num_steps, trees):
     """Returns how much disk the snapshots of a run take in all, and a warning if less is free."""
-    size, number = sum(leaf.nbytes for leaf in jax.tree.leaves(trees)), num_steps // every
+    size, number = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trees)), num_steps // every
     text = f"snapshots: {number:,} × {_bytes(size)} = {_bytes(number * size)} in {folder / 'averages'}"
     left = (number - len(steps(folder))) * size
     if "://" not in str(folder) and left > (free := shutil.disk_usage(folder).free):

@@ -188,10 +188,25 @@ def waiting(
       shorter: how to make the work shorter, in words; printed with an estimate if it takes more than LONG seconds; None
         prints no estimate.
     """
+    return awaited(text, begun(work), share, shorter)
+
+
+def begun(work: Callable[[], Result]) -> concurrent.futures.Future[Result]:
+    """Starts work in a thread and returns its future, for `awaited`."""
     future: concurrent.futures.Future[Result] = concurrent.futures.Future()
     thread = threading.Thread(target=_fulfil, args=(future, work))
     _running.add(thread)
     thread.start()
+    return future
+
+
+def awaited(
+    text: str,
+    future: concurrent.futures.Future[Result],
+    share: Callable[[], float] | None = None,
+    shorter: str | None = "",
+) -> Result:
+    """Returns the result of `begun`, and shows what is done, see `waiting`."""
     concurrent.futures.wait([future], SILENT)
     if not future.done():
         _show(text, future, share, shorter)
