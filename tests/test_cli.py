@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from conftest import write_random_run
 from PIL import Image
+from small import small_model
 
 import diffusion_jax
-from diffusion_jax import cli
+from diffusion_jax import cli, parts
 from diffusion_jax.commands import flags
 from diffusion_jax.data.pixels import to_uint8
 from diffusion_jax.interop.diffusers import export_diffusers
@@ -105,10 +106,14 @@ def test_training_by_main_py_on_1_device_takes_the_steps_of_4_devices(done, tmp_
     np.testing.assert_allclose(losses(tmp_path / "one"), losses(tmp_path / "four"), rtol=0, atol=1e-6)
 
 
-def together(*lines):
+# The processes take the network that compiles quickly.
+SMALL = "import sys; sys.path.append('tests'); import small; small.parts.model = small.small_model; "
+
+
+def together(*lines, before=""):
     """Runs the command lines on two processes with 2 devices each; returns their exit codes and errors.
 
-    The processes run them in turn and find each other by the flags of the first.
+    The processes run the code `before` them and find each other by the flags of the first.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -116,18 +121,19 @@ def together(*lines):
     pair = []
     for i in range(2):
         group = [f"--coordinator={address}", "--num_processes=2", f"--process_id={i}"]
-        pair.append(start("-c", IN_TURN, json.dumps([[*lines[0], *group], *lines[1:]]), devices=2))
+        pair.append(start("-c", before + IN_TURN, json.dumps([[*lines[0], *group], *lines[1:]]), devices=2))
     errors = [running.communicate(timeout=300)[1] for running in pair]
     return [running.returncode for running in pair], errors
 
 
 @pytest.mark.slow
-def test_two_processes_take_the_steps_and_draw_the_samples_of_one(done, tmp_path):
+def test_two_processes_take_the_steps_and_draw_the_samples_of_one(done, tmp_path, monkeypatch):
     """The losses of 20 steps agree."""
+    monkeypatch.setattr(parts, "model", small_model)
     run, whole = f"--workdir={tmp_path / 'run'}", f"--workdir={tmp_path / 'whole'}"
     training = ["--config=tiny", "--config.train.num_steps=20", "--config.sampling.num=5"]
     sample = ["--mode=sample", run, "--num=5"]
-    codes, errors = together([*training, run], [*sample, f"--out={tmp_path / 'two.npz'}"])
+    codes, errors = together([*training, run], [*sample, f"--out={tmp_path / 'two.npz'}"], before=SMALL)
     assert codes == [0, 0], errors
     done(*training, whole)
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "whole"), rtol=0, atol=1e-6)

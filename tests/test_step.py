@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import Examples, SmallNetwork, assert_same, tiny_config
+from conftest import Examples, assert_same, tiny_config
+from small import SmallNetwork
 
 from diffusion_jax import losses, parts, schedule, step, unet
 from diffusion_jax.data import pipeline

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_same, small_model, tiny_config, write_random_run
+from conftest import assert_same, tiny_config, write_random_run
+from small import small_model
 
 import diffusion_jax
 from diffusion_jax import parts, sample, train

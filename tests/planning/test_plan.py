@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import small_model, tiny_config
+from conftest import tiny_config
+from small import small_model
 
 from diffusion_jax import parts
 from diffusion_jax.errors import UserError
