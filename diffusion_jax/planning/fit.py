@@ -21,7 +21,7 @@ def foresee(config: ConfigDict, program: jax.stages.Wrapped, args: tuple, num_st
 
     Args:
       program: the pmapped step.
-      args: the arguments of its first call.
+      args: the arguments of its first call, or their shapes.
       num_steps: number of remaining steps.
 
     Returns:
