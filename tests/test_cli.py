@@ -15,13 +15,11 @@ import numpy as np
 import pytest
 from conftest import write_random_run
 from PIL import Image
-from small import small_model
 
 import diffusion_jax
-from diffusion_jax import cli, parts
+from diffusion_jax import cli
 from diffusion_jax.commands import flags
 from diffusion_jax.data.pixels import to_uint8
-from diffusion_jax.interop.diffusers import export_diffusers
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -106,14 +104,10 @@ def test_training_by_main_py_on_1_device_takes_the_steps_of_4_devices(done, tmp_
     np.testing.assert_allclose(losses(tmp_path / "one"), losses(tmp_path / "four"), rtol=0, atol=1e-6)
 
 
-# The processes take the network that compiles quickly.
-SMALL = "import sys; sys.path.append('tests'); import small; small.parts.model = small.small_model; "
-
-
-def together(*lines, before=""):
+def together(*lines):
     """Runs the command lines on two processes with 2 devices each; returns their exit codes and errors.
 
-    The processes run the code `before` them and find each other by the flags of the first.
+    The processes run them in turn and find each other by the flags of the first.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -121,19 +115,18 @@ def together(*lines, before=""):
     pair = []
     for i in range(2):
         group = [f"--coordinator={address}", "--num_processes=2", f"--process_id={i}"]
-        pair.append(start("-c", before + IN_TURN, json.dumps([[*lines[0], *group], *lines[1:]]), devices=2))
+        pair.append(start("-c", IN_TURN, json.dumps([[*lines[0], *group], *lines[1:]]), devices=2))
     errors = [running.communicate(timeout=300)[1] for running in pair]
     return [running.returncode for running in pair], errors
 
 
 @pytest.mark.slow
-def test_two_processes_take_the_steps_and_draw_the_samples_of_one(done, tmp_path, monkeypatch):
+def test_two_processes_take_the_steps_and_draw_the_samples_of_one(done, tmp_path):
     """The losses of 20 steps agree."""
-    monkeypatch.setattr(parts, "model", small_model)
     run, whole = f"--workdir={tmp_path / 'run'}", f"--workdir={tmp_path / 'whole'}"
     training = ["--config=tiny", "--config.train.num_steps=20", "--config.sampling.num=5"]
     sample = ["--mode=sample", run, "--num=5"]
-    codes, errors = together([*training, run], [*sample, f"--out={tmp_path / 'two.npz'}"], before=SMALL)
+    codes, errors = together([*training, run], [*sample, f"--out={tmp_path / 'two.npz'}"])
     assert codes == [0, 0], errors
     done(*training, whole)
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "whole"), rtol=0, atol=1e-6)
@@ -345,7 +338,7 @@ def test_signals_and_volumes_from_the_array_to_samples(done, command, tmp_path, 
     x = np.load(tmp_path / "a.npz")["arr_0"]
     assert x.shape == (5, *shape, 2) and x.dtype == np.uint8
     assert f"5 samples, {how}: " in done("--mode=sample", run, "--num=5", f"--out={tmp_path / 'a.png'}")
-    np.savez(tmp_path / "many.npz", x.repeat(40, axis=0))  # as many as an evaluation wants
+    done("--mode=sample", run, "--num=200", f"--out={tmp_path / 'many.npz'}")
     printed = done("--mode=evaluate", run, "--num=8", "--quick", f"--samples={tmp_path / 'many.npz'}")
     assert "bits_per_dim" in printed and "resize: none" in printed
     done("--mode=sample", run, "--show=reconstruction", "--num=2", f"--out={tmp_path / 'show.png'}")
@@ -371,51 +364,56 @@ def test_signals_and_volumes_from_the_array_to_samples(done, command, tmp_path, 
     done("--mode=audit", *config)
 
 
+# The network of tests/fixtures/diffusers as a config of its own.
+FIXTURE = (
+    *("--config=default", "--config.data.image_size=8", "--config.model.channels=4"),
+    *("--config.model.multipliers=(1,2,2)", "--config.model.attention_resolutions=(4,)"),
+    *("--config.model.num_groups=2", "--config.model.num_res_blocks=1", "--config.model.dropout=0.2"),
+    *("--config.train.num_steps=2", "--config.train.batch_size=4", "--config.sampling.num=4"),
+    *("--config.sampling.sampler=dpmpp_2m", "--config.sampling.steps=5"),
+)
+
+
 @pytest.fixture(scope="module")
-def published(run, tmp_path_factory):
-    """A folder in the layout of diffusers, and the config for it with images of one's own; its programs are tiny's."""
-    folder, images = tmp_path_factory.mktemp("published") / "unet", tmp_path_factory.mktemp("images")
-    export_diffusers(run, str(folder))
-    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (8, 8, 8), np.uint8)):
-        Image.fromarray(pixels).save(images / f"{i}.png")
-    config = ["--config=tiny", "--config.data.source=files", "--config.train.num_steps=2"]
-    return f"--from={folder}", images, [*config, f"--config.data.path={images}"]
+def faces(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faces")
+    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), np.uint8)):
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    return folder
 
 
 @pytest.mark.slow
-def test_an_imported_run_is_evaluated_and_trained_on(done, command, tmp_path, published):
+def test_an_imported_run_is_evaluated_and_trained_on(done, command, tmp_path, faces):
     """With the config that it was imported with."""
-    folder, images, config = published
     workdir, file = f"--workdir={tmp_path / 'run'}", tmp_path / "run" / "config.json"
-    config = [*config, f"--config.data.cache_dir={tmp_path / 'cache'}"]
-    done("--mode=import", folder, workdir, *config)
+    config = [*FIXTURE, f"--config.data.path={faces}", f"--config.data.cache_dir={tmp_path / 'cache'}"]
+    done("--mode=import", "--from=tests/fixtures/diffusers", workdir, *config)
     assert "bits_per_dim" in done("--mode=evaluate", workdir, "--num=2", "--quick")
     assert "trained to step 2" in done(workdir, *config)
-    file.write_text(file.read_text().replace(str(images), "/nowhere"))
+    file.write_text(file.read_text().replace(str(faces), "/nowhere"))
     code, _, err = command("--mode=evaluate", workdir, "--num=2", "--quick")
     assert code == 1
     assert re.search(r"'/nowhere' does not exist.*\(data\.\* of this run are in .*config\.json\)", err)
 
 
 @pytest.mark.slow
-def test_a_run_imported_without_images_takes_those_of_its_training(done, command, tmp_path, published):
-    folder, images, config = published
+def test_a_run_imported_without_images_takes_those_of_its_training(done, command, tmp_path, faces):
     workdir, file = f"--workdir={tmp_path / 'run'}", tmp_path / "run" / "config.json"
-    done("--mode=import", folder, workdir)
+    done("--mode=import", "--from=tests/fixtures/diffusers", workdir)
     for args in (["--mode=evaluate"], ["--mode=sample", "--show=interpolation"]):
         code, _, err = command(*args, workdir)
         assert code == 1
         assert err.strip().endswith(
             f"{file} names no images (data.path is empty, the run was imported): set data.path there"
         )
-    config = [*config, f"--config.data.cache_dir={tmp_path / 'cache'}"]
-    _, _, err = command(workdir, *config, "--config.model.num_res_blocks=1")
-    assert "holds another run (config.model.num_res_blocks: 0 there, 1 here)" in err
+    config = [*FIXTURE, f"--config.data.path={faces}", f"--config.data.cache_dir={tmp_path / 'cache'}"]
+    _, _, err = command(workdir, *config, "--config.model.num_res_blocks=2")
+    assert "holds another run (config.model.num_res_blocks: 1 there, 2 here)" in err
     assert "trained to step 2" in done(workdir, *config)
     content = json.loads(file.read_text())
-    assert content["data"]["path"] == str(images) and content["model"]["dropout"] == 0.1
+    assert content["data"]["path"] == str(faces) and content["model"]["dropout"] == 0.2
     _, _, err = command(workdir, *config, "--config.data.path=elsewhere")
-    assert f"holds another run (config.data.path: '{images}' there, '{ROOT / 'elsewhere'}' here)" in err
+    assert f"holds another run (config.data.path: '{faces}' there, '{ROOT / 'elsewhere'}' here)" in err
 
 
 # ---------------------------------------------------------------- the package

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import Examples, assert_same, tiny_config
-from small import SmallNetwork
+from conftest import Examples, SmallNetwork, assert_same, tiny_config
 
 from diffusion_jax import losses, parts, schedule, step, unet
 from diffusion_jax.data import pipeline

@@ -10,7 +10,6 @@ from conftest import random_params, tiny_config
 from diffusion_jax import parts, unet
 
 SMALL = {"channels": 8, "multipliers": (1, 2), "num_res_blocks": 1, "attention_resolutions": (4,), "num_groups": 4}
-THIN = unet.UNet(**SMALL | {"num_res_blocks": 0})  # compiles in half the time, and lacks no kind of layer
 X = np.random.default_rng(0).standard_normal((2, 8, 12, 3)).astype(np.float32)
 T = np.array([1, 7])
 
@@ -30,12 +29,6 @@ def small():
     """Returns a network and parameters."""
     model = unet.UNet(**SMALL)
     return model, random_params(model, X, T)
-
-
-@pytest.fixture(scope="module")
-def thin():
-    """Returns a network without blocks on the way down, which compiles sooner, and parameters."""
-    return THIN, random_params(THIN, X, T)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "train"))
@@ -257,8 +250,8 @@ def test_image_sizes_that_cannot_be_halved_are_rejected(size):
         model.init(jax.random.key(0), jnp.zeros((1, *size, 1)), jnp.ones(1, int))
 
 
-def test_bfloat16_computes_with_float32_parameters_and_output(thin):
-    model, params = thin
+def test_bfloat16_computes_with_float32_parameters_and_output(small):
+    model, params = small
     half = model.clone(dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(jax.eval_shape(half.init, jax.random.key(0), X, T))} == {
         jnp.dtype("float32")
@@ -280,8 +273,8 @@ def test_bfloat16_keeps_statistics_and_softmax_in_float32():
     assert all("bf16" not in line for line in lines)
 
 
-def test_dropout_only_in_training(thin):
-    model, params = thin
+def test_dropout_only_in_training(small):
+    model, params = small
     model = model.clone(dropout=0.5)
 
     def dropped(key, train):
@@ -292,8 +285,8 @@ def test_dropout_only_in_training(thin):
     np.testing.assert_array_equal(dropped(0, True), dropped(0, True))
 
 
-def test_dropout_of_an_example_depends_on_its_key_alone(thin):
-    model, params = thin
+def test_dropout_of_an_example_depends_on_its_key_alone(small):
+    model, params = small
     model = model.clone(dropout=0.5)
     keys = jax.random.split(jax.random.key(0), 2)
     both = apply(model, params, X, T, True, keys)
@@ -325,6 +318,8 @@ def test_every_block_has_its_own_dropout_keys(small, monkeypatch):
 
 
 # ---------------------------------------------------------------- signals and volumes
+
+THIN = unet.UNet(**SMALL | {"num_res_blocks": 0})  # compiles in half the time, and lacks no kind of layer
 
 
 @pytest.mark.parametrize("axes", [1, 3])

@@ -32,13 +32,13 @@ TIMEOUT = 3600  # seconds for a cell; a kernel has STARTUP to begin
 STARTUP = 600
 # What --check replaces: 20 steps of training, 60 of the essay's own loop, a network of one level without blocks on the
 # way down, which compiles in less than half the time, chains of 100 steps, with the steps of the interpolation in them,
-# and fewer samplers, weights and numbers of steps, each of which is a program of its own.
+# and two samplers, weights and numbers of steps, each of which is a program of its own.
 SHORTER = {
     re.compile(r"^config\.train\.num_steps = \d+$", re.MULTILINE): (
         "config.train.num_steps = 20\nconfig.schedule.num_steps = 100\n"
         "config.model.multipliers, config.model.num_res_blocks, config.model.attention_resolutions = (1,), 0, ()"
     ),
-    re.compile(r"^steps = \[50, 150, 300\]$", re.MULTILINE): "steps = [5]",
+    re.compile(r"^steps = \[50, 150, 300\]$", re.MULTILINE): "steps = [5, 15, 30]",
     re.compile(r"^STEPS, BATCH = \d+", re.MULTILINE): "STEPS, BATCH = 60",
     re.compile(r"x_T\[:30\], keys\[:30\]\)"): "x_T[:30], keys[:30], stop=T - 100)",
     re.compile(r"multipliers=\(1, 2\), num_res_blocks=1, attention_resolutions=\(4,\)"): (

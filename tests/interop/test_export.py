@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_same, tiny_config, write_random_run
-from small import small_model
+from conftest import assert_same, small_model, tiny_config, write_random_run
 
 import diffusion_jax
 from diffusion_jax import parts, sample, train

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny_config
-from small import small_model
+from conftest import small_model, tiny_config
 
 from diffusion_jax import parts
 from diffusion_jax.errors import UserError
