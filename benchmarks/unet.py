@@ -9,7 +9,8 @@ convolutions. Inputs are random, because accelerators multiply constants faster.
 or so: the device then computes one call while the host starts the next, as in a training.
 
 --trace=FOLDER also writes a trace of each program's calls, and prints of it the milliseconds of a step in which the
-device computes, the operations that it starts in a step, and those that take the longest, in milliseconds of a step.
+device computes, those of its operations added over all threads, the operations that it starts in a step, and those that
+take the longest, in milliseconds of a step.
 """
 
 import json
@@ -127,7 +128,8 @@ def traced(run: Run, folder: epath.Path) -> dict[str, Any]:
     jax.profiler.stop_trace()
     found, steps = profile.read(folder)[1], CALLS.value * run.steps
     operations = {name: round(1e3 * seconds / steps, 3) for name, seconds in found.operations}
-    return {"busy_ms": round(1e3 * found.busy / steps, 3), "launches": found.launches / steps, "operations": operations}
+    times = {"busy_ms": round(1e3 * found.busy / steps, 3), "work_ms": round(1e3 * found.work / steps, 3)}
+    return {**times, "launches": found.launches / steps, "operations": operations}
 
 
 def main(_: list[str]) -> None:

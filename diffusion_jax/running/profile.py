@@ -28,6 +28,7 @@ class Summary(NamedTuple):
     busy: float  # of the device
     longest_gap: float  # of the device
     waiting: float  # of the host, for input
+    work: float  # of operations, added over all devices and threads
     operations: Sequence[tuple[str, float]]  # the TOP operations, of all devices and threads together
     launches: int  # of operations
 
@@ -118,23 +119,24 @@ def summary(profile: Any) -> Summary:
     lines = [line for plane in profile.planes if plane.name.startswith("/device:") for line in plane.lines]
     lines = [line for line in lines if line.name == "XLA Ops"] or lines  # a TPU's other lines hold the same time again
     lines = lines or [line for line in on_cpu if line.name.startswith("tf_XLA")]
-    work = [
-        event
+    by_line = [
+        [event for event in line.events if event.duration_ns > 0 and not event.name.startswith(_NO_WORK)]
         for line in lines
-        for event in line.events
-        if event.duration_ns > 0 and not event.name.startswith(_NO_WORK)
     ]
+    everything = list(itertools.chain(*by_line))
     waits = [event for line in on_cpu for event in line.events if event.name == INPUT]
-    busy, longest_gap, window = _covered([(event.start_ns, event.end_ns) for event in work])
+    busy, longest_gap, window = _covered(everything)
+    work = sum(_covered(events)[0] for events in by_line)  # an operation's own operations are in its time
     totals: collections.Counter = collections.Counter()
-    for event in work:
+    for event in everything:
         totals[event.name] += event.duration_ns / 1e9
     waiting = sum(event.duration_ns for event in waits) / 1e9
-    return Summary(window, busy, longest_gap, waiting, totals.most_common(TOP), len(work))
+    return Summary(window, busy, longest_gap, waiting, work, totals.most_common(TOP), len(everything))
 
 
-def _covered(spans: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
-    """Returns the seconds that nanosecond spans (start, end) cover together, the longest gap, and first to last."""
+def _covered(events: Sequence[Any]) -> tuple[float, float, float]:
+    """Returns the seconds that events of a trace cover together, the longest gap, and first to last."""
+    spans = [(event.start_ns, event.end_ns) for event in events]
     busy, longest, end = 0.0, 0.0, min((span[0] for span in spans), default=0.0)
     first = end
     for start, stop in sorted(spans):
@@ -154,9 +156,8 @@ def _text(found: Summary, begin: int, end: int, seconds: float) -> str:
         f"- the loop waits for input {share(found.waiting)} of the time",
         "",
     ]
-    work = sum(total for _, total in found.operations)
     rows = [
-        (name, f"{total / (end - begin) * 1e3:.3g}", f"{total / max(work, 1e-9):.0%}")
-        for name, total in found.operations
+        (name, f"{total / (end - begin) * 1e3:.3g}", f"{total / max(found.work, 1e-9):.0%}")
+        for name, total in [*found.operations, ("all operations", found.work)]
     ]
-    return "\n".join([*lines, *markdown_table(("operation", "ms a step, all threads", "share of these"), rows)])
+    return "\n".join([*lines, *markdown_table(("operation", "ms a step, all threads", "share of all"), rows)])
